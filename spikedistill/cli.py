@@ -1,0 +1,202 @@
+"""The command line: parses, calls, prints. Results go to standard output, everything else to standard error."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from spikedistill.errors import ConfigError, SpikeDistillError, unknown
+
+USAGE = """usage: spikedistill COMMAND [OPTIONS]
+
+A trained ANN becomes a spiking student: deep spiking networks by knowledge distillation.
+
+  demo                 teacher, direct and distilled student on the embedded digits (a minute)
+  teach [RECIPE]       train a teacher (an ANN)
+  distill [RECIPE]     teacher -> spiking student -> measured
+  evaluate RUN         measure a finished student again
+  compare RUN...       finished runs in one table
+  recipes              the ready recipes
+
+'spikedistill COMMAND --help' lists the options of a command.
+Begin with: spikedistill demo"""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a run goes."""
+
+    out: Path | None = None
+    """Run directory; by default runs/ and a name made of recipe and method."""
+    resume: bool = False
+    """Go on with the run that lies there."""
+
+
+def main() -> None:
+    """Run the command that the arguments name; end with code 2 and one message where something is wrong."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    try:
+        if arguments[0] not in COMMANDS:
+            raise ConfigError(unknown("command", arguments[0], COMMANDS))
+        COMMANDS[arguments[0]](arguments[1:])
+    except SpikeDistillError as error:
+        Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"spikedistill: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "\nspikedistill: interrupted; the same command with --resume goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+def _teach(arguments: Sequence[str]) -> None:
+    from spikedistill.recipes import TEACHERS
+    from spikedistill.recipes.teach import Teach, teach
+    from spikedistill.train.progress import Progress
+
+    name, recipe, rest = _recipe(arguments, TEACHERS, Teach)
+    where, recipe = _parse("teach", Teach, recipe, rest)
+    out = where.out or Path("runs") / f"{name or recipe.data.data}-teacher"
+    results = teach(recipe, out, where.resume, Progress.stderr("teacher"))
+    print(f"test accuracy {results['test_accuracy']:.2f} %; the teacher is in {out}")
+
+
+def _distill(arguments: Sequence[str]) -> None:
+    from spikedistill.recipes import STUDENTS
+    from spikedistill.recipes.distill import Distill, distill
+    from spikedistill.train.progress import Progress
+
+    name, recipe, rest = _recipe(arguments, STUDENTS, Distill)
+    where, recipe = _parse("distill", Distill, recipe, rest)
+    out = (
+        where.out
+        or Path("runs") / f"{name or Path(recipe.data.data).stem}-{recipe.what.method}-t{recipe.student.timesteps}"
+    )
+    distill(recipe, out, where.resume, Progress.stderr(recipe.what.method))
+    _print_table([out])
+    print(f"the student is in {out}")
+
+
+def _recipe(
+    arguments: Sequence[str], known: dict[str, Callable[[], Any]], kind: type
+) -> tuple[str, Any, Sequence[str]]:
+    """The recipe that the first argument names, if it is no option; else the defaults."""
+    if not arguments or arguments[0].startswith("-"):
+        return "", kind(), arguments
+    if arguments[0] not in known:
+        raise ConfigError(unknown("recipe", arguments[0], known))
+    return arguments[0], known[arguments[0]](), arguments[1:]
+
+
+def _parse(command: str, kind: type, default: Any, arguments: Sequence[str]) -> tuple[Where, Any]:
+    """Every field of a recipe as an option, beside where the run goes."""
+    both = dataclasses.make_dataclass(
+        kind.__name__ + "Command",
+        [("where", Where, field(default_factory=Where)), ("recipe", kind, field(default=default))],
+    )
+    both.__doc__ = kind.__doc__
+    parsed = tyro.cli(
+        tyro.conf.OmitArgPrefixes[both],  # type: ignore[valid-type]
+        prog=f"spikedistill {command} [RECIPE]",
+        args=list(arguments),
+    )
+    return parsed.where, parsed.recipe
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    def demo(out: Path = Path("runs/demo")) -> None:
+        """On the embedded digits: train a teacher, a student without it and a student with it, and compare them.
+
+        Args:
+            out: where the three run directories go; finished ones are kept.
+        """
+        from spikedistill.recipes.demo import demo as run
+
+        _print_table(run(out))
+
+    tyro.cli(demo, prog="spikedistill demo", args=list(arguments))
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    def evaluate(
+        run: Annotated[Path, tyro.conf.Positional], timesteps: int | None = None, data_dir: str | None = None
+    ) -> None:
+        """Measure a finished student again on its test set.
+
+        Args:
+            run: a run directory of 'distill'.
+            timesteps: another number of steps than it was trained with.
+            data_dir: another place of the data than it was trained with.
+        """
+        from spikedistill.recipes.runs import evaluate as measure
+
+        results = measure(run, timesteps, data_dir)
+        shown = Table("measure", "value", box=None)
+        for name, value in results.items():
+            if isinstance(value, dict):
+                for layer, rate in value.items():
+                    shown.add_row(f"{name.removesuffix('_by_layer')} {layer}", f"{rate:.2f} %")
+            elif isinstance(value, list):
+                shown.add_row(name, "  ".join(f"{part:.2f}" for part in value))
+            else:
+                shown.add_row(name, f"{value:.4f}" if name == "divergence" else f"{value:.2f} %")
+        Console(highlight=False).print(shown)
+
+    tyro.cli(evaluate, prog="spikedistill evaluate", args=list(arguments))
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    def compare(runs: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
+        """Set finished runs side by side.
+
+        Args:
+            runs: run directories.
+        """
+        if not runs:
+            raise ConfigError("No runs to compare were given: name one or more run directories.")
+        _print_table(runs)
+
+    tyro.cli(compare, prog="spikedistill compare", args=list(arguments))
+
+
+def _recipes(arguments: Sequence[str]) -> None:
+    def recipes() -> None:
+        """List the ready recipes."""
+        from spikedistill.recipes import STUDENTS, TEACHERS
+
+        for command, known in (("teach", TEACHERS), ("distill", STUDENTS)):
+            for name, make in known.items():
+                print(f"{command:8}{name:10}{(make.__doc__ or '').splitlines()[0].replace('``', chr(39))}")
+
+    tyro.cli(recipes, prog="spikedistill recipes", args=list(arguments))
+
+
+def _print_table(paths: Sequence[Path]) -> None:
+    from spikedistill.recipes.runs import table
+
+    columns, rows = table(paths)
+    shown = Table(*columns, box=None)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(highlight=False)
+    Console(width=max(console.width, 120), highlight=False).print(shown)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "compare": _compare,
+    "demo": _demo,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "recipes": _recipes,
+    "teach": _teach,
+}

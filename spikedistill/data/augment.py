@@ -1,0 +1,106 @@
+"""Batched, seeded augmentation: stored bytes in, images between 0 and 1 out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from spikedistill.errors import ConfigError, unknown
+from spikedistill.shapes import Image, Pixels
+
+POLICIES = {
+    "none": None,
+    "trivial": v2.TrivialAugmentWide(),
+    "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+}
+GROUPS = 8
+"""A policy draws one operation for each of so many random groups of a batch (torchvision's draw one a call)."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes to a training batch; all off by default.
+
+    Args:
+        crop: pixels of zero padding from which a window of the original size is cut (0: none).
+        flip: mirror half of the images left to right.
+        cutout: side in pixels of a square set to zero (0: none; DeVries and Taylor, arXiv 1708.04552).
+        policy: ``none``, ``trivial`` (TrivialAugment, arXiv 2103.10158) or ``autoaugment`` (arXiv 1805.09501).
+
+    Raises:
+        ConfigError: if a size is negative or the policy unknown.
+    """
+
+    crop: int = 0
+    flip: bool = False
+    cutout: int = 0
+    policy: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.crop < 0 or self.cutout < 0:
+            raise ConfigError(f"crop (={self.crop}) and cutout (={self.cutout}) are sizes in pixels: give 0 or more.")
+        if self.policy not in POLICIES:
+            raise ConfigError(unknown("augmentation policy", self.policy, POLICIES))
+
+    def __call__(self, pixels: Pixels, seed: int) -> Image:
+        """Change a batch; the same pixels and seed give the same bits."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.policy != "none":
+            pixels = apply_policy(pixels, self.policy, generator)
+        if self.crop:
+            pixels = random_crop(pixels, self.crop, generator)
+        images = to_unit(pixels)
+        if self.flip:
+            mirrored = torch.rand(len(images), generator=generator) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        if self.cutout:
+            images = random_cutout(images, self.cutout, generator)
+        return images
+
+
+def to_unit(pixels: Pixels) -> Image:
+    """Bytes 0..255 to floats 0..1."""
+    return pixels.float().div_(255.0)
+
+
+def random_crop(pixels: Pixels, pad: int, generator: torch.Generator) -> Pixels:
+    """A window of the original size at a random place of each zero-padded image."""
+    count, _, height, width = pixels.shape
+    padded = F.pad(pixels, (pad, pad, pad, pad))
+    top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
+    rows = (top + torch.arange(height))[:, None, :, None]
+    columns = (left + torch.arange(width))[:, None, None, :]
+    samples = torch.arange(count)[:, None, None, None]
+    channels = torch.arange(pixels.shape[1])[None, :, None, None]
+    return padded[samples, channels, rows, columns]
+
+
+def random_cutout(images: Image, side: int, generator: torch.Generator) -> Image:
+    """A square of zeros about a random pixel of each image, clipped at the border."""
+    count, _, height, width = images.shape
+    centre_row = torch.randint(0, height, (count, 1), generator=generator)
+    centre_column = torch.randint(0, width, (count, 1), generator=generator)
+    rows = _near(torch.arange(height), centre_row, side)
+    columns = _near(torch.arange(width), centre_column, side)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+def _near(positions: Tensor, centre: Tensor, side: int) -> Tensor:
+    start = centre - side // 2
+    return (positions >= start) & (positions < start + side)
+
+
+def apply_policy(pixels: Pixels, policy: str, generator: torch.Generator) -> Pixels:
+    """A library's augmentation policy, one draw for each random group of the batch."""
+    transform = POLICIES[policy]
+    assert transform is not None
+    order = torch.randperm(len(pixels), generator=generator)
+    seed = int(torch.randint(0, 2**31, (1,), generator=generator))
+    changed = torch.empty_like(pixels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for group in order.chunk(GROUPS):
+            changed[group] = transform(pixels[group])
+    return changed

@@ -1,0 +1,55 @@
+"""The exceptions of spikedistill.
+
+SpikeDistillError
+ ├── ConfigError        a recipe or an argument has a value that cannot work
+ ├── DataError          a data set is missing, empty, broken or of the wrong shape
+ ├── WeightsError       a weights file is missing, truncated, unsafe, or does not fit its network
+ ├── ConversionError    a network has a part with no spiking meaning
+ ├── ShapeError         a tensor has not the shape that the call needs
+ └── RunError           a run directory cannot be read, resumed or written
+
+Every message says what happened (with the values), what was expected, and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpikeDistillError(Exception):
+    """Anything that a user can put right; the command line prints it as one message and ends with code 2."""
+
+
+class ConfigError(SpikeDistillError):
+    """A recipe or an argument has a value that cannot work."""
+
+
+class DataError(SpikeDistillError):
+    """A data set is missing, empty, broken or of the wrong shape."""
+
+
+class WeightsError(SpikeDistillError):
+    """A weights file is missing, truncated, unsafe, or does not fit its network."""
+
+
+class ConversionError(SpikeDistillError):
+    """A network has a part with no spiking meaning."""
+
+
+class ShapeError(SpikeDistillError):
+    """A tensor has not the shape that the call needs."""
+
+
+class RunError(SpikeDistillError):
+    """A run directory cannot be read, resumed or written."""
+
+
+def unknown(kind: str, name: object, options: Iterable[str]) -> str:
+    """The message for a name that is not among the options, with the nearest one.
+
+    >>> unknown("surrogate", "triangel", ["sigmoid", "triangle"])
+    "There is no surrogate 'triangel'. Did you mean 'triangle'? Known: sigmoid, triangle."
+    """
+    known = sorted(options)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"There is no {kind} '{name}'.{hint} Known: {', '.join(known)}."

@@ -1,0 +1,59 @@
+"""How often the answer is right, at every time step."""
+
+import torch
+from torch import Tensor, nn
+
+from spikedistill.data.augment import to_unit
+from spikedistill.shapes import Labels, Logits
+
+
+@torch.no_grad()
+def answers(network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 250) -> Logits:
+    """The logits of a network for a whole set, in evaluation mode, on the CPU.
+
+    Args:
+        network: from images in 0..1 ``[B, C, H, W]`` to logits ``[T, B, K]`` or ``[B, K]``; left in the mode it was in.
+        images: bytes ``[N, C, H, W]``.
+        dtype: number format of the large operations.
+        batch_size: images at a time.
+
+    Returns:
+        Logits ``[T, N, K]``; T = 1 for a network without time.
+    """
+    first = next(network.parameters())
+    layout = _layout(network)
+    training = network.training
+    network.eval()
+    parts = []
+    for pixels in images.split(batch_size):
+        with torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
+            logits = network(to_unit(pixels).to(first.device, memory_format=layout))
+        parts.append((logits if logits.ndim == 3 else logits[None]).float().cpu())
+    network.train(training)
+    return torch.cat(parts, dim=1)
+
+
+def _layout(network: nn.Module) -> torch.memory_format:
+    """The memory order that the network's kernels are in."""
+    last = any(p.ndim == 4 and not p.is_contiguous() for p in network.parameters())
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def cumulative(logits: Logits) -> Logits:
+    """The answer after each step: the mean over steps 1..t, for every t.
+
+    >>> cumulative(torch.tensor([[[2.0]], [[4.0]]])).flatten().tolist()
+    [2.0, 3.0]
+    """
+    steps = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
+    return logits.cumsum(0) / steps[:, None, None]
+
+
+def accuracy_by_step(logits: Logits, labels: Labels) -> list[float]:
+    """Top-1 accuracy in percent after each of 1..T steps; the last is the accuracy.
+
+    >>> accuracy_by_step(torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]), torch.tensor([1, 0]))
+    [50.0]
+    """
+    right = (cumulative(logits).argmax(-1) == labels).double().mean(1)
+    return (100.0 * right).tolist()

@@ -1,0 +1,22 @@
+"""How far the student answers as its teacher does, right or wrong."""
+
+import torch.nn.functional as F
+
+from spikedistill.shapes import ClassLogits, Logits
+
+
+def agreement(student: Logits, teacher: ClassLogits) -> float:
+    """Share of samples, in percent, to which both give the same class.
+
+    >>> import torch
+    >>> agreement(torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]), torch.tensor([[0.0, 2.0], [2.0, 0.0]]))
+    50.0
+    """
+    return 100.0 * float((student.mean(0).argmax(-1) == teacher.argmax(-1)).double().mean())
+
+
+def divergence(student: Logits, teacher: ClassLogits) -> float:
+    """Mean ``KL(teacher || student)`` of the class probabilities, in nats."""
+    target = F.log_softmax(teacher.double(), dim=-1)
+    answer = F.log_softmax(student.double().mean(0), dim=-1)
+    return float(F.kl_div(answer, target, reduction="batchmean", log_target=True))

@@ -1,0 +1,177 @@
+"""The mathematics of ``dynamics`` for all T steps in one pass over memory, forward and backward.
+
+Both passes are plain Python over tensors ``[T, N]`` that torch.compile turns into one loop over the N neurons, each of
+which keeps its potential in a register. Backward computes the potentials again from the current, so nothing is stored
+beyond what went in. With g_t the gradient that arrives at the spikes of step t, theta the threshold, ``'`` the surrogate,
+and r the gradient at the potential after the reset, from the last step to the first:
+
+    at the spike       q = theta g_t - r          (subtractive reset; to zero: theta g_t - u r; detached: theta g_t)
+    at the charge      p = r + q s'(u - 1)        (to zero: (1 - s) r + q s'(u - 1))
+    to the current     gain p / theta
+    to the past        r <- leak p
+
+One compilation serves every layer size: the length N is dynamic, leak and threshold are scalar tensors.
+"""
+
+import dataclasses
+import functools
+import logging
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikedistill.neuron.dynamics import Neuron, Reset
+
+log = logging.getLogger("spikedistill")
+
+Kernel = Callable[..., Any]
+
+
+def _charges(
+    neuron: Neuron, current: Tensor, state: Tensor | None, leak: Tensor, threshold: Tensor, timesteps: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Potentials before charge, after charge, and spikes, of every step; the last entry of the first is the final one."""
+    constant = current.shape[0] == 1
+    before = [torch.full_like(current[0], neuron.initial, dtype=torch.float32) if state is None else state]
+    charged, spikes = [], []
+    for t in range(timesteps):
+        x = current[0 if constant else t].float() / threshold
+        u = leak * before[t] + ((1.0 - leak) * x if neuron.decay_input else x)
+        s = (u - 1.0 >= 0).float()
+        charged.append(u)
+        spikes.append(s)
+        before.append(u - s if neuron.reset is Reset.SUBTRACT else u * (1.0 - s))
+    return before, charged, spikes
+
+
+def _forward(
+    neuron: Neuron, current: Tensor, state: Tensor | None, leak: Tensor, threshold: Tensor, timesteps: int, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    before, _, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
+    return torch.stack([(threshold * s).to(current.dtype) for s in spikes]), before[-1] if keep else None
+
+
+def _backward(
+    neuron: Neuron,
+    current: Tensor,
+    state: Tensor | None,
+    leak: Tensor,
+    threshold: Tensor,
+    timesteps: int,
+    grad: Tensor,
+    grad_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients to current ``[T or 1, N]``, state ``[N]``, leak and threshold (None where they are not learned)."""
+    before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
+    constant = current.shape[0] == 1
+    gain = (1.0 - leak) if neuron.decay_input else torch.ones_like(leak)
+    rest = torch.zeros_like(before[0]) if grad_state is None else grad_state
+    to_leak, to_threshold = torch.zeros_like(rest), torch.zeros_like(rest)
+    to_current: list[Tensor] = []
+    for t in reversed(range(timesteps)):
+        u, s = charged[t], spikes[t]
+        arriving = grad[t].float()
+        q = threshold * arriving
+        if not neuron.detach_reset:
+            q = q - (rest if neuron.reset is Reset.SUBTRACT else u * rest)
+        past = rest if neuron.reset is Reset.SUBTRACT else rest * (1.0 - s)
+        p = past + q * neuron.surrogate.gradient(u - 1.0)
+        to_current.append(gain * p / threshold)
+        x = current[0 if constant else t].float() / threshold
+        if neuron.learn_leak:
+            to_leak = to_leak + p * (before[t] - x if neuron.decay_input else before[t])
+        if neuron.learn_threshold:
+            to_threshold = to_threshold + arriving * s - gain * p * x / threshold
+        rest = leak * p
+    to_current.reverse()
+    gathered = sum(to_current[1:], start=to_current[0])[None] if constant else torch.stack(to_current)
+    return (
+        gathered.to(current.dtype),
+        rest,
+        to_leak.sum() if neuron.learn_leak else None,
+        to_threshold.sum() if neuron.learn_threshold else None,
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(function: Kernel, neuron: Neuron, *facts: object) -> Kernel:
+    """One kernel for one set of static facts: model, T, dtypes, what is given and asked. The length N stays dynamic.
+
+    torch.compile counts recompilations by code object, so each kernel gets a code object of its own.
+    """
+    log.info("compiling a neuron kernel: %s, %s", neuron, facts)
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
+    )
+    return functools.partial(torch.compile(own, fullgraph=True), neuron)
+
+
+def _call(function: Kernel, neuron: Neuron, *arguments: Any) -> Any:
+    """Run a pass compiled; layers that differ only in threshold or in the value of a leak share a kernel."""
+    facts = [a.dtype if isinstance(a, Tensor) else a for a in arguments]
+    constant = arguments[0].shape[0] == 1
+    model = dataclasses.replace(neuron, threshold=1.0, leak=1.0 if neuron.leak == 1.0 else 0.5)
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.ndim:
+            torch._dynamo.maybe_mark_dynamic(argument, argument.ndim - 1)
+    return _compiled(function, model, constant, *facts)(*arguments)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        current: Tensor,
+        state: Tensor | None,
+        leak: Tensor,
+        threshold: Tensor,
+        neuron: Neuron,
+        timesteps: int,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(current, state, leak, threshold)
+        ctx.neuron, ctx.timesteps, ctx.has_state = neuron, timesteps, state is not None
+        ctx.set_materialize_grads(False)
+        return _call(_forward, neuron, current, state, leak, threshold, timesteps, keep)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def, override]
+        current, state, leak, threshold = ctx.saved_tensors
+        if grad is None:
+            grad = current.new_zeros(1).expand(ctx.timesteps, current.shape[1])
+        grad_state = None if grad_state is None else grad_state.contiguous()
+        to_current, to_state, to_leak, to_threshold = _call(
+            _backward, ctx.neuron, current, state, leak, threshold, ctx.timesteps, grad.contiguous(), grad_state
+        )
+        return to_current, to_state if ctx.has_state else None, to_leak, to_threshold, None, None, None
+
+
+def fused_run(
+    current: Tensor, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As ``dynamics.run``, for ``[T, N]`` (or ``[1, N]``), with the final state only where ``keep`` asks for it."""
+    current = current.contiguous()
+    given = (current, leak, threshold) if state is None else (current, leak, threshold, state)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return _Fused.apply(current, state, leak, threshold, neuron, timesteps, keep)
+    return _call(_forward, neuron, current, state, leak, threshold, timesteps, keep)
+
+
+@functools.cache
+def works(device_type: str) -> bool:
+    """Whether this machine can compile for the device; says so once where it cannot."""
+    try:
+        fused_run(torch.zeros(1, 8, device=device_type), None, Neuron(), *torch.ones(2, device=device_type), 1, False)
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"torch.compile does not work here ({reason}): neurons run step by step, several times slower and in more "
+            "memory. Install a C++ compiler (on Debian: apt-get install g++).",
+            stacklevel=3,
+        )
+        return False
+    return True

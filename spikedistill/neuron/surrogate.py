@@ -1,0 +1,110 @@
+"""Surrogate gradients: what stands in for the derivative of the step function.
+
+A spike is ``s = H(u)``, where ``u = v / threshold - 1`` is the potential above threshold in units of the threshold.
+Forward is exactly the step, ``H(0) = 1``; backward multiplies by ``gradient(u)``, which is non-negative, greatest at
+``u = 0`` and (but for rounding and the choice of parameter) has area 1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spikedistill.errors import ConfigError
+
+
+class Surrogate(Protocol):
+    """Anything with ``gradient(u)``, of the shape of ``u``; make it a frozen dataclass, so that kernels can be cached."""
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """The stand-in for ``ds/du``."""
+        ...
+
+
+def _positive(surrogate: object, name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{type(surrogate).__name__}: {name} (={value}) must be above 0.")
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """``alpha sigma(alpha u) (1 - sigma(alpha u))``; SpikingJelly's default, alpha 4 (Fang et al., Sci. Adv. 2023).
+
+    >>> float(Sigmoid(alpha=4.0).gradient(torch.tensor(0.0)))
+    1.0
+    """
+
+    alpha: float = 4.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "alpha", self.alpha)
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """The derivative of a logistic function."""
+        half = torch.sigmoid(self.alpha * u)
+        return self.alpha * half * (1.0 - half)
+
+
+@dataclass(frozen=True)
+class ATan:
+    """``alpha / (2 (1 + (pi/2 alpha u)^2))`` (Fang et al., arXiv 2007.05785), alpha 2 as in SpikingJelly.
+
+    >>> float(ATan(alpha=2.0).gradient(torch.tensor(0.0)))
+    1.0
+    """
+
+    alpha: float = 2.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "alpha", self.alpha)
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """The derivative of an arc tangent."""
+        slope = (math.pi / 2 * self.alpha) * u
+        return (self.alpha / 2) / (1.0 + slope * slope)
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """``max(0, width - |u|) / width^2`` (Bellec et al., arXiv 1803.09574; with width 1 that of TET, arXiv 2202.11946).
+
+    >>> Triangle(width=1.0).gradient(torch.tensor([-1.0, -0.5, 0.0, 0.5])).tolist()
+    [0.0, 0.5, 1.0, 0.5]
+    """
+
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", self.width)
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """A triangle of base 2 x width."""
+        return (self.width - u.abs()).clamp_min(0.0) / self.width**2
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """``1 / width`` where ``|u| < width / 2``, else 0 (STBP, Wu et al., arXiv 1706.02609, eq. 24).
+
+    >>> Rectangle(width=1.0).gradient(torch.tensor([-0.6, -0.4, 0.0, 0.6])).tolist()
+    [0.0, 1.0, 1.0, 0.0]
+    """
+
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", self.width)
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """A window of the given width."""
+        return (u.abs() < self.width / 2).to(u.dtype) / self.width
+
+
+SURROGATES: dict[str, type[Sigmoid] | type[ATan] | type[Triangle] | type[Rectangle]] = {
+    "atan": ATan,
+    "rectangle": Rectangle,
+    "sigmoid": Sigmoid,
+    "triangle": Triangle,
+}

@@ -1,0 +1,207 @@
+"""KDSNN: what the ANN answers and what it sees inside, taught to the SNN (Xu et al., CVPR 2023, arXiv 2304.05627).
+
+The paper describes a response-based form (soft labels with a temperature, section 3.2) and a feature-based form (inner layers
+of both networks), each joined with the labels in one loss. Its weights, temperature, layers and distances were not
+available to us: the response form below is that of Hinton et al. (arXiv 1503.02531), the feature form follows Heo et al.
+(arXiv 1904.01866), and every constant is this project's choice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spikedistill.errors import ConfigError
+from spikedistill.objective.direct import cross_entropy_of_mean
+from spikedistill.objective.terms import Batch, Objective, Terms, positive, share
+from spikedistill.shapes import ClassLogits
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+def soft_labels(student: ClassLogits, teacher: ClassLogits, temperature: float) -> Tensor:
+    """``tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau))``, averaged over the batch (Hinton et al., section 2).
+
+    >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> float(soft_labels(logits, logits, temperature=4.0))
+    0.0
+    """
+    target = F.log_softmax(teacher / temperature, dim=-1)
+    answer = F.log_softmax(student / temperature, dim=-1)
+    return temperature**2 * F.kl_div(answer, target, reduction="batchmean", log_target=True)
+
+
+def feature_distance(student: Tensor, teacher: Tensor, partial: bool = False) -> Tensor:
+    """Squared difference over the teacher's own mean square: 0 where equal, 1 for a silent student.
+
+    Args:
+        student: time-averaged features ``[B, ...]``, already of the teacher's shape.
+        teacher: the teacher's features ``[B, ...]``.
+        partial: do not count places where the teacher is not positive and the student lies below it (Heo et al., eq. 2).
+    """
+    difference = (student - teacher).square()
+    if partial:
+        difference = difference * ~((student <= teacher) & (teacher <= 0))
+    return difference.mean() / teacher.square().mean().clamp_min(1e-12)
+
+
+def margin_relu(teacher: Tensor) -> Tensor:
+    """``max(x, m)`` with m a channel's mean negative response, here of the batch (Heo et al., section 3.1).
+
+    Features must be those before an activation; after one there is nothing below 0 and nothing changes.
+    """
+    negative = teacher.clamp_max(0)
+    dims = [0, *range(2, teacher.ndim)]
+    count = (teacher < 0).sum(dims, keepdim=True).clamp_min(1)
+    return torch.maximum(teacher, negative.sum(dims, keepdim=True) / count)
+
+
+def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both feature maps at the smaller of their sizes, by average pooling; vectors stay as they are."""
+    if student.ndim < 4 or student.shape[2:] == teacher.shape[2:]:
+        return student, teacher
+    size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:])]
+    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+
+
+def make_adapter(student: Tensor, teacher: Tensor) -> nn.Module:
+    """A 1 x 1 convolution (for vectors: a linear layer) where channel counts differ, else nothing."""
+    inputs, outputs = student.shape[1], teacher.shape[1]
+    if student.ndim != teacher.ndim or student.ndim not in (2, 4):
+        raise ConfigError(
+            f"Features of shapes {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared: pair maps [B, C,"
+            " H, W] with maps, or vectors [B, C] with vectors."
+        )
+    if inputs == outputs:
+        return nn.Identity()
+    return nn.Conv2d(inputs, outputs, 1, bias=False) if student.ndim == 4 else nn.Linear(inputs, outputs, bias=False)
+
+
+def compare(batch: Batch, pairs: Pairs, adapters: nn.ModuleDict, margin: bool, partial: bool) -> Tensor:
+    """The mean ``feature_distance`` over all pairs, students averaged over time."""
+    distances = []
+    for number, (theirs, ours) in enumerate(pairs):
+        student = adapters[str(number)](batch.features[ours].mean(0))
+        student, teacher = match_size(student, batch.teacher_features[theirs])
+        teacher = teacher.float()
+        distances.append(feature_distance(student.float(), margin_relu(teacher) if margin else teacher, partial))
+    return torch.stack(distances).mean()
+
+
+def make_adapters(batch: Batch, pairs: Pairs) -> nn.ModuleDict:
+    """One adapter a pair, under its number."""
+    return nn.ModuleDict(
+        {
+            str(number): make_adapter(batch.features[ours].mean(0), batch.teacher_features[theirs])
+            for number, (theirs, ours) in enumerate(pairs)
+        }
+    )
+
+
+def _asked(teacher_logits: Tensor | None) -> Tensor:
+    if teacher_logits is None:
+        raise ConfigError("This objective asks the teacher, and no teacher was given: pass teacher=..., or use Direct.")
+    return teacher_logits
+
+
+@dataclass(frozen=True)
+class KDSNNResponse(Objective):
+    """Response-based KDSNN: ``(1 - alpha) CE(mean_t z, y) + alpha tau^2 KL(teacher || student)``.
+
+    Args:
+        temperature: tau, above 0.
+        alpha: the teacher's share, 0..1.
+        label_smoothing: of the labels' share, 0..1.
+    """
+
+    temperature: float = 2.0
+    alpha: float = 0.7
+    label_smoothing: float = 0.0
+    teacher = True
+
+    def __post_init__(self) -> None:
+        positive("temperature", self.temperature)
+        share("alpha", self.alpha)
+        share("label_smoothing", self.label_smoothing)
+
+    def __call__(self, batch: Batch, adapters: nn.ModuleDict) -> Terms:
+        """Two terms, ``labels`` and ``soft``."""
+        hard = cross_entropy_of_mean(batch.logits, batch.labels, self.label_smoothing)
+        soft = soft_labels(batch.logits.mean(0), _asked(batch.teacher_logits), self.temperature)
+        return {"labels": (1 - self.alpha) * hard, "soft": self.alpha * soft}
+
+
+@dataclass(frozen=True)
+class KDSNNFeature(Objective):
+    """Feature-based KDSNN: ``CE(mean_t z, y) + weight x`` the distance of inner features, averaged over pairs.
+
+    Args:
+        pairs: (teacher path, student path) of modules whose outputs are compared.
+        weight: of the distance, 0 or more.
+        margin: pass the teacher's features through ``margin_relu``.
+        partial: see ``feature_distance``.
+        label_smoothing: of the labels, 0..1.
+    """
+
+    pairs: Pairs = ()
+    weight: float = 1.0
+    margin: bool = False
+    partial: bool = False
+    label_smoothing: float = 0.0
+    teacher = True
+
+    def __post_init__(self) -> None:
+        share("label_smoothing", self.label_smoothing)
+        _check_features(self.pairs, self.weight)
+
+    def adapters(self, batch: Batch) -> nn.ModuleDict:
+        """1 x 1 convolutions where channels differ."""
+        return make_adapters(batch, self.pairs)
+
+    def __call__(self, batch: Batch, adapters: nn.ModuleDict) -> Terms:
+        """Two terms, ``labels`` and ``features``."""
+        distance = compare(batch, self.pairs, adapters, self.margin, self.partial)
+        hard = cross_entropy_of_mean(batch.logits, batch.labels, self.label_smoothing)
+        return {"labels": hard, "features": self.weight * distance}
+
+
+@dataclass(frozen=True)
+class KDSNN(Objective):
+    """Both forms at once: ``(1 - alpha) CE + alpha tau^2 KL + weight x`` the distance of inner features.
+
+    Args: those of ``KDSNNResponse`` and ``KDSNNFeature``.
+    """
+
+    pairs: Pairs = ()
+    temperature: float = 2.0
+    alpha: float = 0.7
+    weight: float = 1.0
+    margin: bool = False
+    partial: bool = False
+    label_smoothing: float = 0.0
+    teacher = True
+
+    def __post_init__(self) -> None:
+        positive("temperature", self.temperature)
+        share("alpha", self.alpha)
+        share("label_smoothing", self.label_smoothing)
+        _check_features(self.pairs, self.weight)
+
+    def adapters(self, batch: Batch) -> nn.ModuleDict:
+        """1 x 1 convolutions where channels differ."""
+        return make_adapters(batch, self.pairs)
+
+    def __call__(self, batch: Batch, adapters: nn.ModuleDict) -> Terms:
+        """Three terms, ``labels``, ``soft`` and ``features``."""
+        response = KDSNNResponse(self.temperature, self.alpha, self.label_smoothing)(batch, adapters)
+        distance = compare(batch, self.pairs, adapters, self.margin, self.partial)
+        return {**response, "features": self.weight * distance}
+
+
+def _check_features(pairs: Sequence[tuple[str, str]], weight: float) -> None:
+    if not pairs:
+        raise ConfigError("Feature-based distillation needs at least one pair (teacher path, student path).")
+    if weight < 0:
+        raise ConfigError(f"weight (={weight}) of the features must be 0 or more.")

@@ -1,0 +1,18 @@
+"""Ready recipes: one Python function each, by the name that the command line uses."""
+
+from collections.abc import Callable
+
+from spikedistill.recipes import cifar10, digits, mnist
+from spikedistill.recipes.distill import Distill
+from spikedistill.recipes.teach import Teach
+
+TEACHERS: dict[str, Callable[[], Teach]] = {
+    "cifar10": cifar10.teacher,
+    "digits": digits.teacher,
+    "mnist": mnist.teacher,
+}
+STUDENTS: dict[str, Callable[[], Distill]] = {
+    "cifar10": cifar10.student,
+    "digits": digits.student,
+    "mnist": mnist.student,
+}

@@ -1,0 +1,316 @@
+"""The main job: a trained ANN becomes a spiking student, is trained, and is measured."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from spikedistill.data.augment import to_unit
+from spikedistill.data.images import ImageSet, load_images
+from spikedistill.errors import ConfigError
+from spikedistill.evaluate.accuracy import accuracy_by_step, answers
+from spikedistill.evaluate.activity import firing_rates
+from spikedistill.evaluate.agreement import agreement, divergence
+from spikedistill.files import write_tensors
+from spikedistill.neuron.dynamics import NEURONS, Neuron, Reset
+from spikedistill.neuron.surrogate import SURROGATES
+from spikedistill.objective.direct import TET, Direct
+from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse, Pairs
+from spikedistill.objective.terms import Objective
+from spikedistill.student.build import Report, Student, to_spiking
+from spikedistill.student.coding import CODINGS
+from spikedistill.teacher.load import Architecture, Teacher, load_teacher
+from spikedistill.train.device import choose_device, choose_precision
+from spikedistill.train.loop import fit
+from spikedistill.train.progress import Progress
+from spikedistill.train.recipe import Data, Training, check
+from spikedistill.train.run import Run
+
+
+@dataclass(frozen=True)
+class TeacherChoice:
+    """Who teaches."""
+
+    teacher: str = "runs/teacher"
+    """A run directory of 'teach', or a weights file (.safetensors, .npz, .pt)."""
+    teacher_network: str | None = None
+    """The network that a bare weights file belongs to: a zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
+    teacher_width: int | None = None
+    """Channels of its first stage (zoo networks)."""
+    teacher_mean: tuple[float, ...] | None = None
+    """Input mean, one value a channel, that a bare weights file was trained with (images in 0..1)."""
+    teacher_std: tuple[float, ...] | None = None
+    """Input deviation, likewise."""
+
+
+@dataclass(frozen=True)
+class StudentChoice:
+    """Who learns."""
+
+    student: str = "same"
+    """'same' as the teacher's network, or a zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
+    student_width: int | None = None
+    """Channels of its first stage (zoo networks other than 'same')."""
+    inherit: bool | None = None
+    """Start from the teacher's weights; by default just if the student is the 'same'."""
+    timesteps: int = 4
+    """Time steps T."""
+    neuron: Literal["if", "lif", "plif"] = "if"
+    """Integrate-and-fire, leaky, or leaky with a learned leak."""
+    leak: float | None = None
+    """Share of the potential left after a step (lif, plif); 0.5 by default."""
+    reset: Literal["subtract", "zero"] | None = None
+    """What a spike does to the potential; the neuron's own by default."""
+    detach_reset: bool = False
+    """Leave the reset out of the gradient."""
+    initial: float | None = None
+    """Potential at the first step in thresholds; 0.5 for inherited weights, else 0."""
+    learn_threshold: bool = False
+    """Train each layer's threshold."""
+    surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] = "triangle"
+    """Stand-in for the derivative of a spike."""
+    rule: Literal["least-squares", "max", "percentile"] = "least-squares"
+    """How thresholds are chosen from the teacher's activations."""
+    percentile: float = 99.9
+    """For the rule of that name."""
+    calibration: int = 512
+    """Training images from which thresholds are chosen."""
+    max_pool: Literal["keep", "average"] = "keep"
+    """Keep max pooling, or exchange it for average pooling."""
+    coding: Literal["direct", "latency", "rate"] = "direct"
+    """What the student sees at each step."""
+
+    def make_neuron(self, inherits: bool) -> Neuron:
+        """The neuron model that the fields describe."""
+        base = NEURONS[self.neuron]
+        given = {"leak": self.leak, "reset": None if self.reset is None else Reset(self.reset), "initial": self.initial}
+        given["initial"] = (0.5 if inherits else 0.0) if self.initial is None else self.initial
+        return dataclasses.replace(
+            base,
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+            detach_reset=self.detach_reset,
+            learn_threshold=self.learn_threshold,
+            surrogate=SURROGATES[self.surrogate](),
+        )
+
+    def faults(self) -> list[str]:
+        """What cannot work, one sentence each."""
+        faults = []
+        if self.timesteps < 1:
+            faults.append(f"timesteps (={self.timesteps}) must be 1 or more")
+        if self.calibration < 1:
+            faults.append(f"calibration (={self.calibration}) must be 1 image or more")
+        if not 0 < self.percentile <= 100:
+            faults.append(f"percentile (={self.percentile}) must be above 0 and at most 100")
+        if self.neuron == "if" and self.leak is not None:
+            faults.append(f"leak (={self.leak}) is for lif and plif; the neuron is 'if'")
+        if self.inherit and self.student != "same":
+            faults.append(f"inherit needs the teacher's own network; the student is '{self.student}', not 'same'")
+        return faults
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the student is taught."""
+
+    method: Literal["direct", "tet", "kdsnn-response", "kdsnn-feature", "kdsnn"] = "kdsnn"
+    """Labels alone (direct, tet), or with the teacher's answers, its inner features, or both (kdsnn)."""
+    temperature: float = 2.0
+    """Temperature of the soft labels."""
+    alpha: float = 0.7
+    """The teacher's share against the labels, 0..1."""
+    feature_weight: float = 1.0
+    """Weight of the distance of inner features."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Module paths (teacher, student) whose features are compared; by default the ends of their stages."""
+    margin: bool = False
+    """Pass the teacher's features through a margin ReLU."""
+    partial: bool = False
+    """Do not count places that both networks leave inactive."""
+    label_smoothing: float = 0.0
+    """Share of probability spread over all classes."""
+
+    def objective(self, pairs: Pairs) -> Objective:
+        """The objective that the fields describe."""
+        smoothing = self.label_smoothing
+        features = {"pairs": pairs, "weight": self.feature_weight, "margin": self.margin, "partial": self.partial}
+        soft = {"temperature": self.temperature, "alpha": self.alpha}
+        methods: dict[str, Callable[[], Objective]] = {
+            "direct": lambda: Direct(smoothing),
+            "tet": lambda: TET(smoothing),
+            "kdsnn-response": lambda: KDSNNResponse(**soft, label_smoothing=smoothing),
+            "kdsnn-feature": lambda: KDSNNFeature(**features, label_smoothing=smoothing),  # type: ignore[arg-type]
+            "kdsnn": lambda: KDSNN(**features, **soft, label_smoothing=smoothing),  # type: ignore[arg-type]
+        }
+        return methods[self.method]()
+
+
+@dataclass(frozen=True)
+class Distill:
+    """A student, its teacher, what it is taught, and how."""
+
+    who: TeacherChoice = field(default_factory=TeacherChoice)
+    """Who teaches."""
+    student: StudentChoice = field(default_factory=StudentChoice)
+    """Who learns."""
+    what: Method = field(default_factory=Method)
+    """What is taught."""
+    data: Data = field(default_factory=Data)
+    """What comes in."""
+    training: Training = field(default_factory=Training)
+    """How it is trained."""
+
+
+def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Build a student, train it into a run directory, and measure it once on the test set.
+
+    Args:
+        recipe: teacher, student, method, data and training.
+        out: the run directory.
+        resume: go on with the run that lies there.
+        progress: what shows the work.
+
+    Returns:
+        What results.json holds: see ``measure``.
+    """
+    progress = progress or Progress.silent()
+    check(recipe.student, recipe.data, recipe.training)
+    images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
+    teacher, architecture = find_teacher(recipe.who, images)
+    student, report, network = build_student(recipe, teacher, architecture, images)
+    objective = recipe.what.objective(feature_pairs(recipe.what, teacher.network, student))
+    run = Run(out)
+    run.start({"kind": "distill", **asdict(recipe)}, resume)
+    progress.say(str(report).splitlines()[0])
+    run.write("conversion", asdict(report))
+    options = {"augment": recipe.data.augment(), "validation": recipe.data.validation}
+    with progress:
+        if not resume:
+            run.write("before", measure(student, teacher, images, recipe.training, 1000))
+        fit(student, objective, images, recipe.training, run, teacher=teacher, progress=progress, **options)
+        results = measure(student, teacher, images, recipe.training)
+    facts = {"kind": "student", "architecture": network.facts(), "recipe": asdict(recipe), "data": images.name}
+    facts |= {"mean": student.mean.flatten().tolist(), "std": student.std.flatten().tolist(), "results": results}
+    write_tensors(run.model, student.state_dict(), facts)
+    run.write("results", results)
+    return results
+
+
+def find_teacher(choice: TeacherChoice, images: ImageSet) -> tuple[Teacher, Architecture]:
+    """The teacher that a recipe names, fit for the data.
+
+    Raises:
+        ConfigError: if it answers with another number of classes, or was never trained.
+    """
+    given = None
+    if choice.teacher_network is not None:
+        given = Architecture(choice.teacher_network, images.classes, images.channels, choice.teacher_width)
+    if given is None and not Path(choice.teacher).exists():
+        raise ConfigError(
+            f"There is no teacher at '{choice.teacher}': train one by 'spikedistill teach ... --out {choice.teacher}',"
+            " or give a weights file with --teacher-network, --teacher-mean and --teacher-std."
+        )
+    teacher, architecture = load_teacher(
+        choice.teacher, architecture=given, mean=choice.teacher_mean, std=choice.teacher_std
+    )
+    if architecture.classes != images.classes:
+        raise ConfigError(
+            f"The teacher '{choice.teacher}' knows {architecture.classes} classes, '{images.name}' has"
+            f" {images.classes}: give the data that it was trained on."
+        )
+    if len(teacher.mean) != images.channels:
+        raise ConfigError(
+            f"The teacher '{choice.teacher}' normalises {len(teacher.mean)} channels, '{images.name}' has"
+            f" {images.channels}: give the data that it was trained on."
+        )
+    return teacher, architecture
+
+
+def build_student(
+    recipe: Distill, teacher: Teacher, architecture: Architecture, images: ImageSet
+) -> tuple[Student, Report, Architecture]:
+    """The student that a recipe names, before training, with its report and architecture."""
+    choice = recipe.student
+    same = choice.student == "same"
+    inherits = same if choice.inherit is None else choice.inherit
+    if not same:
+        architecture = Architecture(choice.student, images.classes, images.channels, choice.student_width)
+    torch.manual_seed(recipe.training.seed)
+    ann: nn.Module = teacher if same else architecture.build()
+    stride = max(1, len(images.train_images) // choice.calibration)
+    student, report = to_spiking(
+        ann,
+        timesteps=choice.timesteps,
+        neuron=choice.make_neuron(inherits),
+        calibrate=to_unit(images.train_images[::stride][: choice.calibration]) if inherits else None,
+        inherit=inherits,
+        rule=choice.rule,
+        percentile=choice.percentile,
+        max_pool=choice.max_pool,
+        coding=CODINGS[choice.coding](),
+        mean=teacher.mean.flatten().tolist(),
+        std=teacher.std.flatten().tolist(),
+    )
+    return student, report, architecture
+
+
+def feature_pairs(method: Method, teacher: nn.Module, student: Student) -> Pairs:
+    """The pairs that were asked for; else stage ends (layer1, layer2, ... or stage1, ...), matched from the last backwards."""
+    if method.pairs or method.method not in ("kdsnn", "kdsnn-feature"):
+        return method.pairs
+    theirs = [name for name, _ in teacher.named_children() if re.fullmatch(r"(layer|stage)\D?\d+", name)]
+    ours = [path for path in student.paths() if re.fullmatch(r"(layer|stage)\D?\d+", path)]
+    pairs = tuple(zip(reversed(theirs), reversed(ours)))[::-1]
+    if not pairs:
+        raise ConfigError(
+            "No stages named layer1, layer2, ... were found in both networks: say which features to compare by --pairs "
+            "TEACHER-PATH STUDENT-PATH, or take --method kdsnn-response."
+        )
+    return pairs
+
+
+def measure(
+    student: Student, teacher: Teacher | None, images: ImageSet, training: Training, limit: int | None = None
+) -> dict[str, Any]:
+    """Accuracy at every step, agreement with the teacher and firing rates on the test set.
+
+    Args:
+        student: the network.
+        teacher: for comparison.
+        images: whose test part is used.
+        training: names device and precision.
+        limit: look at training images instead, so many, evenly spaced; nothing of the test part is then used.
+
+    Returns:
+        ``accuracy_by_step`` and ``test_accuracy`` (percent), ``firing_rate`` and ``firing_rate_by_layer`` (percent of all
+        chances to spike); with a teacher also ``teacher_accuracy``, ``agreement`` (percent) and ``divergence`` (nats).
+    """
+    pixels, labels = images.test_images, images.test_labels
+    if limit is not None:
+        stride = max(1, len(images.train_images) // limit)
+        pixels, labels = images.train_images[::stride], images.train_labels[::stride]
+    device = choose_device(training.device)
+    dtype = choose_precision(training, device).dtype
+    layout = torch.channels_last if training.channels_last else torch.contiguous_format
+    student.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    with firing_rates(student) as rates:
+        logits = answers(student, pixels, dtype)
+    steps = accuracy_by_step(logits, labels)
+    results: dict[str, Any] = {
+        "test_accuracy" if limit is None else "train_accuracy": steps[-1],
+        "accuracy_by_step": steps,
+        "firing_rate": 100.0 * rates.mean(),
+        "firing_rate_by_layer": {name: 100.0 * rate for name, rate in rates.by_layer().items()},
+    }
+    if teacher is not None:
+        teacher.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        theirs = answers(teacher, pixels, dtype)
+        results["teacher_accuracy"] = accuracy_by_step(theirs, labels)[-1]
+        results["agreement"] = agreement(logits, theirs[0])
+        results["divergence"] = divergence(logits, theirs[0])
+    return results

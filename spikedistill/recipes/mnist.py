@@ -1,0 +1,18 @@
+"""MNIST: a small VGG and its student of four time steps."""
+
+from spikedistill.recipes.distill import Distill, StudentChoice, TeacherChoice
+from spikedistill.recipes.teach import Teach
+from spikedistill.train.recipe import Data, Training
+
+DATA = Data(data="mnist", validation=0.05, crop=2)
+
+
+def teacher() -> Teach:
+    """VGG-9 of width 32: ``spikedistill teach mnist``."""
+    return Teach("vgg9", width=32, data=DATA, training=Training(epochs=10, batch_size=128, lr=0.1))
+
+
+def student() -> Distill:
+    """Its T=4 student, inherited, KDSNN: ``spikedistill distill mnist``."""
+    training = Training(epochs=6, batch_size=128, lr=0.02, weight_decay=1e-4)
+    return Distill(TeacherChoice("runs/mnist-teacher"), StudentChoice(timesteps=4), data=DATA, training=training)

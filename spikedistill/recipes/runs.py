@@ -1,0 +1,116 @@
+"""Finished runs, read back: evaluate one, compare many."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spikedistill.data.images import load_images
+from spikedistill.errors import RunError
+from spikedistill.files import read_tensors
+from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, find_teacher, measure
+from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.coding import CODINGS
+from spikedistill.teacher.load import Architecture, load_weights
+from spikedistill.train.recipe import Data, Training
+from spikedistill.train.run import Run
+
+
+def load_student(path: str | Path) -> tuple[Student, Distill]:
+    """A finished student from its run directory or ``model.safetensors``, and the recipe that made it.
+
+    Raises:
+        WeightsError: if the file is missing, broken or not a student.
+        RunError: if it holds no recipe.
+    """
+    file = Path(path)
+    file = file / "model.safetensors" if file.is_dir() else file
+    tensors, facts = read_tensors(file)
+    if facts.get("kind") != "student":
+        raise RunError(
+            f"'{file}' holds no student but {facts.get('kind', 'weights of unknown origin')}: give a run of 'distill'."
+        )
+    recipe = to_recipe(facts["recipe"])
+    architecture = Architecture(**facts["architecture"])
+    inherits = recipe.student.student == "same" if recipe.student.inherit is None else recipe.student.inherit
+    student, _ = to_spiking(
+        architecture.build(),
+        timesteps=recipe.student.timesteps,
+        neuron=recipe.student.make_neuron(inherits),
+        inherit=False,
+        max_pool=recipe.student.max_pool,
+        coding=CODINGS[recipe.student.coding](),
+        mean=facts["mean"],
+        std=facts["std"],
+    )
+    load_weights(student, tensors, f"'{file}'")
+    return student.eval(), recipe
+
+
+def to_recipe(content: Mapping[str, Any]) -> Distill:
+    """A recipe from its JSON form."""
+    parts = {"who": TeacherChoice, "student": StudentChoice, "what": Method, "data": Data, "training": Training}
+    return Distill(**{name: kind(**_tuples(content[name])) for name, kind in parts.items()})  # type: ignore[arg-type]
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _tuple(value) for name, value in fields.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(part) for part in value) if isinstance(value, list) else value
+
+
+def evaluate(path: Path, timesteps: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
+    """Measure a finished student again on its test set, perhaps with another number of steps.
+
+    Returns:
+        As ``distill.measure``; the teacher is left out where its files are gone.
+    """
+    student, recipe = load_student(path)
+    if timesteps is not None:
+        student.set_timesteps(timesteps)
+    data = recipe.data
+    images = load_images(data.data, data_dir or data.data_dir, data.image_size)
+    teacher = find_teacher(recipe.who, images)[0] if Path(recipe.who.teacher).exists() else None
+    return measure(student, teacher, images, recipe.training)
+
+
+def table(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows that set finished runs side by side.
+
+    Raises:
+        RunError: if a directory holds no finished run.
+    """
+    found = [(path, Run(path).read("recipe"), Run(path).read("results")) for path in paths]
+    most = max(len(results.get("accuracy_by_step", [])) for _, _, results in found)
+    columns = [
+        "run",
+        "network",
+        "method",
+        "test accuracy",
+        *(f"t={t + 1}" for t in range(most)),
+        "firing rate",
+        "agreement",
+    ]
+    return columns, [_row(path, recipe, results, most) for path, recipe, results in found]
+
+
+def _row(path: Path, recipe: Mapping[str, Any], results: Mapping[str, Any], most: int) -> list[str]:
+    steps = [f"{value:.2f}" for value in results.get("accuracy_by_step", [])]
+    if recipe["kind"] == "teach":
+        network, method = recipe["network"], "teacher (ANN)"
+    else:
+        network = f"{recipe['student']['student']} T={recipe['student']['timesteps']}"
+        method = recipe["what"]["method"]
+    rate = f"{results['firing_rate']:.1f} %" if "firing_rate" in results else ""
+    agreed = f"{results['agreement']:.2f} %" if "agreement" in results else ""
+    return [
+        path.name,
+        network,
+        method,
+        f"{results['test_accuracy']:.2f} %",
+        *steps,
+        *[""] * (most - len(steps)),
+        rate,
+        agreed,
+    ]

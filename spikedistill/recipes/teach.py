@@ -1,0 +1,66 @@
+"""Where there is no trained teacher: train one, and save it so that it knows itself."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from spikedistill.data.images import load_images
+from spikedistill.evaluate.accuracy import accuracy_by_step, answers
+from spikedistill.files import write_tensors
+from spikedistill.objective.direct import Direct
+from spikedistill.teacher.load import Architecture, OneStep
+from spikedistill.train.device import choose_device, choose_precision
+from spikedistill.train.loop import fit
+from spikedistill.train.progress import Progress
+from spikedistill.train.recipe import Data, Training, check
+from spikedistill.train.run import Run
+
+
+@dataclass(frozen=True)
+class Teach:
+    """A teacher and how it is trained."""
+
+    network: str = "resnet18"
+    """A zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
+    width: int | None = None
+    """Channels of the first stage (zoo networks)."""
+    label_smoothing: float = 0.0
+    """Share of probability spread over all classes; smoothed teachers teach less (arXiv 1906.02629)."""
+    data: Data = field(default_factory=Data)
+    """What comes in."""
+    training: Training = field(default_factory=Training)
+    """How it is trained."""
+
+
+def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | None = None) -> dict[str, float]:
+    """Train a teacher into a run directory and test it once.
+
+    Args:
+        recipe: network, data and training.
+        out: the run directory.
+        resume: go on with the run that lies there.
+        progress: what shows the work.
+
+    Returns:
+        What results.json holds; ``test_accuracy`` is in percent.
+    """
+    progress = progress or Progress.silent()
+    check(recipe.data, recipe.training)
+    images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
+    architecture = Architecture(recipe.network, images.classes, images.channels, recipe.width)
+    torch.manual_seed(recipe.training.seed)
+    mean, std = images.statistics()
+    network = OneStep(architecture.build(), mean, std)
+    run = Run(out)
+    run.start({"kind": "teach", **asdict(recipe)}, resume)
+    options = {"augment": recipe.data.augment(), "validation": recipe.data.validation}
+    with progress:
+        fit(network, Direct(recipe.label_smoothing), images, recipe.training, run, progress=progress, **options)
+        precision = choose_precision(recipe.training, choose_device(recipe.training.device))
+        logits = answers(network, images.test_images, precision.dtype)
+    results = {"test_accuracy": accuracy_by_step(logits, images.test_labels)[-1]}
+    known = {"architecture": architecture.facts(), "mean": mean, "std": std, "class_names": images.class_names}
+    write_tensors(run.model, network.network.state_dict(), {"kind": "teacher", **known, "data": images.name, **results})
+    run.write("results", results)
+    return results

@@ -1,0 +1,30 @@
+"""The axes of every tensor, and the names that signatures use for their shapes.
+
+T  time steps            B  samples in the batch     C  channels
+H  rows                  W  columns                  K  classes
+
+Outside a student, time comes first: ``[T, B, ...]``. Inside, time is folded into the batch: ``[T*B, ...]``.
+Images are raw pixels between 0 and 1; each network owns its own normalisation.
+"""
+
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+Image = Float[Tensor, "B C H W"]
+"""Still images, pixels in 0..1."""
+Pixels = UInt8[Tensor, "B C H W"]
+"""Still images as stored, bytes 0..255."""
+Frames = Float[Tensor, "T B C H W"]
+"""A sequence of frames, for instance binned events."""
+Current = Float[Tensor, "T *n"]
+"""What flows into a layer of neurons, time first."""
+Spikes = Float[Tensor, "T *n"]
+"""What a layer of neurons emits, time first: 0 or the layer's amplitude."""
+Logits = Float[Tensor, "T B K"]
+"""The student's answer at each time step."""
+ClassLogits = Float[Tensor, "B K"]
+"""An answer without time: the teacher's, or the student's mean over time."""
+Labels = Int[Tensor, " B"]
+"""Class numbers, 0..K-1."""
+Mask = Bool[Tensor, " B"]
+"""One truth value a sample."""

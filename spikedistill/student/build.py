@@ -1,0 +1,277 @@
+"""``to_spiking``: an ANN goes in, a spiking student and a report come out. Conversion is read whole on this page."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from spikedistill.errors import ConfigError, ConversionError, ShapeError, unknown
+from spikedistill.neuron.dynamics import IF, Neuron
+from spikedistill.neuron.layer import Spiking
+from spikedistill.shapes import ClassLogits, Image, Logits
+from spikedistill.student.calibrate import Rule, record, thresholds
+from spikedistill.student.coding import Coding, Direct
+from spikedistill.student.surgery import MaxPool, Place, find_places, insert_neurons, trace
+from spikedistill.teacher.load import Normalised
+from spikedistill.teacher.zoo import initialise
+
+State = tuple[Tensor, ...]
+"""The potentials of all layers after a step, ``[B, ...]`` each, in units of their thresholds."""
+
+ROUNDING = Neuron(initial=0.5)
+"""The neuron of an inherited student: IF that starts at half of its threshold, so that T steps round the activation."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation of the ANN and the neurons that took its place."""
+
+    name: str
+    kind: str
+    source: str
+    threshold: float
+    expected_rate: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, activation by activation."""
+
+    sites: tuple[Site, ...]
+    timesteps: int
+    inherited: bool
+
+    def __str__(self) -> str:
+        """A table for people."""
+        kind = "inherited" if self.inherited else "fresh"
+        lines = [f"{len(self.sites)} layers of neurons, {kind} weights, T={self.timesteps}"]
+        width = max(len(site.name) for site in self.sites)
+        for site in self.sites:
+            rate = "" if site.expected_rate is None else f"  rate {site.expected_rate:.3f}"
+            note = f"  ({site.note})" if site.note else ""
+            lines.append(
+                f"  {site.name:{width}}  {site.kind:10}  threshold {site.threshold:8.4g}{rate}  {site.source}{note}"
+            )
+        return "\n".join(lines)
+
+
+class Student(nn.Module):
+    """A spiking network: raw images in, logits of every time step out, no state inside.
+
+    Made by ``to_spiking``. Ordinary in every other way: ``deepcopy``, ``state_dict``, ``SyncBatchNorm`` conversion and
+    ``DistributedDataParallel`` treat it like any module.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        core: fx.GraphModule,
+        ends: dict[str, tuple[str, bool]],
+        timesteps: int,
+        coding: Coding,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.core = core
+        self.coding = coding
+        self.timesteps = timesteps
+        self.tapped: tuple[str, ...] = ()
+        self._ends = ends
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def neurons(self) -> dict[str, Spiking]:
+        """The layers of neurons by name, in order of execution."""
+        return dict(self.core.get_submodule("neurons").named_children())  # type: ignore[arg-type]
+
+    def paths(self) -> list[str]:
+        """The module paths of the ANN at which ``observe`` finds a feature, in order of execution."""
+        return list(self._ends)
+
+    def set_timesteps(self, timesteps: int) -> None:
+        """Answer after another number of steps from now on.
+
+        Raises:
+            ConfigError: if it is below 1.
+        """
+        if timesteps < 1:
+            raise ConfigError(f"timesteps (={timesteps}) must be 1 or more.")
+        self.timesteps = timesteps
+
+    def forward(self, images: Tensor) -> Logits:
+        """Images ``[B, C, H, W]`` in 0..1 (or frames ``[T, B, C, H, W]``) to logits ``[T, B, K]``, from a fresh state."""
+        logits, _, _ = self._run(images, self.timesteps)
+        return logits
+
+    def observe(self, images: Tensor, paths: Sequence[str]) -> tuple[Logits, dict[str, Tensor]]:
+        """Logits ``[T, B, K]`` and the features ``[T, B, ...]`` that the ANN's modules at these paths became.
+
+        Raises:
+            ConfigError: if the ANN had no module at a path.
+        """
+        if tuple(paths) != self.tapped:
+            self.tap(paths)
+        logits, _, features = self._run(images, self.timesteps)
+        shaped = {}
+        for path, rows in features.items():
+            static = self._ends[path][1] and rows.shape[0] == logits.shape[1]
+            shaped[path] = rows.expand(len(logits), *rows.shape) if static else rows.unflatten(0, (len(logits), -1))
+        return logits, shaped
+
+    def step(self, images: Tensor, state: State | None = None) -> tuple[ClassLogits, State]:
+        """One time step of a stream.
+
+        Args:
+            images: what this step sees, ``[B, C, H, W]``; ``coding.frame`` makes it from a whole input.
+            state: what the last step returned; None begins afresh.
+
+        Returns:
+            This step's logits ``[B, K]``, and the state after it.
+        """
+        none = (None,) * len(self.neurons)
+        logits, after, _ = self.core(self._normalised(images), 1, 1, none if state is None else state, True)
+        return logits, after
+
+    def tap(self, paths: Sequence[str]) -> None:
+        """Choose the module paths whose features ``observe`` returns."""
+        nodes = {node.name: node for node in self.core.graph.nodes}
+        for path in paths:
+            if path not in self._ends:
+                raise ConfigError(unknown("module with a feature", path, self._ends))
+        result = nodes["output"]
+        logits, states, _ = result.args[0]
+        result.args = ((logits, states, {path: nodes[self._ends[path][0]] for path in paths}),)
+        self.core.recompile()
+        self.tapped = tuple(paths)
+
+    def _run(self, images: Tensor, timesteps: int) -> tuple[Logits, Any, dict[str, Tensor]]:
+        rows, repeats = self.coding.encode(images, timesteps)
+        states = (None,) * len(self.neurons)
+        logits, after, features = self.core(self._normalised(rows), timesteps, repeats, states, False)
+        return logits.unflatten(0, (timesteps, -1)), after, features
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if images.ndim < 2 or (images.shape[-3:-2] not in ((), (1,), (len(self.mean),)) and len(self.mean) > 1):
+            raise ShapeError(
+                f"Images of shape {tuple(images.shape)} were given to a network of {len(self.mean)} channels: expected "
+                "[B, C, H, W]."
+            )
+        return (images - self.mean) / self.std
+
+
+def to_spiking(
+    ann: nn.Module,
+    *,
+    timesteps: int = 4,
+    neuron: Neuron | None = None,
+    calibrate: Image | None = None,
+    inherit: bool = True,
+    rule: Rule = "least-squares",
+    percentile: float = 99.9,
+    max_pool: MaxPool = "keep",
+    coding: Coding | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[Student, Report]:
+    """Turn a trained ANN into a spiking student that starts from what the ANN knows.
+
+    Args:
+        ann: a ``Teacher``, or any network that torch.fx can trace, from images ``[B, C, H, W]`` to logits ``[B, K]``. It
+            is not changed.
+        timesteps: T, 1 or more.
+        neuron: the model; IF with ``initial=0.5`` where weights are inherited, plain IF where they are not.
+        calibrate: some hundred raw images in 0..1; thresholds are set from the ANN's activations on them.
+        inherit: keep the ANN's weights and batch norm; False gives a network with fresh weights and thresholds
+            ``neuron.threshold``, for which no calibration is needed.
+        rule: how a threshold is chosen from activations; see ``calibrate.choose_threshold``.
+        percentile: for the rule of that name.
+        max_pool: keep max pooling (over spikes it is a logical or), or exchange it for average pooling.
+        coding: what the student sees at each step; the image itself by default.
+        mean: input normalisation of a network that is no ``Teacher``; none by default.
+        std: likewise.
+
+    Returns:
+        The student, and the report of what became of each activation.
+
+    Raises:
+        ConversionError: if a part of the network has no spiking meaning; the message names it, its line and a remedy.
+        ConfigError: if an argument is outside its range, or calibration images are missing.
+    """
+    if timesteps < 1:
+        raise ConfigError(f"timesteps (={timesteps}) must be 1 or more.")
+    if inherit and calibrate is None:
+        raise ConfigError(
+            "Inherited weights need thresholds: give some hundred images as calibrate=..., or inherit=False."
+        )
+    if isinstance(ann, Normalised):
+        mean, std, ann = ann.mean.flatten().tolist(), ann.std.flatten().tolist(), ann.network
+    mean, std = mean or (0.0,), std or (1.0,)
+    neuron = neuron or (ROUNDING if inherit else IF)
+
+    copied = copy.deepcopy(ann).requires_grad_(True)
+    copied.train(True)
+    module, ends = trace(copied)
+    places = find_places(module)
+    if inherit and calibrate is not None:
+        chosen = _calibrated(module, places, calibrate, neuron, timesteps, rule, percentile, mean, std)
+    else:
+        initialise_fresh(module)
+        chosen = {place.node: (neuron.threshold, None) for place in places}
+    neurons = {place.name: Spiking(neuron, chosen[place.node][0]) for place in places}
+    static = insert_neurons(module, places, neurons, max_pool)
+    student = Student(module, _feature_nodes(module, ends, static), timesteps, coding or Direct(), mean, std)
+    sites = tuple(Site(p.name, p.kind, p.source, *chosen[p.node], p.note) for p in places)
+    return student.to(next(ann.parameters()).device), Report(sites, timesteps, inherit)
+
+
+def _calibrated(
+    module: fx.GraphModule,
+    places: list[Place],
+    images: Image,
+    neuron: Neuron,
+    timesteps: int,
+    rule: Rule,
+    percentile: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, tuple[float, float]]:
+    device = next(module.parameters()).device
+    normalise = Normalised(nn.Identity(), mean, std).to(device)
+    with torch.no_grad():
+        inputs = normalise.answer(images.to(device))
+    try:
+        activations = record(module, {place.node for place in places}, inputs)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(
+            f"The network does not accept the calibration images of shape {tuple(images.shape)} ({reason}): give images"
+            " as it was trained on."
+        ) from error
+    return thresholds(activations, neuron, timesteps, rule, percentile)
+
+
+def initialise_fresh(module: nn.Module) -> None:
+    """New weights for every layer that has a rule for them."""
+    for layer in module.modules():
+        reset = getattr(layer, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    initialise(module)
+
+
+def _feature_nodes(
+    module: fx.GraphModule, ends: dict[str, fx.Node], static: dict[str, None]
+) -> dict[str, tuple[str, bool]]:
+    """For each module path of the ANN the node that now carries its output, and whether that is the same at every step."""
+    present = {node.name for node in module.graph.nodes}
+    replaced = {node.meta["replaces"]: node.name for node in module.graph.nodes if "replaces" in node.meta}
+    named = {path: replaced.get(node.name, node.name) for path, node in ends.items()}
+    return {path: (name, name in static) for path, name in named.items() if name in present}

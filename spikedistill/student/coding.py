@@ -1,0 +1,98 @@
+"""Image to current: what a student sees at each of its T steps. Pixels are raw, between 0 and 1."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spikedistill.errors import ShapeError
+
+
+class Coding(Protocol):
+    """Turns an input into rows for the network, and says how often each row is used."""
+
+    def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
+        """``[B, ...]`` rows used ``timesteps`` times, or ``[T*B, ...]`` rows used once."""
+        ...
+
+    def frame(self, images: Tensor, t: int, timesteps: int) -> Tensor:
+        """What step t (0 .. T-1) of a stream sees, ``[B, ...]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The image itself at every step; the first layers compute it once and the first neurons turn it into spikes."""
+
+    def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
+        """Images ``[B, ...]``, each used T times."""
+        return images, timesteps
+
+    def frame(self, images: Tensor, t: int, timesteps: int) -> Tensor:
+        """The image."""
+        return images
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Input that already has a time axis, ``[T, B, ...]``, such as binned events."""
+
+    def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
+        """Frames ``[T, B, ...]`` to rows ``[T*B, ...]``.
+
+        Raises:
+            ShapeError: if there are not T frames.
+        """
+        if images.ndim < 3 or images.shape[0] != timesteps:
+            raise ShapeError(
+                f"Frames of shape {tuple(images.shape)} were given for timesteps={timesteps}: expected [T, B, ...]; bin"
+                " the events into T frames, or call student.set_timesteps."
+            )
+        return images.flatten(0, 1), 1
+
+    def frame(self, images: Tensor, t: int, timesteps: int) -> Tensor:
+        """Frame t."""
+        return images[t]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Each pixel spikes at each step with a probability equal to its brightness (Bernoulli).
+
+    Args:
+        seed: fixes the spikes of a call; without it torch's global generator draws them.
+    """
+
+    seed: int | None = None
+
+    def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
+        """Images ``[B, ...]`` to rows ``[T*B, ...]`` of zeros and ones."""
+        return torch.cat([self.frame(images, t, timesteps) for t in range(timesteps)]), 1
+
+    def frame(self, images: Tensor, t: int, timesteps: int) -> Tensor:
+        """The spikes of step t."""
+        generator = None if self.seed is None else torch.Generator(images.device).manual_seed(self.seed + t)
+        return torch.bernoulli(images.float().clamp(0, 1), generator=generator).to(images.dtype)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Each pixel spikes once, the brighter the earlier: at step ``floor((1 - p) T)``; black pixels never do."""
+
+    def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
+        """Images ``[B, ...]`` to rows ``[T*B, ...]`` of zeros and ones."""
+        return torch.cat([self.frame(images, t, timesteps) for t in range(timesteps)]), 1
+
+    def frame(self, images: Tensor, t: int, timesteps: int) -> Tensor:
+        """The spikes of step t."""
+        when = ((1 - images.clamp(0, 1)) * timesteps).floor()
+        return (when == t).to(images.dtype)
+
+
+CODINGS: dict[str, type[Direct] | type[Rate] | type[Latency] | type[Frames]] = {
+    "direct": Direct,
+    "frames": Frames,
+    "latency": Latency,
+    "rate": Rate,
+}

@@ -1,0 +1,46 @@
+"""Named activations by module path, without editing the model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from spikedistill.errors import ConfigError, unknown
+
+
+@contextmanager
+def taps(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect what the modules at the paths return while the context is open.
+
+    A module called more than once leaves its last output.
+
+    >>> import torch
+    >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> with taps(network, ["0"]) as seen:
+    ...     _ = network(torch.zeros(1, 2))
+    >>> seen["0"].shape
+    torch.Size([1, 3])
+
+    Raises:
+        ConfigError: if there is no module at a path, or it does not return a tensor.
+    """
+    modules = dict(network.named_modules())
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for path in paths:
+        if path not in modules:
+            raise ConfigError(unknown(f"module in {type(network).__name__}", path, [name for name in modules if name]))
+
+        def keep(_: nn.Module, __: object, output: Tensor, path: str = path) -> None:
+            if not isinstance(output, Tensor):
+                raise ConfigError(
+                    f"The module '{path}' returns {type(output).__name__}: tap one that returns a tensor."
+                )
+            seen[path] = output
+
+        handles.append(modules[path].register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

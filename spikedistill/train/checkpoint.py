@@ -1,0 +1,74 @@
+"""Resumable checkpoints: everything that the next step depends on, in one safetensors file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikedistill.errors import RunError
+from spikedistill.files import read_tensors, write_tensors
+
+
+def save_checkpoint(
+    path: Path, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer, facts: Mapping[str, Any]
+) -> None:
+    """Write modules, optimiser, random state and facts, atomically."""
+    tensors = {
+        f"{role}.{name}": value for role, module in modules.items() for name, value in module.state_dict().items()
+    }
+    tensors |= _optimiser_tensors(optimiser)
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    write_tensors(path, tensors, facts)
+
+
+def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """Give modules, optimiser and random state back what ``save_checkpoint`` wrote; return the facts.
+
+    Raises:
+        WeightsError: if the file is missing or broken.
+        RunError: if it belongs to another network or optimiser.
+    """
+    tensors, facts = read_tensors(path)
+    try:
+        for role, module in modules.items():
+            prefix = f"{role}."
+            module.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+        _restore_optimiser(optimiser, tensors)
+    except (RuntimeError, IndexError, KeyError) as error:
+        raise RunError(
+            f"The checkpoint '{path}' belongs to another network or optimiser ({str(error).splitlines()[0]}): resume"
+            " with the recipe that it was made with, or start in a new directory."
+        ) from error
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    return facts
+
+
+def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimiser.state_dict()["state"]
+    return {
+        f"optimiser.{index}.{key}": value
+        for index, entries in state.items()
+        for key, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimiser."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = _placed(value, parameters[int(index)])
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
+    """A state tensor in the memory layout of its parameter, which fused optimisers expect."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value

@@ -1,0 +1,69 @@
+"""Where and in which number format a run computes, with the reason, so that it can be said."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spikedistill.errors import ConfigError
+from spikedistill.train.recipe import Training
+
+FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+"""Processor flags (x86, then ARM) under which bfloat16 convolutions beat float32."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A number format and why it was chosen."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        ConfigError: if it does not exist here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"The device '{name}' cannot be used here ({reason}): give --device cpu, or auto.") from error
+    return device
+
+
+def choose_precision(config: Training, device: torch.device) -> Precision:
+    """bfloat16 where it is asked for, or where ``auto`` finds hardware for it."""
+    if config.precision == "fp32":
+        return Precision(torch.float32, "float32 was asked for")
+    if config.precision == "bf16":
+        return Precision(torch.bfloat16, "bfloat16 was asked for")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return _precision(fast, torch.cuda.get_device_name(device))
+    if device.type == "cpu":
+        flags = _processor_flags()
+        found = [flag for flag in FAST_BF16 if flag in flags]
+        return _precision(bool(found), f"the processor ({found[0] if found else 'no bfloat16 instructions'})")
+    return Precision(torch.float32, f"bfloat16 is not tried on {device.type}")
+
+
+def _precision(fast: bool, who: str) -> Precision:
+    if fast:
+        return Precision(torch.bfloat16, f"{who} computes bfloat16")
+    return Precision(torch.float32, f"{who} does not compute bfloat16")
+
+
+def _processor_flags() -> set[str]:
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        return set()
+    for line in information.read_text(encoding="utf-8").splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return set(line.partition(":")[2].split())
+    return set()

@@ -1,0 +1,104 @@
+"""The choices of a run as frozen values, checked as a whole, saved beside the weights."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spikedistill.data.augment import Augment
+from spikedistill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Data:
+    """What comes in."""
+
+    data: str = "digits"
+    """A set (digits, mnist, fashion-mnist, cifar10, cifar100), a folder of images by class, or a .npz file."""
+    data_dir: str | None = None
+    """Where named sets lie; else $SPIKEDISTILL_DATA; else ./data."""
+    image_size: int | None = None
+    """Side in pixels to which the images of a folder are resized."""
+    validation: float = 0.1
+    """Share of the training set held out for choosing (0: none)."""
+    crop: int = 0
+    """Augmentation: pixels of padding before a random crop."""
+    flip: bool = False
+    """Augmentation: mirror half of the images."""
+    cutout: int = 0
+    """Augmentation: side in pixels of an erased square."""
+    policy: Literal["none", "trivial", "autoaugment"] = "none"
+    """Augmentation: a policy of colour and shape changes."""
+
+    def augment(self) -> Augment:
+        """The augmentation that the fields describe."""
+        return Augment(self.crop, self.flip, self.cutout, self.policy)
+
+    def faults(self) -> list[str]:
+        """What cannot work, one sentence each."""
+        faults = []
+        if not 0 <= self.validation < 1:
+            faults.append(f"validation (={self.validation}) is a share of the training set: 0 <= validation < 1")
+        if self.crop < 0 or self.cutout < 0:
+            faults.append(f"crop (={self.crop}) and cutout (={self.cutout}) are sizes in pixels: 0 or more")
+        return faults
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained."""
+
+    epochs: int = 10
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images a step, over all processes."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with Nesterov momentum, or AdamW."""
+    lr: float = 0.1
+    """Highest learning rate."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 5e-4
+    """Decay of weight matrices and kernels; biases, norms and thresholds have none."""
+    schedule: Literal["cosine", "one-cycle"] = "cosine"
+    """Cosine: short warm-up, then half a cosine to 0. One-cycle: up and down in straight lines."""
+    warmup: float = 0.05
+    """Share of the steps over which the rate rises."""
+    clip: float = 0.0
+    """Largest norm of the gradient (0: no limit)."""
+    ema: float = 0.0
+    """Decay a step of the averaged weights that become the result (0: none; 0.999 is usual)."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of the large operations; auto takes bf16 where the processor has it."""
+    channels_last: bool = True
+    """Memory order of images inside the network; faster for convolutions nearly everywhere."""
+    device: str = "auto"
+    """cpu, cuda, mps ...; auto takes the best there is."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between resumable checkpoints within an epoch (each epoch ends with one)."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+
+    def faults(self) -> list[str]:
+        """What cannot work, one sentence each."""
+        least = {"epochs": 1, "batch_size": 2, "lr": 0, "weight_decay": 0, "clip": 0, "checkpoint_minutes": 0}
+        faults = [
+            f"{name} (={getattr(self, name)}) must be {low} or more"
+            for name, low in least.items()
+            if not getattr(self, name) >= low
+        ]
+        for name in ("momentum", "warmup", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{name} (={getattr(self, name)}) must be 0 or more and below 1")
+        return faults
+
+
+def check(*parts: Any) -> None:
+    """Report every fault of a recipe's parts at once.
+
+    Raises:
+        ConfigError: if any part has a fault.
+    """
+    faults = [fault for part in parts for fault in part.faults()]
+    if faults:
+        raise ConfigError("The recipe cannot work: " + "; ".join(faults) + ".")
