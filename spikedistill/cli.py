@@ -106,7 +106,7 @@ def _parse(command: str, kind: type, default: Any, arguments: Sequence[str]) -> 
     )
     both.__doc__ = kind.__doc__
     parsed = tyro.cli(
-        tyro.conf.OmitArgPrefixes[both],  # type: ignore[valid-type]
+        tyro.conf.OmitArgPrefixes[both],  # type: ignore[valid-type, misc]
         prog=f"spikedistill {command} [RECIPE]",
         args=list(arguments),
     )

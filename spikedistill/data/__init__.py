@@ -1,0 +1,1 @@
+"""0. What comes in: images, their augmentation."""

@@ -5,6 +5,7 @@ The test part is touched once, at the end of a run; a validation part is cut out
 """
 
 import io
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -249,7 +250,7 @@ def _sheets(pack: Any, part: str, path: Path) -> Pixels:
     rows, columns = (int(size) for size in pack["grid_rc"])
     stored, ends = pack[f"{part}_sheets"].tobytes(), pack[f"{part}_offsets"]
     tiles = []
-    for start, end in zip(ends, ends[1:]):
+    for start, end in itertools.pairwise(ends):
         sheet = np.asarray(Pillow.open(io.BytesIO(stored[start:end])).convert("RGB"))[:, :, :channels]
         grid = sheet.reshape(rows, height, columns, width, channels).transpose(0, 2, 1, 3, 4)
         tiles.append(grid.reshape(rows * columns, height, width, channels))

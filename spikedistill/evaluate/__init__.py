@@ -1,0 +1,1 @@
+"""5. How well: accuracy at every step, agreement, firing rates."""

@@ -1,0 +1,1 @@
+"""2. The mathematics of a spike."""

@@ -2,8 +2,8 @@
 
 Both passes are plain Python over tensors ``[T, N]`` that torch.compile turns into one loop over the N neurons, each of
 which keeps its potential in a register. Backward computes the potentials again from the current, so nothing is stored
-beyond what went in. With g_t the gradient that arrives at the spikes of step t, theta the threshold, ``'`` the surrogate,
-and r the gradient at the potential after the reset, from the last step to the first:
+beyond what went in. With g_t the gradient that arrives at the spikes of step t, theta the threshold, ``'`` the
+surrogate, and r the gradient at the potential after the reset, from the last step to the first:
 
     at the spike       q = theta g_t - r          (subtractive reset; to zero: theta g_t - u r; detached: theta g_t)
     at the charge      p = r + q s'(u - 1)        (to zero: (1 - s) r + q s'(u - 1))
@@ -34,7 +34,7 @@ Kernel = Callable[..., Any]
 def _charges(
     neuron: Neuron, current: Tensor, state: Tensor | None, leak: Tensor, threshold: Tensor, timesteps: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Potentials before charge, after charge, and spikes, of every step; the last entry of the first is the final one."""
+    """The potential before and after the charge, and spikes, of each step; the first list ends with the last one."""
     constant = current.shape[0] == 1
     before = [torch.full_like(current[0], neuron.initial, dtype=torch.float32) if state is None else state]
     charged, spikes = [], []
@@ -139,7 +139,7 @@ class _Fused(torch.autograd.Function):
         return _call(_forward, neuron, current, state, leak, threshold, timesteps, keep)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         current, state, leak, threshold = ctx.saved_tensors
         if grad is None:
             grad = current.new_zeros(1).expand(ctx.timesteps, current.shape[1])
@@ -164,8 +164,9 @@ def fused_run(
 @functools.cache
 def works(device_type: str) -> bool:
     """Whether this machine can compile for the device; says so once where it cannot."""
+    one = torch.ones((), device=device_type)
     try:
-        fused_run(torch.zeros(1, 8, device=device_type), None, Neuron(), *torch.ones(2, device=device_type), 1, False)
+        fused_run(torch.zeros(1, 8, device=device_type), None, Neuron(), one, one, 1, False)
     except Exception as error:  # whatever a missing or broken compiler raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warnings.warn(

@@ -123,6 +123,6 @@ def _restore(flat: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
 
 
 def _damped(threshold: Tensor, neurons: int) -> Tensor:
-    """The threshold, its gradient divided by the root of the layer's size, as in LSQ (arXiv 1902.08153, section 2.2)."""
+    """The threshold with its gradient over the root of the layer's size, as in LSQ (arXiv 1902.08153, section 2.2)."""
     scale = 1.0 / math.sqrt(neurons)
     return threshold * scale + (threshold * (1.0 - scale)).detach()

@@ -7,7 +7,7 @@ Forward is exactly the step, ``H(0) = 1``; backward multiplies by ``gradient(u)`
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch import Tensor
 from spikedistill.errors import ConfigError
 
 
+@runtime_checkable
 class Surrogate(Protocol):
-    """Anything with ``gradient(u)``, of the shape of ``u``; make it a frozen dataclass, so that kernels can be cached."""
+    """Anything with ``gradient(u)``, of the shape of ``u``; a frozen dataclass, so that kernels can be cached."""
 
     def gradient(self, u: Tensor) -> Tensor:
         """The stand-in for ``ds/du``."""

@@ -1,0 +1,1 @@
+"""4. What the student is taught: a file a published method."""

@@ -1,9 +1,9 @@
 """KDSNN: what the ANN answers and what it sees inside, taught to the SNN (Xu et al., CVPR 2023, arXiv 2304.05627).
 
-The paper describes a response-based form (soft labels with a temperature, section 3.2) and a feature-based form (inner layers
-of both networks), each joined with the labels in one loss. Its weights, temperature, layers and distances were not
-available to us: the response form below is that of Hinton et al. (arXiv 1503.02531), the feature form follows Heo et al.
-(arXiv 1904.01866), and every constant is this project's choice.
+The paper describes a response-based form (soft labels with a temperature, section 3.2) and a feature-based form (inner
+layers of both networks), each joined with the labels in one loss. Its weights, temperature, layers and distances were
+not available to us: the response form below is that of Hinton et al. (arXiv 1503.02531), the feature form follows Heo
+et al. (arXiv 1904.01866), and every constant is this project's choice.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def feature_distance(student: Tensor, teacher: Tensor, partial: bool = False) ->
     Args:
         student: time-averaged features ``[B, ...]``, already of the teacher's shape.
         teacher: the teacher's features ``[B, ...]``.
-        partial: do not count places where the teacher is not positive and the student lies below it (Heo et al., eq. 2).
+        partial: leave out places where the teacher is not positive and the student lies below it (Heo et al., eq. 2).
     """
     difference = (student - teacher).square()
     if partial:
@@ -62,19 +62,19 @@ def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both feature maps at the smaller of their sizes, by average pooling; vectors stay as they are."""
     if student.ndim < 4 or student.shape[2:] == teacher.shape[2:]:
         return student, teacher
-    size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:])]
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
 
 
-def make_adapter(student: Tensor, teacher: Tensor) -> nn.Module:
-    """A 1 x 1 convolution (for vectors: a linear layer) where channel counts differ, else nothing."""
+def make_adapter(student: Tensor, teacher: Tensor, always: bool) -> nn.Module:
+    """A 1 x 1 convolution (for vectors: a linear layer) where channel counts differ or ``always``, else nothing."""
     inputs, outputs = student.shape[1], teacher.shape[1]
     if student.ndim != teacher.ndim or student.ndim not in (2, 4):
         raise ConfigError(
             f"Features of shapes {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared: pair maps [B, C,"
             " H, W] with maps, or vectors [B, C] with vectors."
         )
-    if inputs == outputs:
+    if inputs == outputs and not always:
         return nn.Identity()
     return nn.Conv2d(inputs, outputs, 1, bias=False) if student.ndim == 4 else nn.Linear(inputs, outputs, bias=False)
 
@@ -90,11 +90,11 @@ def compare(batch: Batch, pairs: Pairs, adapters: nn.ModuleDict, margin: bool, p
     return torch.stack(distances).mean()
 
 
-def make_adapters(batch: Batch, pairs: Pairs) -> nn.ModuleDict:
+def make_adapters(batch: Batch, pairs: Pairs, always: bool) -> nn.ModuleDict:
     """One adapter a pair, under its number."""
     return nn.ModuleDict(
         {
-            str(number): make_adapter(batch.features[ours].mean(0), batch.teacher_features[theirs])
+            str(number): make_adapter(batch.features[ours].mean(0), batch.teacher_features[theirs], always)
             for number, (theirs, ours) in enumerate(pairs)
         }
     )
@@ -140,6 +140,8 @@ class KDSNNFeature(Objective):
     Args:
         pairs: (teacher path, student path) of modules whose outputs are compared.
         weight: of the distance, 0 or more.
+        adapt: a 1 x 1 convolution for every pair, not only where channel counts differ; a student with fresh weights
+            has no reason to use the teacher's channels and scale.
         margin: pass the teacher's features through ``margin_relu``.
         partial: see ``feature_distance``.
         label_smoothing: of the labels, 0..1.
@@ -147,6 +149,7 @@ class KDSNNFeature(Objective):
 
     pairs: Pairs = ()
     weight: float = 1.0
+    adapt: bool = False
     margin: bool = False
     partial: bool = False
     label_smoothing: float = 0.0
@@ -157,8 +160,8 @@ class KDSNNFeature(Objective):
         _check_features(self.pairs, self.weight)
 
     def adapters(self, batch: Batch) -> nn.ModuleDict:
-        """1 x 1 convolutions where channels differ."""
-        return make_adapters(batch, self.pairs)
+        """1 x 1 convolutions."""
+        return make_adapters(batch, self.pairs, self.adapt)
 
     def __call__(self, batch: Batch, adapters: nn.ModuleDict) -> Terms:
         """Two terms, ``labels`` and ``features``."""
@@ -178,6 +181,7 @@ class KDSNN(Objective):
     temperature: float = 2.0
     alpha: float = 0.7
     weight: float = 1.0
+    adapt: bool = False
     margin: bool = False
     partial: bool = False
     label_smoothing: float = 0.0
@@ -190,8 +194,8 @@ class KDSNN(Objective):
         _check_features(self.pairs, self.weight)
 
     def adapters(self, batch: Batch) -> nn.ModuleDict:
-        """1 x 1 convolutions where channels differ."""
-        return make_adapters(batch, self.pairs)
+        """1 x 1 convolutions."""
+        return make_adapters(batch, self.pairs, self.adapt)
 
     def __call__(self, batch: Batch, adapters: nn.ModuleDict) -> Terms:
         """Three terms, ``labels``, ``soft`` and ``features``."""

@@ -85,11 +85,16 @@ class StudentChoice:
     coding: Literal["direct", "latency", "rate"] = "direct"
     """What the student sees at each step."""
 
-    def make_neuron(self, inherits: bool) -> Neuron:
+    @property
+    def inherits(self) -> bool:
+        """Whether the student starts from the teacher's weights."""
+        return self.student == "same" if self.inherit is None else self.inherit
+
+    def make_neuron(self) -> Neuron:
         """The neuron model that the fields describe."""
         base = NEURONS[self.neuron]
         given = {"leak": self.leak, "reset": None if self.reset is None else Reset(self.reset), "initial": self.initial}
-        given["initial"] = (0.5 if inherits else 0.0) if self.initial is None else self.initial
+        given["initial"] = (0.5 if self.inherits else 0.0) if self.initial is None else self.initial
         return dataclasses.replace(
             base,
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
@@ -128,6 +133,8 @@ class Method:
     """Weight of the distance of inner features."""
     pairs: tuple[tuple[str, str], ...] = ()
     """Module paths (teacher, student) whose features are compared; by default the ends of their stages."""
+    adapt: bool | None = None
+    """Compare through 1 x 1 convolutions even where channels agree; by default just if weights are not inherited."""
     margin: bool = False
     """Pass the teacher's features through a margin ReLU."""
     partial: bool = False
@@ -135,10 +142,12 @@ class Method:
     label_smoothing: float = 0.0
     """Share of probability spread over all classes."""
 
-    def objective(self, pairs: Pairs) -> Objective:
+    def objective(self, pairs: Pairs, inherits: bool) -> Objective:
         """The objective that the fields describe."""
         smoothing = self.label_smoothing
-        features = {"pairs": pairs, "weight": self.feature_weight, "margin": self.margin, "partial": self.partial}
+        adapt = not inherits if self.adapt is None else self.adapt
+        features = {"pairs": pairs, "weight": self.feature_weight, "adapt": adapt}
+        features |= {"margin": self.margin, "partial": self.partial}
         soft = {"temperature": self.temperature, "alpha": self.alpha}
         methods: dict[str, Callable[[], Objective]] = {
             "direct": lambda: Direct(smoothing),
@@ -183,16 +192,26 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
     teacher, architecture = find_teacher(recipe.who, images)
     student, report, network = build_student(recipe, teacher, architecture, images)
-    objective = recipe.what.objective(feature_pairs(recipe.what, teacher.network, student))
+    objective = recipe.what.objective(feature_pairs(recipe.what, teacher.network, student), report.inherited)
     run = Run(out)
     run.start({"kind": "distill", **asdict(recipe)}, resume)
     progress.say(str(report).splitlines()[0])
     run.write("conversion", asdict(report))
-    options = {"augment": recipe.data.augment(), "validation": recipe.data.validation}
+    augment, held = recipe.data.augment(), recipe.data.validation
     with progress:
         if not resume:
             run.write("before", measure(student, teacher, images, recipe.training, 1000))
-        fit(student, objective, images, recipe.training, run, teacher=teacher, progress=progress, **options)
+        fit(
+            student,
+            objective,
+            images,
+            recipe.training,
+            run,
+            teacher=teacher,
+            augment=augment,
+            validation=held,
+            progress=progress,
+        )
         results = measure(student, teacher, images, recipe.training)
     facts = {"kind": "student", "architecture": network.facts(), "recipe": asdict(recipe), "data": images.name}
     facts |= {"mean": student.mean.flatten().tolist(), "std": student.std.flatten().tolist(), "results": results}
@@ -236,8 +255,7 @@ def build_student(
 ) -> tuple[Student, Report, Architecture]:
     """The student that a recipe names, before training, with its report and architecture."""
     choice = recipe.student
-    same = choice.student == "same"
-    inherits = same if choice.inherit is None else choice.inherit
+    same, inherits = choice.student == "same", choice.inherits
     if not same:
         architecture = Architecture(choice.student, images.classes, images.channels, choice.student_width)
     torch.manual_seed(recipe.training.seed)
@@ -246,7 +264,7 @@ def build_student(
     student, report = to_spiking(
         ann,
         timesteps=choice.timesteps,
-        neuron=choice.make_neuron(inherits),
+        neuron=choice.make_neuron(),
         calibrate=to_unit(images.train_images[::stride][: choice.calibration]) if inherits else None,
         inherit=inherits,
         rule=choice.rule,
@@ -260,7 +278,7 @@ def build_student(
 
 
 def feature_pairs(method: Method, teacher: nn.Module, student: Student) -> Pairs:
-    """The pairs that were asked for; else stage ends (layer1, layer2, ... or stage1, ...), matched from the last backwards."""
+    """The pairs that were asked for; else the stage ends (layer1, stage1, ...), matched from the last backwards."""
     if method.pairs or method.method not in ("kdsnn", "kdsnn-feature"):
         return method.pairs
     theirs = [name for name, _ in teacher.named_children() if re.fullmatch(r"(layer|stage)\D?\d+", name)]
@@ -287,8 +305,9 @@ def measure(
         limit: look at training images instead, so many, evenly spaced; nothing of the test part is then used.
 
     Returns:
-        ``accuracy_by_step`` and ``test_accuracy`` (percent), ``firing_rate`` and ``firing_rate_by_layer`` (percent of all
-        chances to spike); with a teacher also ``teacher_accuracy``, ``agreement`` (percent) and ``divergence`` (nats).
+        ``accuracy_by_step`` and ``test_accuracy`` (percent), ``firing_rate`` and ``firing_rate_by_layer``
+        (percent of all chances to spike); with a teacher also ``teacher_accuracy``, ``agreement`` (percent) and
+        ``divergence`` (nats).
     """
     pixels, labels = images.test_images, images.test_labels
     if limit is not None:

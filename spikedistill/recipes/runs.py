@@ -31,11 +31,10 @@ def load_student(path: str | Path) -> tuple[Student, Distill]:
         )
     recipe = to_recipe(facts["recipe"])
     architecture = Architecture(**facts["architecture"])
-    inherits = recipe.student.student == "same" if recipe.student.inherit is None else recipe.student.inherit
     student, _ = to_spiking(
         architecture.build(),
         timesteps=recipe.student.timesteps,
-        neuron=recipe.student.make_neuron(inherits),
+        neuron=recipe.student.make_neuron(),
         inherit=False,
         max_pool=recipe.student.max_pool,
         coding=CODINGS[recipe.student.coding](),
@@ -49,7 +48,7 @@ def load_student(path: str | Path) -> tuple[Student, Distill]:
 def to_recipe(content: Mapping[str, Any]) -> Distill:
     """A recipe from its JSON form."""
     parts = {"who": TeacherChoice, "student": StudentChoice, "what": Method, "data": Data, "training": Training}
-    return Distill(**{name: kind(**_tuples(content[name])) for name, kind in parts.items()})  # type: ignore[arg-type]
+    return Distill(**{name: kind(**_tuples(content[name])) for name, kind in parts.items()})
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,9 +54,18 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
     network = OneStep(architecture.build(), mean, std)
     run = Run(out)
     run.start({"kind": "teach", **asdict(recipe)}, resume)
-    options = {"augment": recipe.data.augment(), "validation": recipe.data.validation}
+    augment, held = recipe.data.augment(), recipe.data.validation
     with progress:
-        fit(network, Direct(recipe.label_smoothing), images, recipe.training, run, progress=progress, **options)
+        fit(
+            network,
+            Direct(recipe.label_smoothing),
+            images,
+            recipe.training,
+            run,
+            augment=augment,
+            validation=held,
+            progress=progress,
+        )
         precision = choose_precision(recipe.training, choose_device(recipe.training.device))
         logits = answers(network, images.test_images, precision.dtype)
     results = {"test_accuracy": accuracy_by_step(logits, images.test_labels)[-1]}

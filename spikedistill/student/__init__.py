@@ -1,0 +1,1 @@
+"""3. ANN to SNN: surgery on the graph, calibration, coding."""

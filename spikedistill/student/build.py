@@ -1,7 +1,7 @@
 """``to_spiking``: an ANN goes in, a spiking student and a report come out. Conversion is read whole on this page."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ class Student(nn.Module):
         self.timesteps = timesteps
 
     def forward(self, images: Tensor) -> Logits:
-        """Images ``[B, C, H, W]`` in 0..1 (or frames ``[T, B, C, H, W]``) to logits ``[T, B, K]``, from a fresh state."""
+        """Images ``[B, C, H, W]`` in 0..1 (or frames ``[T, B, C, H, W]``) to logits ``[T, B, K]``; begins afresh."""
         logits, _, _ = self._run(images, self.timesteps)
         return logits
 
@@ -184,8 +184,8 @@ def to_spiking(
     """Turn a trained ANN into a spiking student that starts from what the ANN knows.
 
     Args:
-        ann: a ``Teacher``, or any network that torch.fx can trace, from images ``[B, C, H, W]`` to logits ``[B, K]``. It
-            is not changed.
+        ann: a ``Teacher``, or any network that torch.fx can trace, from images ``[B, C, H, W]`` to logits ``[B, K]``;
+            it is not changed.
         timesteps: T, 1 or more.
         neuron: the model; IF with ``initial=0.5`` where weights are inherited, plain IF where they are not.
         calibrate: some hundred raw images in 0..1; thresholds are set from the ANN's activations on them.
@@ -220,11 +220,12 @@ def to_spiking(
     copied.train(True)
     module, ends = trace(copied)
     places = find_places(module)
+    chosen: Mapping[str, tuple[float, float | None]]
     if inherit and calibrate is not None:
         chosen = _calibrated(module, places, calibrate, neuron, timesteps, rule, percentile, mean, std)
     else:
         initialise_fresh(module)
-        chosen = {place.node: (neuron.threshold, None) for place in places}
+        chosen = dict.fromkeys((place.node for place in places), (neuron.threshold, None))
     neurons = {place.name: Spiking(neuron, chosen[place.node][0]) for place in places}
     static = insert_neurons(module, places, neurons, max_pool)
     student = Student(module, _feature_nodes(module, ends, static), timesteps, coding or Direct(), mean, std)
@@ -270,7 +271,7 @@ def initialise_fresh(module: nn.Module) -> None:
 def _feature_nodes(
     module: fx.GraphModule, ends: dict[str, fx.Node], static: dict[str, None]
 ) -> dict[str, tuple[str, bool]]:
-    """For each module path of the ANN the node that now carries its output, and whether that is the same at every step."""
+    """For each module path the node that now carries its output, and whether that is the same at every step."""
     present = {node.name for node in module.graph.nodes}
     replaced = {node.meta["replaces"]: node.name for node in module.graph.nodes if "replaces" in node.meta}
     named = {path: replaced.get(node.name, node.name) for path, node in ends.items()}

@@ -1,8 +1,8 @@
 """Thresholds from the activations of the ANN.
 
-A neuron answers to a constant current x with a rate ``r(x / threshold)``: a staircase for IF, something else with a leak or
-a reset to zero. The staircase is taken from the neuron itself, by running the reference once over a fine grid of currents,
-so the rules below hold for any neuron.
+A neuron answers to a constant current x with a rate ``r(x / threshold)``: a staircase for IF, another with a leak
+or a reset to zero. The staircase is taken from the neuron itself, by running the reference once over a fine grid of
+currents, so the rules below hold for any neuron.
 """
 
 import random

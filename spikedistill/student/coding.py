@@ -1,7 +1,7 @@
 """Image to current: what a student sees at each of its T steps. Pixels are raw, between 0 and 1."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from spikedistill.errors import ShapeError
 
 
+@runtime_checkable
 class Coding(Protocol):
     """Turns an input into rows for the network, and says how often each row is used."""
 

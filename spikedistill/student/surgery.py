@@ -1,9 +1,9 @@
 """Every activation call site becomes its own neuron.
 
 The network is traced by torch.fx into a graph of operations. Each activation in it, be it a module, a function or a
-method, and each call of a module that is called twice, becomes a ``Spiking`` layer of its own. The graph then takes, beside
-the images, ``timesteps``, ``repeats``, ``states`` and ``keep``, and returns ``(output, states, features)``: state is
-an argument and a result, and lives nowhere.
+method, and each call of a module that is called twice, becomes a ``Spiking`` layer of its own. The graph then takes,
+beside the images, ``timesteps``, ``repeats``, ``states`` and ``keep``; it returns ``(output, states, features)``: state
+is an argument and a result, and lives nowhere.
 
 What comes before the first neuron does not depend on time. It keeps the batch ``[B, ...]`` and runs once; where a
 time-dependent operation needs it (a skip connection), ``repeat_time`` spreads it to ``[T*B, ...]``.
@@ -261,9 +261,9 @@ def _refuse_meaningless(module: fx.GraphModule, node: fx.Node) -> None:
     known = node.target in TIMELESS_METHODS if isinstance(node.target, str) else node.target in TIMELESS_CALLS
     if not known:
         raise _refusal(f"'{name}' (node {node.name})", name, node)
-    if node.target in PRODUCTS and sum(isinstance(argument, fx.Node) for argument in node.args) > 1:
-        if not all(_is_size(argument) for argument in node.args if isinstance(argument, fx.Node)):
-            raise _refusal(f"the product '{name}' of two signals (node {node.name})", "gate", node)
+    factors = [argument for argument in node.args if isinstance(argument, fx.Node)]
+    if node.target in PRODUCTS and len(factors) > 1 and not all(_is_size(factor) for factor in factors):
+        raise _refusal(f"the product '{name}' of two signals (node {node.name})", "gate", node)
 
 
 def _is_size(node: Any) -> bool:
@@ -291,7 +291,7 @@ def source_of(node: fx.Node) -> str:
 def insert_neurons(
     module: fx.GraphModule, places: list[Place], neurons: dict[str, Spiking], max_pool: MaxPool
 ) -> dict[str, None]:
-    """Put the neurons into the graph, in place (its new signature: the head of this file); return the timeless nodes."""
+    """Put the neurons into the graph, in place (its signature: the head of this file); return the timeless nodes."""
     graph = module.graph
     static = _static_nodes(graph, {place.node for place in places})
     inputs = _single_input(graph)

@@ -1,0 +1,1 @@
+"""1. The trained ANN: architectures, weights, named activations."""

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,7 +194,7 @@ class Teacher(Normalised):
         """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``."""
         return self.answer(images)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode."""
         return super().train(False)
 

@@ -58,7 +58,7 @@ class PreActBlock(nn.Module):
 
 
 class PyramidBlock(nn.Module):
-    """Norm, convolution, norm, activation, convolution, norm, plus a zero-padded shortcut (Han et al., arXiv 1610.02915)."""
+    """Norm, conv, norm, activation, conv, norm, plus a zero-padded shortcut (Han et al., arXiv 1610.02915)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class ResidualNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """Stages of convolution, norm and activation, each ended by max pooling (Simonyan and Zisserman, arXiv 1409.1556)."""
+    """Stages of convolution, norm and activation, each ended by max pooling (Simonyan et al., arXiv 1409.1556)."""
 
     def __init__(
         self, stages: Sequence[Sequence[int]], classes: int, channels: int, hidden: Sequence[int] = ()
@@ -213,7 +213,7 @@ def wrn28_4(classes: int = 10, channels: int = 3, width: int = 64) -> ResidualNe
 
 
 def pyramidnet18(classes: int = 10, channels: int = 3, width: int = 64) -> ResidualNet:
-    """PyramidNet of 18 layers (Han et al., arXiv 1610.02915): eight blocks that grow evenly from width to 8 times width.
+    """PyramidNet of 18 layers (Han et al., arXiv 1610.02915): eight blocks, growing evenly from width to 8 x width.
 
     KDSNN names a "Pyramidnet18" and gives no widening; 7 x width is this project's choice.
     """

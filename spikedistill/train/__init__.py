@@ -1,0 +1,1 @@
+"""6. How: recipe values, the one loop, checkpoints, run directories."""

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -28,11 +28,12 @@ from spikedistill.teacher.load import Teacher
 from spikedistill.teacher.taps import taps
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
 from spikedistill.train.device import choose_device, choose_precision
-from spikedistill.train.progress import Progress
+from spikedistill.train.progress import Events, Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
 
+@runtime_checkable
 class Learner(Protocol):
     """What can be trained: logits over time, and features by module path."""
 
@@ -177,6 +178,141 @@ class Watch:
         return {} if self.rate is None else {"firing_rate": self.rate}
 
 
+class Trainer:
+    """What ``fit`` needs at every step, set up once: data, device, networks, optimiser, and where files go."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        images: ImageSet,
+        config: Training,
+        run: Run,
+        augment: Augment,
+        validation: float,
+        teacher: Teacher | None,
+        progress: Progress,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.objective, self.images, self.config, self.run = objective, images, config, run
+        self.augment, self.teacher, self.progress = augment, teacher, progress
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config, self.device)
+        progress.say(f"{self.device}, {str(self.precision.dtype).removeprefix('torch.')}: {self.precision.reason}")
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+        self.share = config.batch_size // self.accelerator.num_processes
+        self.indices, self.held = split(images.train_labels, validation, seed=0)
+        self.steps = len(self.indices) // config.batch_size
+        if self.steps < 1 or self.share < 1:
+            raise ConfigError(
+                f"batch_size (={config.batch_size}) must be at most the {len(self.indices)} training samples and at "
+                f"least the {self.accelerator.num_processes} processes."
+            )
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        for network in (student, teacher):
+            if network is not None:
+                network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        with self.autocast():
+            adapters = probe(student, teacher, objective, *self.fetch(self.order(1)[0], 0))
+        self.lesson = Lesson(student, objective, adapters.to(self.device))
+        self.optimiser = make_optimiser(self.lesson, config)
+        self.averaged: AveragedModel | None = None
+        if config.ema:
+            self.averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.watch = Watch(student)
+        several = self.accelerator.num_processes > 1
+        self.trained = self.accelerator.prepare(self.lesson) if several else self.lesson
+        self.saved = time.monotonic()
+
+    @property
+    def student(self) -> nn.Module:
+        """The network that is trained."""
+        return self.lesson.student
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is validated and kept: the averaged one, if there is one."""
+        return self.student if self.averaged is None else self.averaged.module
+
+    def autocast(self) -> torch.autocast:
+        """The number format of the large operations."""
+        return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype != torch.float32)
+
+    def order(self, epoch: int) -> list[Tensor]:
+        """The batches of an epoch."""
+        return epoch_order(self.indices, self.config.seed, epoch, self.config.batch_size)
+
+    def fetch(self, chosen: Tensor, seed: int) -> tuple[Image, Labels]:
+        """This process's share of a batch, augmented, on the device."""
+        rank = self.accelerator.process_index
+        mine = chosen[rank * self.share :][: self.share]
+        batch = self.augment(self.images.train_images[mine], seed + rank)
+        labels = self.images.train_labels[mine].to(self.device)
+        return batch.to(self.device, memory_format=self.layout, non_blocking=True), labels
+
+    def epoch(self, epoch: int, done: int, meters: Meters) -> dict[str, Any]:
+        """Train from step ``done`` to the end of an epoch; return its line for metrics.jsonl."""
+        self.progress.epoch(epoch, self.config.epochs, self.steps, done)
+        self.trained.train()
+        for step, chosen in enumerate(self.order(epoch)):
+            if step < done:
+                continue
+            rate = learning_rate((epoch - 1) * self.steps + step, self.config.epochs * self.steps, self.config)
+            meters.add(*self.step(chosen, epoch, step, rate))
+            self.progress.step({**meters.means(), **self.watch.facts()})
+            if time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes:
+                self.save(epoch - 1, step + 1, meters)
+        line = {"epoch": epoch, "step": epoch * self.steps, "lr": rate, **meters.means(), **self.watch.facts()}
+        if len(self.held):
+            logits = answers(self.judged, self.images.train_images[self.held], self.precision.dtype)
+            line["validation_accuracy"] = accuracy_by_step(logits, self.images.train_labels[self.held])[-1]
+        return line
+
+    def step(self, chosen: Tensor, epoch: int, step: int, rate: float) -> tuple[dict[str, float], int, int]:
+        """One step downhill; returns the terms, how many answers were right, and of how many."""
+        batch, labels = self.fetch(chosen, step_seed(self.config.seed, epoch, step))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        with self.autocast(), self.watch.at(step):
+            logits, terms = self.trained(batch, labels, *ask(self.teacher, batch, self.objective))
+        loss = total(terms)
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        if not math.isfinite(sum(values.values())):
+            raise ConfigError(
+                f"The loss became {values} in epoch {epoch}, step {step + 1}: lower --lr (={self.config.lr}), or set "
+                "--clip 1; the last checkpoint is untouched."
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        if self.config.clip:
+            self.accelerator.clip_grad_norm_(self.lesson.parameters(), self.config.clip)
+        self.optimiser.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.student)
+        return values, int((logits.float().mean(0).argmax(-1) == labels).sum()), len(labels)
+
+    def kept(self) -> dict[str, nn.Module]:
+        """The modules whose tensors a checkpoint holds."""
+        return {"lesson": self.lesson} | ({} if self.averaged is None else {"averaged": self.averaged})
+
+    def save(self, epoch: int, step: int, meters: Meters) -> None:
+        """Write a checkpoint: so many epochs and steps lie behind."""
+        if self.accelerator.is_main_process:
+            facts = {"epoch": epoch, "step": step, "meters": asdict(meters), "rate": self.watch.rate}
+            save_checkpoint(self.run.checkpoint, self.kept(), self.optimiser, facts)
+        self.saved = time.monotonic()
+
+    def restore(self) -> tuple[int, int, Meters]:
+        """Go back to the checkpoint, if there is one: epochs and steps that lie behind, and the sums so far."""
+        if not self.run.checkpoint.exists():
+            return 0, 0, Meters()
+        facts = load_checkpoint(self.run.checkpoint, self.kept(), self.optimiser)
+        self.run.rewind(facts["epoch"])
+        self.watch.rate = facts["rate"]
+        self.progress.say(f"going on after epoch {facts['epoch']}, step {facts['step']}")
+        return facts["epoch"], facts["step"], Meters(**facts["meters"])
+
+
 def fit(
     student: nn.Module,
     objective: Objective,
@@ -210,100 +346,20 @@ def fit(
         RunError: if a checkpoint of another run lies in the directory.
     """
     progress, augment = progress or Progress.silent(), augment or Augment()
-    torch.manual_seed(config.seed)
-    device = choose_device(config.device)
-    precision = choose_precision(config, device)
-    progress.say(f"{device}, {str(precision.dtype).removeprefix('torch.')}: {precision.reason}")
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    share = config.batch_size // accelerator.num_processes
-    indices, held = split(images.train_labels, validation, seed=0)
-    steps = len(indices) // config.batch_size
-    if steps < 1 or share < 1:
-        raise ConfigError(
-            f"batch_size (={config.batch_size}) must be at most the {len(indices)} training samples and at least the "
-            f"{accelerator.num_processes} processes."
-        )
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    for network in (student, teacher):
-        if network is not None:
-            network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-
-    def fetch(chosen: Tensor, seed: int) -> tuple[Image, Labels]:
-        mine = chosen[accelerator.process_index * share :][:share]
-        batch = augment(images.train_images[mine], seed + accelerator.process_index)
-        return batch.to(device, memory_format=layout, non_blocking=True), images.train_labels[mine].to(device)
-
-    autocast = torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
-    with autocast:
-        adapters = probe(
-            student, teacher, objective, *fetch(epoch_order(indices, config.seed, 1, config.batch_size)[0], 0)
-        )
-    lesson = Lesson(student, objective, adapters.to(device))
-    optimiser = make_optimiser(lesson, config)
-    kept: dict[str, nn.Module] = {"lesson": lesson}
-    if config.ema:
-        kept["averaged"] = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-    judged = kept["averaged"].module if config.ema else student
-    state: dict[str, Any] = {"epoch": 0, "step": 0, "meters": {}}
-    if run.checkpoint.exists():
-        state = load_checkpoint(run.checkpoint, kept, optimiser)
-        run.rewind(state["epoch"])
-        progress.say(f"going on after epoch {state['epoch']}, step {state['step']}")
-    trained = accelerator.prepare(lesson) if accelerator.num_processes > 1 else lesson
-    watch, saved = Watch(student), time.monotonic()
-
-    def save(epoch: int, step: int, meters: Meters) -> None:
-        if accelerator.is_main_process:
-            save_checkpoint(run.checkpoint, kept, optimiser, {"epoch": epoch, "step": step, "meters": asdict(meters)})
-
-    line: dict[str, Any] = (run.lines("metrics") or [{}])[-1]
-    for epoch in range(state["epoch"] + 1, config.epochs + 1):
+    trainer = Trainer(student, objective, images, config, run, augment, validation, teacher, progress)
+    behind, done, meters = trainer.restore()
+    events = Events(run.path) if config.tensorboard else None
+    for epoch in range(behind + 1, config.epochs + 1):
         began = time.monotonic()
-        meters, done = Meters(**state.pop("meters", {})), state.pop("step", 0)
-        progress.epoch(epoch, config.epochs, steps, done)
-        trained.train()
-        for step, chosen in enumerate(epoch_order(indices, config.seed, epoch, config.batch_size)):
-            if step < done:
-                continue
-            batch, labels = fetch(chosen, step_seed(config.seed, epoch, step))
-            set_rate(optimiser, learning_rate((epoch - 1) * steps + step, config.epochs * steps, config))
-            with autocast, watch.at(step):
-                logits, terms = trained(batch, labels, *ask(teacher, batch, objective))
-            loss = total(terms)
-            values = {name: float(term.detach()) for name, term in terms.items()}
-            if not math.isfinite(sum(values.values())):
-                raise ConfigError(
-                    f"The loss became {values} in epoch {epoch}, step {step + 1}: lower --lr (={config.lr}), or set"
-                    " --clip 1; the last checkpoint is untouched."
-                )
-            optimiser.zero_grad(set_to_none=True)
-            accelerator.backward(loss)
-            if config.clip:
-                accelerator.clip_grad_norm_(lesson.parameters(), config.clip)
-            optimiser.step()
-            if config.ema:
-                kept["averaged"].update_parameters(student)
-            meters.add(values, int((logits.float().mean(0).argmax(-1) == labels).sum()), len(labels))
-            progress.step({**meters.means(), **watch.facts()})
-            if time.monotonic() - saved > 60 * config.checkpoint_minutes:
-                save(epoch - 1, step + 1, meters)
-                saved = time.monotonic()
-        line = {"epoch": epoch, "step": epoch * steps, "lr": config.lr, **meters.means(), **watch.facts()}
-        if len(held):
-            logits = answers(judged, images.train_images[held], precision.dtype)
-            line["validation_accuracy"] = accuracy_by_step(logits, images.train_labels[held])[-1]
-        if accelerator.is_main_process:
+        line = trainer.epoch(epoch, done, meters)
+        if trainer.accelerator.is_main_process:
             run.append("metrics", line)
             run.append("timing", {"epoch": epoch, "seconds": time.monotonic() - began})
-        save(epoch, 0, Meters())
-        saved = time.monotonic()
+            if events is not None:
+                events.add(line)
+        done, meters = 0, Meters()
+        trainer.save(epoch, done, meters)
         progress.epoch_done(line)
-    if config.ema:
-        student.load_state_dict(judged.state_dict())
-    return line
-
-
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of parameters the same learning rate."""
-    for group in optimiser.param_groups:
-        group["lr"] = rate
+    if trainer.averaged is not None:
+        student.load_state_dict(trainer.judged.state_dict())
+    return run.lines("metrics")[-1]

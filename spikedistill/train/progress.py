@@ -3,11 +3,14 @@
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+from spikedistill.errors import ConfigError
 
 
 class Progress:
@@ -35,17 +38,17 @@ class Progress:
         )
         self.task: TaskID | None = None
 
-    @classmethod
-    def silent(cls) -> Self:
+    @staticmethod
+    def silent() -> "Progress":
         """Show nothing."""
-        return cls(Console(quiet=True))
+        return Progress(Console(quiet=True))
 
-    @classmethod
-    def stderr(cls, label: str) -> Self:
+    @staticmethod
+    def stderr(label: str) -> "Progress":
         """Show the work on standard error, so that standard output holds results alone."""
-        return cls(Console(file=sys.stderr, highlight=False), label)
+        return Progress(Console(file=sys.stderr, highlight=False), label)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         """Start drawing."""
         self.bars.start()
         return self
@@ -75,6 +78,28 @@ class Progress:
         """An epoch lies behind; ``line`` is what metrics.jsonl got."""
         seconds = time.monotonic() - self.began
         self.say(f"epoch {line['epoch']}: {_facts(line)}, {seconds:.0f} s")
+
+
+class Events:
+    """TensorBoard events of a run, one point an epoch.
+
+    Raises:
+        ConfigError: if TensorBoard is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("--tensorboard needs TensorBoard: pip install 'spikedistill[tensorboard]'.") from error
+        self.writer = SummaryWriter(str(path / "tensorboard"))
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Write every number of a line of metrics.jsonl."""
+        for name, value in line.items():
+            if name != "epoch":
+                self.writer.add_scalar(name, value, line["epoch"])
+        self.writer.flush()
 
 
 def _facts(line: Mapping[str, float]) -> str:

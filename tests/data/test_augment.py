@@ -1,0 +1,147 @@
+import random
+
+import pytest
+import torch
+
+from spikedistill.data.augment import Augment, random_crop, random_cutout, to_unit
+from spikedistill.errors import ConfigError
+
+EVERYTHING = Augment(crop=2, flip=True, cutout=3, policy="trivial")
+EACH = [
+    Augment(crop=2),
+    Augment(flip=True),
+    Augment(cutout=3),
+    Augment(policy="trivial"),
+    Augment(policy="autoaugment"),
+    EVERYTHING,
+]
+
+
+@pytest.fixture
+def pixels():
+    return torch.randint(1, 256, (32, 3, 6, 8), dtype=torch.uint8)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def window(image, pad, top, left):
+    """One pixel at a time: the image moved by the offset, black where there was nothing."""
+    _, height, width = image.shape
+    cut = torch.zeros_like(image)
+    for row in range(height):
+        for column in range(width):
+            there, across = row + top - pad, column + left - pad
+            if 0 <= there < height and 0 <= across < width:
+                cut[:, row, column] = image[:, there, across]
+    return cut
+
+
+def square(height, width, side, centre_row, centre_column):
+    """One pixel at a time: which pixels a square about a centre covers."""
+    covered = torch.zeros(height, width, dtype=torch.bool)
+    for row in range(centre_row - side // 2, centre_row - side // 2 + side):
+        for column in range(centre_column - side // 2, centre_column - side // 2 + side):
+            if 0 <= row < height and 0 <= column < width:
+                covered[row, column] = True
+    return covered
+
+
+def test_nothing_asked_only_divides_by_255(pixels):
+    torch.testing.assert_close(Augment()(pixels, 0), pixels.float() / 255, rtol=0, atol=0)
+
+
+def test_bytes_become_numbers_from_0_to_1():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    expected = [value / 255 for value in range(256)]
+    assert to_unit(every).flatten().tolist() == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("augment", EACH, ids=repr)
+class TestLaws:
+    def test_a_seed_gives_the_same_bits_and_another_seed_others(self, augment, pixels):
+        assert torch.equal(augment(pixels, 5), augment(pixels, 5))
+        assert not torch.equal(augment(pixels, 5), augment(pixels, 6))
+
+    def test_images_keep_their_shape_and_lie_between_0_and_1(self, augment, pixels):
+        images = augment(pixels, 0)
+        assert images.shape == pixels.shape
+        assert images.dtype == torch.float32
+        assert images.min() >= 0
+        assert images.max() <= 1
+
+    def test_no_global_random_numbers_are_used(self, augment, pixels):
+        before, python = torch.get_rng_state(), random.getstate()
+        augment(pixels, 0)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert random.getstate() == python
+
+    def test_the_stored_bytes_stay_as_they_are(self, augment, pixels):
+        kept = pixels.clone()
+        augment(pixels, 0)
+        assert torch.equal(pixels, kept)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_a_small_grey_batch_is_taken_too(self, augment, pixels, count):
+        assert augment(pixels[:count, :1], 0).shape == (count, 1, 6, 8)
+
+
+class TestCrop:
+    def test_every_output_is_a_window_of_the_padded_image_with_all_channels_alike(self, pixels):
+        cropped = random_crop(pixels, 2, seeded())
+        for image, output in zip(pixels, cropped):
+            windows = [window(image, 2, top, left) for top in range(5) for left in range(5)]
+            assert sum(torch.equal(output, candidate) for candidate in windows) == 1
+
+    def test_every_place_is_reached(self):
+        image = torch.arange(1, 13, dtype=torch.uint8).view(1, 1, 3, 4)
+        outputs = random_crop(image.expand(400, 1, 3, 4), 1, seeded())
+        reached = {tuple(output.flatten().tolist()) for output in outputs}
+        assert reached == {
+            tuple(window(image[0], 1, top, left).flatten().tolist()) for top in range(3) for left in range(3)
+        }
+
+
+class TestFlip:
+    def test_every_output_is_the_image_or_its_mirror_and_about_half_are_each(self, pixels):
+        flipped = Augment(flip=True)(pixels, 0)
+        images = to_unit(pixels)
+        same = [torch.equal(output, image) for output, image in zip(flipped, images)]
+        mirrored = [torch.equal(output, image.flip(-1)) for output, image in zip(flipped, images)]
+        assert [not value for value in same] == mirrored
+        assert 8 <= sum(mirrored) <= 24
+
+
+class TestCutout:
+    @pytest.mark.parametrize("side", [1, 2, 3, 9])
+    def test_every_output_loses_one_square_clipped_at_the_border_and_every_centre_occurs(self, side):
+        outputs = random_cutout(torch.ones(500, 2, 4, 5), side, seeded())
+        assert torch.equal(outputs[:, 0], outputs[:, 1])
+        lost = {tuple((output == 0).flatten().tolist()) for output in outputs[:, 0]}
+        assert lost == {
+            tuple(square(4, 5, side, row, column).flatten().tolist()) for row in range(4) for column in range(5)
+        }
+
+    def test_what_is_not_lost_stays(self, pixels):
+        images = to_unit(pixels)
+        outputs = random_cutout(images, 3, seeded())
+        torch.testing.assert_close(outputs[outputs > 0], images[outputs > 0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("policy", ["trivial", "autoaugment"])
+def test_a_policy_changes_images_in_more_than_one_way(pixels, policy):
+    image = pixels[:1].expand(32, -1, -1, -1).contiguous()
+    outputs = Augment(policy=policy)(image, 0)
+    assert len({tuple(output.flatten().tolist()) for output in outputs}) > 2
+
+
+@pytest.mark.parametrize("wrong", [{"crop": -1}, {"cutout": -2}])
+def test_a_negative_size_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"=-\d.*give 0 or more"):
+        Augment(**wrong)
+
+
+def test_an_unknown_policy_is_told_the_nearest():
+    with pytest.raises(ConfigError, match="no augmentation policy 'trivia'. Did you mean 'trivial'"):
+        Augment(policy="trivia")

@@ -1,0 +1,197 @@
+import warnings
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from spikedistill.neuron import fused
+from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset, run
+from spikedistill.neuron.layer import Spiking
+from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid
+
+T = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that a kernel is compiled for; what may vary within a kernel is varied within a test."""
+
+    neuron: Neuron
+    dtype: torch.dtype = torch.float32
+    constant: bool = False
+    state: bool = False
+    keep: bool = True
+
+
+CASES = {
+    "if": Case(IF, keep=False),
+    "if, constant": Case(Neuron(initial=0.5), constant=True, keep=False),
+    "if, learned threshold, half": Case(Neuron(initial=0.5, learn_threshold=True), torch.bfloat16),
+    "if, to zero, state": Case(Neuron(reset=Reset.ZERO, surrogate=Rectangle()), state=True),
+    "lif, state": Case(LIF, state=True),
+    "lif, detached, learned threshold": Case(
+        Neuron(leak=0.7, detach_reset=True, learn_threshold=True, surrogate=ATan()), state=True
+    ),
+    "lif, detached, to zero": Case(Neuron(leak=0.4, reset=Reset.ZERO, detach_reset=True), constant=True),
+    "plif": Case(PLIF, keep=False),
+    "plif, learned threshold, half, constant": Case(
+        replace(PLIF, learn_threshold=True), torch.bfloat16, constant=True, state=True
+    ),
+    "plif, subtractive, current as it is": Case(
+        Neuron(leak=0.6, learn_leak=True, learn_threshold=True, surrogate=Sigmoid(3.0)), constant=True, state=True
+    ),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+SHAPES = [(2, 3, 4, 2), (5, 7), (3, 4, 1, 6)]
+
+
+def answers(case: Case, backend: str, current: Tensor, state: Tensor | None, threshold: float) -> dict[str, Tensor]:
+    """What a layer returns and every gradient, by name."""
+    layer = Spiking(case.neuron, threshold, backend)
+    current = current.clone(memory_format=torch.preserve_format).requires_grad_()
+    state = None if state is None else state.clone(memory_format=torch.preserve_format).requires_grad_()
+    spikes, last = layer(current, T, T if case.constant else 1, state, case.keep)
+    weight = torch.linspace(-1, 2, spikes.numel()).view(spikes.shape)
+    loss = (spikes * weight).sum() + (0 if last is None else (last * weight[: len(last)]).sum())
+    loss.backward()
+    found = {"spikes": spikes, "potential": last, "to current": current.grad}
+    found |= {"to state": None if state is None else state.grad}
+    found |= {f"to {name}": parameter.grad for name, parameter in layer.named_parameters()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def draw(case: Case, shape: tuple[int, ...], last: bool) -> tuple[Tensor, Tensor | None]:
+    form = torch.channels_last if last else torch.contiguous_format
+    batch, rows = shape[0], (1 if case.constant else T) * shape[0]
+    current = (torch.randn(rows, *shape[1:]) * 1.5 + 0.3).to(case.dtype).contiguous(memory_format=form)
+    return current, torch.rand(batch, *shape[1:]).contiguous(memory_format=form) if case.state else None
+
+
+@every_case
+class TestEqualsTheReference:
+    def test_in_every_result_and_gradient(self, case):
+        for shape, last, threshold in zip(SHAPES, (False, False, True), (1.0, 0.6, 2.3)):
+            current, state = draw(case, shape, last)
+            expected = answers(case, "reference", current, state, threshold)
+            found = answers(case, "fused", current, state, threshold)
+            assert 0 < (expected["spikes"] > 0).float().mean() < 1
+            assert found["spikes"].is_contiguous(memory_format=torch.channels_last) >= last
+            torch.testing.assert_close(found, expected)
+
+    def test_with_one_kernel_for_every_size_layout_and_threshold(self, case):
+        answers(case, "fused", *draw(case, (2, 3), False), 1.0)
+        compiled = fused._compiled.cache_info().misses
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for shape, last in ((2, 9), False), ((3, 2, 5, 5), False), ((1, 2, 3, 4), True):
+                for neuron in (case.neuron, replace(case.neuron, leak=case.neuron.leak if case.neuron.leak == 1 else 0.3)):
+                    answers(replace(case, neuron=neuron), "fused", *draw(case, shape, last), 0.8)
+        assert fused._compiled.cache_info().misses == compiled
+
+
+def test_a_single_neuron_needs_no_special_case():
+    case = CASES["lif, state"]
+    current, state = draw(case, (1, 1), False)
+    found = answers(case, "fused", current, state, 0.5)
+    torch.testing.assert_close(found, answers(case, "reference", current, state, 0.5))
+
+
+def test_two_calls_with_the_state_carried_equal_one():
+    current, zero, one = torch.randn(2 * T, 40) + 0.3, torch.zeros(40), torch.tensor(1.0)
+    whole = current.clone().requires_grad_()
+    spikes, last = run(whole, None, LIF, one / 2, one, 2 * T)
+    parts = current.clone().requires_grad_()
+    first, state = fused.fused_run(parts[:T], zero, LIF, one / 2, one, T, True)
+    second, end = fused.fused_run(parts[T:], state, LIF, one / 2, one, T, True)
+    torch.testing.assert_close(torch.cat([first, second]), spikes)
+    torch.testing.assert_close(end, last)
+    weight = torch.randn(2 * T, 40)
+    (torch.cat([first, second]) * weight).sum().backward()
+    (spikes * weight).sum().backward()
+    torch.testing.assert_close(parts.grad, whole.grad)
+
+
+@pytest.mark.parametrize("through", ["spikes", "potential"])
+def test_gradients_flow_through_either_result_alone(through):
+    found = []
+    for way in (fused.fused_run, lambda *facts: run(*facts[:-1])):
+        current = torch.linspace(-1, 2, 20 * T).view(T, 20).requires_grad_()
+        state = torch.full((20,), 0.2, requires_grad=True)
+        spikes, last = way(current, state, LIF, torch.tensor(0.5), torch.tensor(1.0), T, True)
+        result = spikes if through == "spikes" else last
+        found.append(torch.autograd.grad(result.square().sum(), (current, state)))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_frozen_inputs_get_no_gradient_and_record_no_graph():
+    current = torch.randn(T, 8)
+    spikes, last = fused.fused_run(current, torch.zeros(8), LIF, torch.tensor(0.5), torch.tensor(1.0), T, True)
+    assert not spikes.requires_grad and not last.requires_grad
+
+
+def contexts():
+    """The ways in which one network is called in one program."""
+    yield "evaluation", torch.no_grad(), False
+    yield "a frozen network", torch.enable_grad(), False
+    yield "training", torch.enable_grad(), True
+    yield "training in mixed precision", torch.autocast("cpu", dtype=torch.bfloat16), True
+    yield "inference", torch.inference_mode(), False
+
+
+def test_one_kernel_serves_training_evaluation_and_mixed_precision():
+    half, one = torch.tensor(0.5), torch.tensor(1.0)
+    fused.fused_run(torch.randn(T, 8).requires_grad_(), torch.zeros(8), LIF, half, one, T, True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _name, context, learns in contexts():
+            with context:
+                current = torch.randn(T, 8).requires_grad_(learns)
+                found = fused.fused_run(current, torch.rand(8).requires_grad_(learns), LIF, half, one, T, True)
+                assert found[0].requires_grad is learns
+
+
+def test_changing_circumstances_never_end_a_program():
+    half, one = torch.tensor(0.5), torch.tensor(1.0)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for size in (1, 6):
+                for _name, context, learns in contexts():
+                    with context:
+                        current, state = torch.randn(T, size).requires_grad_(learns), torch.zeros(size)
+                        expected, _ = run(current, state, LIF, half, one, T)
+                        found, _ = fused.fused_run(current, state, LIF, half, one, T, True)
+                        torch.testing.assert_close(found, expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+class TestWithoutACompiler:
+    @pytest.fixture(autouse=True)
+    def _broken(self, monkeypatch):
+        def fail(*facts):
+            raise RuntimeError("InvalidCxxCompiler: no C++ compiler\nand a long trace")
+
+        monkeypatch.setattr(fused, "_compiled", fail)
+        fused.works.cache_clear()
+        yield
+        fused.works.cache_clear()
+
+    def test_says_so_once_and_answers_as_the_reference(self):
+        current = torch.randn(T * 2, 5)
+        layer = Spiking(LIF, 0.7)
+        with pytest.warns(UserWarning, match=r"\(InvalidCxxCompiler: no C\+\+ compiler\): neurons.*g\+\+") as said:
+            spikes, _ = layer(current, T)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again, _ = Spiking(LIF, 0.7)(current, T)
+        expected, _ = Spiking(LIF, 0.7, "reference")(current, T)
+        assert len(said) == 1
+        assert torch.equal(spikes, expected) and torch.equal(again, expected)
+
+    def test_a_layer_that_must_be_fused_fails(self):
+        with pytest.raises(RuntimeError, match="InvalidCxxCompiler"):
+            Spiking(LIF, backend="fused")(torch.randn(T, 5), T)
+
+
+def test_this_machine_compiles():
+    assert fused.works("cpu")

@@ -1,0 +1,341 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spikedistill.errors import ConfigError, WeightsError
+from spikedistill.files import write_tensors
+from spikedistill.teacher.load import (
+    Architecture,
+    OneStep,
+    Teacher,
+    load_teacher,
+    load_weights,
+    read_weights,
+)
+
+TINY = Architecture("resnet20", classes=3, channels=1, width=4)
+
+
+class Trap:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def network():
+    """A small network with everything that behaves differently in training."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(0.5), nn.Flatten())
+    network.append(nn.Linear(2 * 2 * 2, 3))
+    with torch.no_grad():
+        network(torch.rand(16, 1, 4, 4))
+    return network
+
+
+@pytest.fixture
+def tensors():
+    return nn.Linear(3, 2).state_dict()
+
+
+def assert_same(read, tensors):
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(read[name], tensor, rtol=0, atol=0)
+
+
+class TestArchitecture:
+    def test_a_zoo_name_gives_that_network(self):
+        network = TINY.build()
+        assert network(torch.rand(2, 1, 8, 8)).shape == (2, 3)
+        assert network.layer1[0].conv1.out_channels == 4
+
+    def test_without_a_width_the_architectures_own_is_taken(self):
+        with torch.device("meta"):
+            assert Architecture("resnet20").build().layer1[0].conv1.out_channels == 16
+
+    def test_a_torchvision_name_gives_that_network_with_fresh_weights(self):
+        with torch.device("meta"):
+            network = Architecture("torchvision/squeezenet1_1", classes=7).build()
+            assert type(network).__module__ == "torchvision.models.squeezenet"
+            assert network(torch.rand(1, 3, 32, 32)).shape == (1, 7)
+
+    def test_a_timm_name_gives_that_network_with_any_channels(self):
+        network = Architecture("timm/test_resnet", classes=7, channels=1).build()
+        assert type(network).__module__ == "timm.models.resnet"
+        assert network.eval()(torch.rand(1, 1, 32, 32)).shape == (1, 7)
+
+    def test_a_function_of_ones_own_file_is_called_with_the_classes(self, tmp_path):
+        (tmp_path / "own.py").write_text("from torch import nn\ndef tiny(classes):\n    return nn.Linear(2, classes)\n")
+        assert Architecture(f"{tmp_path}/own.py:tiny", classes=7).build().out_features == 7
+
+    def test_its_facts_survive_json(self):
+        assert Architecture(**json.loads(json.dumps(TINY.facts()))) == TINY
+
+    @pytest.mark.parametrize(
+        "name, message",
+        [
+            ("resnet81", r"no architecture 'resnet81'\. Did you mean 'resnet\d+'\?.* Also: torchvision/NAME"),
+            ("torchvision/resnet81", r"no torchvision model 'resnet81'\. Did you mean 'resnet18'"),
+            ("timm/resnet10x", r"no timm model 'resnet10x'\. Did you mean 'resnet10t'"),
+            ("/nowhere/own.py:tiny", r"'/nowhere/own\.py' of architecture .* does not exist"),
+        ],
+    )
+    def test_an_unknown_name_is_refused(self, name, message):
+        with pytest.raises(ConfigError, match=message):
+            Architecture(name).build()
+
+    def test_torchvisions_networks_take_coloured_images_only(self):
+        with pytest.raises(ConfigError, match="take 3 input channels, the data have 1"):
+            Architecture("torchvision/squeezenet1_1", channels=1).build()
+
+    def test_a_missing_timm_is_named_with_its_remedy(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "timm", None)
+        with pytest.raises(ConfigError, match=r"needs timm: pip install 'spikedistill\[timm\]'"):
+            Architecture("timm/test_resnet").build()
+
+    def test_an_absent_function_of_ones_own_file_is_told_the_nearest(self, tmp_path):
+        (tmp_path / "own.py").write_text("def tiny(classes):\n    return None\n")
+        with pytest.raises(ConfigError, match="'tinny'. Did you mean 'tiny'"):
+            Architecture(f"{tmp_path}/own.py:tinny").build()
+
+    def test_a_function_that_makes_no_network_is_refused(self, tmp_path):
+        (tmp_path / "own.py").write_text("def tiny(classes):\n    return 7\n")
+        with pytest.raises(ConfigError, match=r"returned int: it must return a torch\.nn\.Module"):
+            Architecture(f"{tmp_path}/own.py:tiny").build()
+
+    @pytest.mark.parametrize("field", ["classes", "channels", "width"])
+    @pytest.mark.parametrize("value", [0, -1])
+    def test_a_size_below_1_is_refused(self, field, value):
+        with pytest.raises(ConfigError, match=rf"{field} \(={value}\) of 'resnet20' must be 1 or more"):
+            Architecture("resnet20", **{field: value})
+
+
+class TestReadWeights:
+    def test_safetensors_come_back_with_their_facts(self, tmp_path, tensors):
+        write_tensors(tmp_path / "w.safetensors", tensors, {"data": "digits"})
+        read, facts = read_weights(tmp_path / "w.safetensors")
+        assert_same(read, tensors)
+        assert facts == {"data": "digits"}
+
+    def test_npz_comes_back(self, tmp_path, tensors):
+        np.savez(tmp_path / "w.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+        read, facts = read_weights(tmp_path / "w.npz")
+        assert_same(read, tensors)
+        assert facts == {}
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_a_torch_file_of_a_state_dict_comes_back(self, tmp_path, tensors, zipped):
+        torch.save(tensors, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+        assert_same(read_weights(tmp_path / "w.pt")[0], tensors)
+
+    def test_a_checkpoints_state_dict_is_found(self, tmp_path, tensors):
+        torch.save({"epoch": 3, "state_dict": tensors}, tmp_path / "w.pth")
+        assert_same(read_weights(tmp_path / "w.pth")[0], tensors)
+
+    @pytest.mark.parametrize("contents", [{"model": {}}, [1, 2], torch.zeros(2)])
+    def test_a_torch_file_of_something_else_is_refused(self, tmp_path, contents):
+        torch.save(contents, tmp_path / "w.pt")
+        with pytest.raises(WeightsError, match=f"holds {type(contents).__name__}, not a state_dict"):
+            read_weights(tmp_path / "w.pt")
+
+    def test_a_pickled_module_is_refused(self, tmp_path):
+        torch.save(nn.Linear(3, 2), tmp_path / "w.pt")
+        with pytest.raises(WeightsError, match="pickled Python objects, which are never loaded"):
+            read_weights(tmp_path / "w.pt")
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_a_malicious_pickle_is_refused_and_never_run(self, tmp_path, zipped):
+        torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(WeightsError, match="pickled Python objects, which are never loaded"):
+            read_weights(tmp_path / "w.pt")
+        assert not (tmp_path / "sprung").exists()
+
+    def test_a_malicious_object_in_an_npz_is_refused_and_never_run(self, tmp_path):
+        np.savez(tmp_path / "w.npz", weight=np.array([Trap(tmp_path / "sprung")], dtype=object))
+        with pytest.raises(WeightsError, match="pickled Python objects, which are never loaded"):
+            read_weights(tmp_path / "w.npz")
+        assert not (tmp_path / "sprung").exists()
+
+    def test_the_trap_of_these_tests_would_spring(self, tmp_path):
+        torch.save(Trap(tmp_path / "sprung"), tmp_path / "w.pt")
+        torch.load(tmp_path / "w.pt", weights_only=False)
+        assert (tmp_path / "sprung").exists()
+
+    @pytest.mark.parametrize("ending", ["safetensors", "npz", "pt", "old.pt"])
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.97])
+    def test_a_truncated_file_is_refused(self, tmp_path, tensors, ending, share):
+        path = tmp_path / f"w.{ending}"
+        if ending == "safetensors":
+            write_tensors(path, tensors, {})
+        elif ending == "npz":
+            np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        else:
+            torch.save(tensors, path, _use_new_zipfile_serialization=ending == "pt")
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(WeightsError, match="truncated"):
+            read_weights(path)
+
+    @pytest.mark.parametrize("ending", ["safetensors", "npz", "pt"])
+    def test_a_text_under_that_ending_is_refused(self, tmp_path, ending):
+        (tmp_path / f"w.{ending}").write_text("hello world")
+        with pytest.raises(WeightsError, match="cannot be read"):
+            read_weights(tmp_path / f"w.{ending}")
+
+    def test_an_npz_of_words_is_refused(self, tmp_path):
+        np.savez(tmp_path / "w.npz", weight=np.array(["many", "words"]))
+        with pytest.raises(WeightsError, match="cannot be read"):
+            read_weights(tmp_path / "w.npz")
+
+    @pytest.mark.parametrize("ending", ["safetensors", "npz", "pt"])
+    def test_a_missing_file_is_named(self, tmp_path, ending):
+        with pytest.raises(WeightsError, match=rf"absent\.{ending}' does not exist"):
+            read_weights(tmp_path / f"absent.{ending}")
+
+
+class TestLoadWeights:
+    def test_every_tensor_arrives(self, tensors):
+        network = nn.Linear(3, 2)
+        load_weights(network, tensors, "'w.pt'")
+        assert_same(network.state_dict(), tensors)
+
+    def test_the_prefix_of_a_parallel_network_is_dropped(self, tensors):
+        network = nn.Linear(3, 2)
+        load_weights(network, {f"module.{name}": tensor for name, tensor in tensors.items()}, "'w.pt'")
+        assert_same(network.state_dict(), tensors)
+
+    def test_the_count_of_batches_may_be_missing(self, network):
+        tensors = network.state_dict()
+        del tensors["1.num_batches_tracked"]
+        load_weights(network, tensors, "'w.pt'")
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"bias": None}, "'bias' is missing"),
+            ({"extra": torch.zeros(1)}, "'extra' has no place in the network"),
+            ({"weight": torch.zeros(2, 4)}, r"'weight' has shape \(2, 4\), the network's has \(2, 3\)"),
+            ({"bias": torch.tensor([0.0, torch.nan])}, "'bias' holds NaN or infinity"),
+            ({"bias": torch.tensor([0.0, torch.inf])}, "'bias' holds NaN or infinity"),
+            ({f"extra{number}": torch.zeros(1) for number in range(6)}, "; and 2 more"),
+        ],
+    )
+    def test_what_does_not_fit_is_named_and_nothing_is_changed(self, tensors, change, message):
+        network = nn.Linear(3, 2)
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        wrong = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+        with pytest.raises(WeightsError, match=rf"weights of 'w\.pt' do not fit Linear: .*{message}.*Give the"):
+            load_weights(network, wrong, "'w.pt'")
+        assert_same(network.state_dict(), before)
+
+
+class TestTeacher:
+    def test_it_normalises_what_it_is_given(self, network):
+        images = torch.rand(3, 1, 4, 4)
+        teacher = Teacher(network, [0.3], [0.2])
+        torch.testing.assert_close(teacher(images), network.eval()((images - 0.3) / 0.2))
+
+    def test_every_channel_has_its_own_normalisation(self):
+        images = torch.rand(2, 2, 1, 1)
+        teacher = Teacher(nn.Flatten(), [0.1, 0.2], [0.5, 0.25])
+        expected = torch.stack([(images[:, 0] - 0.1) / 0.5, (images[:, 1] - 0.2) / 0.25], dim=1).flatten(1)
+        torch.testing.assert_close(teacher(images), expected)
+
+    def test_it_is_frozen(self, network):
+        assert not any(weight.requires_grad for weight in Teacher(network, [0.3], [0.2]).parameters())
+
+    def test_it_stays_in_evaluation_mode_whatever_is_asked(self, network):
+        teacher = Teacher(network, [0.3], [0.2]).train()
+        assert not any(module.training for module in teacher.modules())
+        images = torch.rand(3, 1, 4, 4)
+        before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+        torch.testing.assert_close(teacher(images), teacher(images), rtol=0, atol=0)
+        assert_same(teacher.state_dict(), before)
+
+    @pytest.mark.parametrize(
+        "mean, std", [([0.0], [0.0]), ([0.0], [-1.0]), ([0.0, 0.0], [1.0]), ([0.0], [float("nan")])]
+    )
+    def test_a_normalisation_that_cannot_work_is_refused(self, network, mean, std):
+        with pytest.raises(ConfigError, match="need one value a channel, std above 0"):
+            Teacher(network, mean, std)
+
+
+class TestOneStep:
+    def test_it_answers_as_the_normalised_network_with_one_step_of_time(self, network):
+        images = torch.rand(3, 1, 4, 4)
+        seen = OneStep(network, [0.3], [0.2]).eval()
+        torch.testing.assert_close(seen(images), network((images - 0.3) / 0.2)[None])
+
+    def test_its_features_have_one_step_of_time_too(self, network):
+        images = torch.rand(3, 1, 4, 4)
+        logits, features = OneStep(network, [0.3], [0.2]).eval().observe(images, ["2"])
+        torch.testing.assert_close(logits, network((images - 0.3) / 0.2)[None])
+        torch.testing.assert_close(features["2"], network[:3]((images - 0.3) / 0.2)[None])
+
+    def test_it_stays_trainable(self, network):
+        OneStep(network, [0.3], [0.2])(torch.rand(3, 1, 4, 4)).sum().backward()
+        assert all(weight.grad is not None for weight in network.parameters())
+
+
+class TestLoadTeacher:
+    FACTS = {"kind": "teacher", "mean": (0.3,), "std": (0.2,), "class_names": ("a", "b", "c"), "data": "blobs"}
+
+    def write(self, path, **changes):
+        """A file as ``teach`` writes it, and the network inside."""
+        network = TINY.build().eval()
+        facts = {**self.FACTS, "architecture": TINY.facts(), **changes}
+        write_tensors(
+            path, network.state_dict(), {name: value for name, value in facts.items() if value is not None}
+        )
+        return network
+
+    @pytest.mark.parametrize("source", ["", "model.safetensors"])
+    def test_a_run_directory_and_its_file_know_everything(self, tmp_path, source):
+        network = self.write(tmp_path / "model.safetensors")
+        teacher, architecture = load_teacher(tmp_path / source)
+        assert architecture == TINY
+        images = torch.rand(2, 1, 8, 8)
+        torch.testing.assert_close(teacher(images), network((images - 0.3) / 0.2))
+
+    def test_what_is_given_goes_before_what_the_file_knows(self, tmp_path):
+        network = self.write(tmp_path / "model.safetensors", architecture={"name": "vgg9"})
+        teacher, architecture = load_teacher(str(tmp_path), architecture=TINY, mean=[0.5], std=[0.1])
+        assert architecture == TINY
+        images = torch.rand(2, 1, 8, 8)
+        torch.testing.assert_close(teacher(images), network((images - 0.5) / 0.1))
+
+    def test_weights_of_another_origin_need_architecture_and_normalisation(self, tmp_path):
+        network = TINY.build().eval()
+        torch.save({"state_dict": network.state_dict()}, tmp_path / "w.pt")
+        teacher, _ = load_teacher(tmp_path / "w.pt", architecture=TINY, mean=[0.3], std=[0.2])
+        images = torch.rand(2, 1, 8, 8)
+        torch.testing.assert_close(teacher(images), network((images - 0.3) / 0.2))
+
+    def test_a_file_without_architecture_asks_for_it(self, tmp_path):
+        self.write(tmp_path / "model.safetensors", architecture=None)
+        with pytest.raises(ConfigError, match="does not say which network its weights belong to"):
+            load_teacher(tmp_path)
+
+    @pytest.mark.parametrize("name", ["mean", "std"])
+    def test_a_file_without_normalisation_asks_for_it(self, tmp_path, name):
+        self.write(tmp_path / "model.safetensors", **{name: None})
+        with pytest.raises(ConfigError, match="does not say how its inputs were normalised: give mean and std"):
+            load_teacher(tmp_path)
+
+    def test_weights_of_another_network_are_refused(self, tmp_path):
+        self.write(tmp_path / "model.safetensors")
+        with pytest.raises(WeightsError, match="do not fit ResidualNet"):
+            load_teacher(tmp_path, architecture=Architecture("resnet20", classes=4, channels=1, width=4))
+
+    def test_an_empty_run_directory_is_named(self, tmp_path):
+        with pytest.raises(WeightsError, match=r"model\.safetensors' does not exist"):
+            load_teacher(tmp_path)
