@@ -140,3 +140,46 @@ def run(
         spikes, potential = step(exact[t if len(exact) > 1 else 0], potential, neuron, leak)
         trains.append((threshold * spikes).to(current.dtype))
     return torch.stack(trains), potential
+
+
+def slope_step(
+    charged: Tensor, spikes: Tensor, tangent: Tensor, neuron: Neuron, leak: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How a shift of the current, the same at every step, moves this step's spike and the potential after it.
+
+    Forward-mode differentiation of ``step``: with d the tangent of a quantity, ``du = gain + leak dv``, ``ds =
+    s'(u - 1) du``, and after the reset ``dv = du - ds`` (to zero: ``(1 - s) du - u ds``; detached: without ``ds``).
+
+    Returns:
+        ``ds`` and ``dv``.
+    """
+    moved = gain + leak * tangent
+    spiked = neuron.surrogate.gradient(charged - 1.0) * moved
+    felt = torch.zeros_like(spiked) if neuron.detach_reset else spiked
+    after = moved - felt if neuron.reset is Reset.SUBTRACT else (1.0 - spikes) * moved - charged * felt
+    return spiked, after
+
+
+@torch.no_grad()
+def measure(
+    current: Current, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
+) -> tuple[Spikes, Tensor, Tensor]:
+    """T time steps from a fresh state without graph: spikes ``[T, ...]``, their mean, and its slope.
+
+    The slope ``[...]`` is the derivative of the mean over time by a shift of the current that is equal at every step:
+    what the rate-based gradient multiplies with (Yu et al., arXiv 2410.11488, whose eligibility it is at T = 1).
+    """
+    exact = current.to(torch.promote_types(current.dtype, torch.float32)) / threshold
+    potential = torch.full_like(exact[0], neuron.initial)
+    tangent, slope = torch.zeros_like(potential), torch.zeros_like(potential)
+    gain = 1.0 - leak if neuron.decay_input else torch.ones_like(leak)
+    trains = []
+    for t in range(timesteps):
+        charged = leak * potential + gain * exact[t if len(exact) > 1 else 0]
+        spikes = (charged - 1.0 >= 0).to(charged.dtype)
+        spiked, tangent = slope_step(charged, spikes, tangent, neuron, leak, gain)
+        potential = charged - spikes if neuron.reset is Reset.SUBTRACT else charged * (1.0 - spikes)
+        slope = slope + spiked / timesteps
+        trains.append((threshold * spikes).to(current.dtype))
+    stacked = torch.stack(trains)
+    return stacked, stacked.to(exact.dtype).mean(0).to(current.dtype), slope.to(current.dtype)

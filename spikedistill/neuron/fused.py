@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikedistill.neuron.dynamics import Neuron, Reset
+from spikedistill.neuron.dynamics import Neuron, Reset, slope_step
 
 log = logging.getLogger("spikedistill")
 
@@ -53,6 +53,20 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     before, _, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
     return torch.stack([(threshold * s).to(current.dtype) for s in spikes]), before[-1] if keep else None
+
+
+def _measure(
+    neuron: Neuron, current: Tensor, leak: Tensor, threshold: Tensor, timesteps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``dynamics.measure``: spikes ``[T, N]``, their mean ``[N]``, and its slope ``[N]``."""
+    _, charged, spikes = _charges(neuron, current, None, leak, threshold, timesteps)
+    gain = (1.0 - leak) if neuron.decay_input else torch.ones_like(leak)
+    tangent, slope, count = torch.zeros_like(charged[0]), torch.zeros_like(charged[0]), torch.zeros_like(charged[0])
+    for u, s in zip(charged, spikes):
+        spiked, tangent = slope_step(u, s, tangent, neuron, leak, gain)
+        slope, count = slope + spiked / timesteps, count + s
+    trains = torch.stack([(threshold * s).to(current.dtype) for s in spikes])
+    return trains, (threshold * count / timesteps).to(current.dtype), slope.to(current.dtype)
 
 
 def _backward(
@@ -159,6 +173,14 @@ def fused_run(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return _Fused.apply(current, state, leak, threshold, neuron, timesteps, keep)
     return _call(_forward, neuron, current, state, leak, threshold, timesteps, keep)
+
+
+@torch.no_grad()
+def fused_measure(
+    current: Tensor, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``dynamics.measure``, for ``[T, N]`` (or ``[1, N]``)."""
+    return _call(_measure, neuron, current.contiguous(), leak, threshold, timesteps)
 
 
 @functools.cache

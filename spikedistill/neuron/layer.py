@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spikedistill.errors import ConfigError, ShapeError
 from spikedistill.neuron import fused
-from spikedistill.neuron.dynamics import Neuron, run
+from spikedistill.neuron.dynamics import Neuron, measure, run
 
 Backend = Literal["auto", "fused", "reference"]
 
@@ -71,38 +71,53 @@ class Spiking(nn.Module):
         Raises:
             ShapeError: if the rows are no multiple of T, or the state is of another shape.
         """
+        flat, order, batch = self._rows(current, timesteps, repeats)
+        if state is not None and state.shape != (batch, *current.shape[1:]):
+            raise ShapeError(
+                f"The state has shape {tuple(state.shape)}, the current asks for {(batch, *current.shape[1:])}: carry a"
+                " state only between calls of one batch."
+            )
+        kept = None if state is None else _flatten(state, 1)[0][0]
+        threshold = self._threshold(flat.shape[1])
+        if self._compiles(flat):
+            spikes, after = fused.fused_run(flat, kept, self.neuron, self.leak, threshold, timesteps, keep)
+        else:
+            spikes, after = run(flat, kept, self.neuron, self.leak, threshold, timesteps)
+        shape = (timesteps * batch, *current.shape[1:])
+        final = _restore(after, (batch, *shape[1:]), order) if keep and after is not None else None
+        return _restore(spikes, shape, order), final
+
+    def measure(self, current: Tensor, timesteps: int, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """T time steps from a fresh state without graph, for the rate-based gradient.
+
+        Returns:
+            Spikes ``[T*B, ...]``, their mean over time and its slope, ``[B, ...]`` each; see ``dynamics.measure``.
+        """
+        flat, order, batch = self._rows(current, timesteps, repeats)
+        run_all = fused.fused_measure if self._compiles(flat) else measure
+        spikes, rate, slope = run_all(flat, self.neuron, self.leak, self._threshold(flat.shape[1]), timesteps)
+        shape = (batch, *current.shape[1:])
+        trains = _restore(spikes, (timesteps * batch, *shape[1:]), order)
+        return trains, _restore(rate, shape, order), _restore(slope, shape, order)
+
+    def _threshold(self, neurons: int) -> Tensor:
+        if not self.neuron.learn_threshold:
+            return self.threshold
+        return _damped(self.threshold.clamp_min(SMALLEST), neurons)
+
+    def _rows(self, current: Tensor, timesteps: int, repeats: int) -> tuple[Tensor, bool, int]:
+        """The current as ``[T or 1, N]``, whether its memory is channels last, and the batch size."""
         rows = timesteps // repeats
         if rows * repeats != timesteps or current.shape[0] % rows:
             raise ShapeError(
                 f"A current of {current.shape[0]} rows cannot be {timesteps} time steps with {repeats} repeats:"
                 " expected time x batch rows."
             )
-        batch = current.shape[0] // rows
-        if state is not None and state.shape != (batch, *current.shape[1:]):
-            raise ShapeError(
-                f"The state has shape {tuple(state.shape)}, the current asks for {(batch, *current.shape[1:])}: carry a"
-                " state only between calls of one batch."
-            )
-        flat, order = _flatten(current, rows)
-        kept = None if state is None else _flatten(state, 1)[0][0]
-        threshold = (
-            _damped(self.threshold.clamp_min(SMALLEST), flat.shape[1])
-            if self.neuron.learn_threshold
-            else self.threshold
-        )
-        spikes, after = self._run(flat, kept, threshold, timesteps, keep)
-        shape = (timesteps * batch, *current.shape[1:])
-        return _restore(spikes, shape, order), None if after is None else _restore(after, (batch, *shape[1:]), order)
+        return *_flatten(current, rows), current.shape[0] // rows
 
-    def _run(
-        self, flat: Tensor, state: Tensor | None, threshold: Tensor, timesteps: int, keep: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _compiles(self, flat: Tensor) -> bool:
         exact = flat.dtype == torch.float64
-        compiled = self.backend == "fused" or (self.backend == "auto" and not exact and fused.works(flat.device.type))
-        if compiled:
-            return fused.fused_run(flat, state, self.neuron, self.leak, threshold, timesteps, keep)
-        spikes, after = run(flat, state, self.neuron, self.leak, threshold, timesteps)
-        return spikes, after if keep else None
+        return self.backend == "fused" or (self.backend == "auto" and not exact and fused.works(flat.device.type))
 
     def extra_repr(self) -> str:
         """Threshold and leak, for printing."""

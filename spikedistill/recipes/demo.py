@@ -1,36 +1,47 @@
-"""The demonstration: on the embedded digits a teacher, a student trained directly, and one distilled."""
+"""The demonstration: on the embedded digits a teacher, students trained on labels alone, and one that is distilled."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from spikedistill.recipes import digits
-from spikedistill.recipes.distill import TeacherChoice, distill
+from spikedistill.recipes.distill import Distill, TeacherChoice, distill
 from spikedistill.recipes.teach import teach
 from spikedistill.train.progress import Progress
 
-ROLES = ("teacher", "direct", "kdsnn")
-
 
 def demo(out: Path) -> list[Path]:
-    """Train all three into directories below ``out`` (finished ones are kept) and return these directories."""
-    teacher = TeacherChoice(str(out / "teacher"))
-    _unless_done(
-        out / "teacher", lambda resume: teach(digits.teacher(), out / "teacher", resume, Progress.stderr("teacher"))
+    """Train into four directories below ``out``, each unless it is finished, and return these directories.
+
+    ``teacher`` is the ANN; ``scratch`` a student with fresh weights, trained on labels; ``direct`` the same student
+    with the teacher's weights, trained on labels; ``kdsnn`` that student, distilled. All students have the same epochs.
+    """
+    teacher, (scratch, direct, kdsnn) = out / "teacher", (out / name for name in ("scratch", "direct", "kdsnn"))
+    _unless_done(teacher, lambda resume: teach(digits.teacher(), teacher, resume, Progress.stderr("teacher")))
+    for path, method, inherit, rate in (
+        (scratch, "direct", False, 0.1),
+        (direct, "direct", True, 0.02),
+        (kdsnn, "kdsnn", True, 0.02),
+    ):
+        _unless_done(path, _work(_recipe(teacher, method, inherit, rate), path))
+    return [teacher, scratch, direct, kdsnn]
+
+
+def _recipe(teacher: Path, method: str, inherit: bool, rate: float) -> Distill:
+    base = digits.student()
+    return dataclasses.replace(
+        base,
+        who=TeacherChoice(str(teacher)),
+        student=dataclasses.replace(base.student, inherit=inherit),
+        what=dataclasses.replace(base.what, method=method),  # type: ignore[arg-type]
+        training=dataclasses.replace(base.training, lr=rate),
     )
-    for method in ("direct", "kdsnn"):
-        base = digits.student()
-        what = dataclasses.replace(base.what, method=method)
-        choice = dataclasses.replace(base.student, inherit=False)
-        training = dataclasses.replace(base.training, lr=0.1)
-        recipe = dataclasses.replace(base, who=teacher, what=what, student=choice, training=training)
-        _unless_done(
-            out / method,
-            lambda resume, recipe=recipe, method=method: distill(recipe, out / method, resume, Progress.stderr(method)),
-        )
-    return [out / role for role in ROLES]
 
 
-def _unless_done(path: Path, work: Any) -> None:
+def _work(recipe: Distill, path: Path) -> Callable[[bool], object]:
+    return lambda resume: distill(recipe, path, resume, Progress.stderr(path.name))
+
+
+def _unless_done(path: Path, work: Callable[[bool], object]) -> None:
     if not (path / "results.json").exists():
         work((path / "recipe.json").exists())

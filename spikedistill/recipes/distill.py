@@ -72,6 +72,8 @@ class StudentChoice:
     """Potential at the first step in thresholds; 0.5 for inherited weights, else 0."""
     learn_threshold: bool = False
     """Train each layer's threshold."""
+    gradient: Literal["exact", "rate"] = "exact"
+    """Through every time step, or through rates alone: half the time at T=4, and nearly constant in T."""
     surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] = "triangle"
     """Stand-in for the derivative of a spike."""
     rule: Literal["least-squares", "max", "percentile"] = "least-squares"
@@ -114,6 +116,8 @@ class StudentChoice:
             faults.append(f"percentile (={self.percentile}) must be above 0 and at most 100")
         if self.neuron == "if" and self.leak is not None:
             faults.append(f"leak (={self.leak}) is for lif and plif; the neuron is 'if'")
+        if self.gradient == "rate" and (self.learn_threshold or self.neuron == "plif"):
+            faults.append("the rate-based gradient does not reach learned thresholds and leaks: take gradient=exact")
         if self.inherit and self.student != "same":
             faults.append(f"inherit needs the teacher's own network; the student is '{self.student}', not 'same'")
         return faults
@@ -196,7 +200,7 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     run = Run(out)
     run.start({"kind": "distill", **asdict(recipe)}, resume)
     progress.say(str(report).splitlines()[0])
-    run.write("conversion", asdict(report))
+    run.write("conversion", {"network": network.name, **asdict(report)})
     augment, held = recipe.data.augment(), recipe.data.validation
     with progress:
         if not resume:
@@ -274,6 +278,7 @@ def build_student(
         mean=teacher.mean.flatten().tolist(),
         std=teacher.std.flatten().tolist(),
     )
+    student.gradient = choice.gradient
     return student, report, architecture
 
 

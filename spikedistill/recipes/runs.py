@@ -80,36 +80,21 @@ def table(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
     Raises:
         RunError: if a directory holds no finished run.
     """
-    found = [(path, Run(path).read("recipe"), Run(path).read("results")) for path in paths]
+    found = [(run, run.read("recipe"), run.read("results")) for run in map(Run, paths)]
     most = max(len(results.get("accuracy_by_step", [])) for _, _, results in found)
-    columns = [
-        "run",
-        "network",
-        "method",
-        "test accuracy",
-        *(f"t={t + 1}" for t in range(most)),
-        "firing rate",
-        "agreement",
-    ]
-    return columns, [_row(path, recipe, results, most) for path, recipe, results in found]
+    steps = [f"t={t + 1}" for t in range(most)]
+    columns = ["run", "network", "weights", "method", "accuracy", *steps, "firing rate", "agreement"]
+    return columns, [_row(run, recipe, results, most) for run, recipe, results in found]
 
 
-def _row(path: Path, recipe: Mapping[str, Any], results: Mapping[str, Any], most: int) -> list[str]:
-    steps = [f"{value:.2f}" for value in results.get("accuracy_by_step", [])]
+def _row(run: Run, recipe: Mapping[str, Any], results: Mapping[str, Any], most: int) -> list[str]:
     if recipe["kind"] == "teach":
-        network, method = recipe["network"], "teacher (ANN)"
+        network, weights, method = recipe["network"], "", "teacher (ANN)"
     else:
-        network = f"{recipe['student']['student']} T={recipe['student']['timesteps']}"
-        method = recipe["what"]["method"]
-    rate = f"{results['firing_rate']:.1f} %" if "firing_rate" in results else ""
-    agreed = f"{results['agreement']:.2f} %" if "agreement" in results else ""
-    return [
-        path.name,
-        network,
-        method,
-        f"{results['test_accuracy']:.2f} %",
-        *steps,
-        *[""] * (most - len(steps)),
-        rate,
-        agreed,
-    ]
+        conversion = run.read("conversion")
+        network, method = f"{conversion['network']} T={conversion['timesteps']}", recipe["what"]["method"]
+        weights = "inherited" if conversion["inherited"] else "fresh"
+    steps = [f"{value:.2f}" for value in results.get("accuracy_by_step", [])]
+    steps += [""] * (most - len(steps))
+    rates = [f"{results[name]:.2f} %" if name in results else "" for name in ("firing_rate", "agreement")]
+    return [run.path.name, network, weights, method, f"{results['test_accuracy']:.2f} %", *steps, *rates]

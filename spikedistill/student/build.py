@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,10 +14,13 @@ from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import ClassLogits, Image, Logits
 from spikedistill.student.calibrate import Rule, record, thresholds
 from spikedistill.student.coding import Coding, Direct
+from spikedistill.student.rate import rate_run
 from spikedistill.student.surgery import MaxPool, Place, find_places, insert_neurons, trace
 from spikedistill.teacher.load import Normalised
 from spikedistill.teacher.zoo import initialise
 
+Gradient = Literal["exact", "rate"]
+"""How a student in training hands gradients back: through every step and its state, or through rates alone."""
 State = tuple[Tensor, ...]
 """The potentials of all layers after a step, ``[B, ...]`` each, in units of their thresholds."""
 
@@ -82,6 +85,7 @@ class Student(nn.Module):
         self.core = core
         self.coding = coding
         self.timesteps = timesteps
+        self.gradient: Gradient = "exact"
         self.tapped: tuple[str, ...] = ()
         self._ends = ends
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -122,8 +126,8 @@ class Student(nn.Module):
         logits, _, features = self._run(images, self.timesteps)
         shaped = {}
         for path, rows in features.items():
-            static = self._ends[path][1] and rows.shape[0] == logits.shape[1]
-            shaped[path] = rows.expand(len(logits), *rows.shape) if static else rows.unflatten(0, (len(logits), -1))
+            once = rows.shape[0] == logits.shape[1]
+            shaped[path] = rows.expand(len(logits), *rows.shape) if once else rows.unflatten(0, (len(logits), -1))
         return logits, shaped
 
     def step(self, images: Tensor, state: State | None = None) -> tuple[ClassLogits, State]:
@@ -154,6 +158,9 @@ class Student(nn.Module):
 
     def _run(self, images: Tensor, timesteps: int) -> tuple[Logits, Any, dict[str, Tensor]]:
         rows, repeats = self.coding.encode(images, timesteps)
+        if self.gradient == "rate" and self.training and torch.is_grad_enabled():
+            logits, features = rate_run(self.core, self._normalised(rows), timesteps, repeats, len(self.neurons))
+            return logits.unflatten(0, (timesteps, -1)), None, features
         states = (None,) * len(self.neurons)
         logits, after, features = self.core(self._normalised(rows), timesteps, repeats, states, False)
         return logits.unflatten(0, (timesteps, -1)), after, features

@@ -208,6 +208,8 @@ class OneStep(Normalised):
 
     def observe(self, images: Image, paths: Sequence[str]) -> tuple[Logits, dict[str, Tensor]]:
         """Logits ``[1, B, K]`` and features ``[1, B, ...]`` at module paths of the network."""
+        if not paths:
+            return self(images), {}
         with taps(self.network, paths) as seen:
             logits = self(images)
         return logits, {path: feature[None] for path, feature in seen.items()}

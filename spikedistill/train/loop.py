@@ -221,7 +221,9 @@ class Trainer:
             self.averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         self.watch = Watch(student)
         several = self.accelerator.num_processes > 1
-        self.trained = self.accelerator.prepare(self.lesson) if several else self.lesson
+        self.trained: Any = self.accelerator.prepare(self.lesson) if several else self.lesson
+        if config.compile:
+            self.trained = torch.compile(self.trained)
         self.saved = time.monotonic()
 
     @property

@@ -59,7 +59,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(f"{self.label}: {text}" if self.label else text, markup=False)
+        self.console.print(f"{self.label}: {text}" if self.label else text, markup=False, soft_wrap=True)
 
     def epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
         """A new epoch begins, ``done`` of its steps lie behind."""

@@ -143,5 +143,5 @@ def test_a_negative_size_is_refused(wrong):
 
 
 def test_an_unknown_policy_is_told_the_nearest():
-    with pytest.raises(ConfigError, match="no augmentation policy 'trivia'. Did you mean 'trivial'"):
+    with pytest.raises(ConfigError, match=r"no augmentation policy 'trivia'\. Did you mean 'trivial'"):
         Augment(policy="trivia")

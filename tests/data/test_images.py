@@ -193,7 +193,7 @@ class TestNpz:
     def test_a_single_array_under_that_ending_is_refused(self, tmp_path):
         with (tmp_path / "own.npz").open("wb") as file:
             np.save(file, drawn(10, 4, 5))
-        with pytest.raises(DataError, match="expected a .npz with train_images"):
+        with pytest.raises(DataError, match=r"expected a \.npz with train_images"):
             load_images(str(tmp_path / "own.npz"))
 
     def test_a_missing_file_is_named(self, tmp_path):
@@ -398,7 +398,7 @@ class TestFolder:
 
     def test_a_file_of_another_kind_is_refused(self, tmp_path):
         (tmp_path / "set.csv").write_text("1,2,3")
-        with pytest.raises(DataError, match="is neither a folder nor a .npz file"):
+        with pytest.raises(DataError, match=r"is neither a folder nor a \.npz file"):
             load_images(str(tmp_path / "set.csv"))
 
 
@@ -457,5 +457,5 @@ class TestSplit:
             split(torch.arange(6) % 2, fraction, 0)
 
     def test_a_share_too_small_for_the_classes_is_refused(self):
-        with pytest.raises(DataError, match="share of 0.1 cannot be cut from 9 samples of 3 classes"):
+        with pytest.raises(DataError, match=r"share of 0\.1 cannot be cut from 9 samples of 3 classes"):
             split(torch.arange(9) % 3, 0.1, 0)

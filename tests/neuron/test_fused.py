@@ -8,7 +8,7 @@ from torch import Tensor
 from spikedistill.neuron import fused
 from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset, run
 from spikedistill.neuron.layer import Spiking
-from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid
+from spikedistill.neuron.surrogate import Rectangle, Sigmoid
 
 T = 3
 
@@ -26,20 +26,18 @@ class Case:
 
 CASES = {
     "if": Case(IF, keep=False),
-    "if, constant": Case(Neuron(initial=0.5), constant=True, keep=False),
-    "if, learned threshold, half": Case(Neuron(initial=0.5, learn_threshold=True), torch.bfloat16),
+    "if, learned threshold, half, constant": Case(
+        Neuron(initial=0.5, learn_threshold=True), torch.bfloat16, constant=True
+    ),
     "if, to zero, state": Case(Neuron(reset=Reset.ZERO, surrogate=Rectangle()), state=True),
     "lif, state": Case(LIF, state=True),
-    "lif, detached, learned threshold": Case(
-        Neuron(leak=0.7, detach_reset=True, learn_threshold=True, surrogate=ATan()), state=True
-    ),
-    "lif, detached, to zero": Case(Neuron(leak=0.4, reset=Reset.ZERO, detach_reset=True), constant=True),
+    "lif, to zero, detached, constant": Case(Neuron(leak=0.4, reset=Reset.ZERO, detach_reset=True), constant=True),
     "plif": Case(PLIF, keep=False),
-    "plif, learned threshold, half, constant": Case(
-        replace(PLIF, learn_threshold=True), torch.bfloat16, constant=True, state=True
-    ),
-    "plif, subtractive, current as it is": Case(
-        Neuron(leak=0.6, learn_leak=True, learn_threshold=True, surrogate=Sigmoid(3.0)), constant=True, state=True
+    "plif, learned threshold, half, state": Case(replace(PLIF, learn_threshold=True), torch.bfloat16, state=True),
+    "plif, subtractive, detached, current as it is, learned threshold": Case(
+        Neuron(leak=0.6, learn_leak=True, learn_threshold=True, detach_reset=True, surrogate=Sigmoid(3.0)),
+        constant=True,
+        state=True,
     ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -84,7 +82,10 @@ class TestEqualsTheReference:
         compiled = fused._compiled.cache_info().misses
         with torch._dynamo.config.patch(error_on_recompile=True):
             for shape, last in ((2, 9), False), ((3, 2, 5, 5), False), ((1, 2, 3, 4), True):
-                for neuron in (case.neuron, replace(case.neuron, leak=case.neuron.leak if case.neuron.leak == 1 else 0.3)):
+                for neuron in (
+                    case.neuron,
+                    replace(case.neuron, leak=case.neuron.leak if case.neuron.leak == 1 else 0.3),
+                ):
                     answers(replace(case, neuron=neuron), "fused", *draw(case, shape, last), 0.8)
         assert fused._compiled.cache_info().misses == compiled
 

@@ -104,7 +104,7 @@ class TestArchitecture:
 
     def test_an_absent_function_of_ones_own_file_is_told_the_nearest(self, tmp_path):
         (tmp_path / "own.py").write_text("def tiny(classes):\n    return None\n")
-        with pytest.raises(ConfigError, match="'tinny'. Did you mean 'tiny'"):
+        with pytest.raises(ConfigError, match=r"'tinny'\. Did you mean 'tiny'"):
             Architecture(f"{tmp_path}/own.py:tinny").build()
 
     def test_a_function_that_makes_no_network_is_refused(self, tmp_path):
@@ -287,15 +287,12 @@ class TestOneStep:
 
 
 class TestLoadTeacher:
-    FACTS = {"kind": "teacher", "mean": (0.3,), "std": (0.2,), "class_names": ("a", "b", "c"), "data": "blobs"}
-
     def write(self, path, **changes):
-        """A file as ``teach`` writes it, and the network inside."""
+        """A file as ``teach`` writes it (without what is changed to None), and the network inside."""
         network = TINY.build().eval()
-        facts = {**self.FACTS, "architecture": TINY.facts(), **changes}
-        write_tensors(
-            path, network.state_dict(), {name: value for name, value in facts.items() if value is not None}
-        )
+        known = {"architecture": TINY.facts(), "mean": (0.3,), "std": (0.2,), "class_names": ("a", "b", "c")}
+        facts = {"kind": "teacher", **known, "data": "blobs", "test_accuracy": 97.5, **changes}
+        write_tensors(path, network.state_dict(), {name: value for name, value in facts.items() if value is not None})
         return network
 
     @pytest.mark.parametrize("source", ["", "model.safetensors"])

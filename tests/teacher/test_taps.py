@@ -63,8 +63,9 @@ def test_nothing_listens_after_an_error_inside_the_context(network):
 
 
 def test_an_unknown_path_is_told_the_nearest_and_leaves_no_listener(network):
-    with pytest.raises(ConfigError, match=r"no module in Sequential '1\.5'\. Did you mean '1\.[01]'"), taps(
-        network, ["0", "1.5"]
+    with (
+        pytest.raises(ConfigError, match=r"no module in Sequential '1\.5'\. Did you mean '1\.[01]'"),
+        taps(network, ["0", "1.5"]),
     ):
         pass
     assert hooks(network) == 0

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import fx, nn
@@ -91,7 +93,7 @@ class TestEvery:
         with torch.no_grad(), taps(network, paths) as seen:
             network(torch.rand(1, 3, 32, 32))
         sides = [seen[path].shape[-1] for path in paths]
-        assert all(after == before // 2 for before, after in zip(sides, sides[1:]))
+        assert all(after == before // 2 for before, after in itertools.pairwise(sides))
         first = next(layer for layer in network.get_submodule("layer1").modules() if isinstance(layer, nn.Conv2d))
         assert first.out_channels == (15 if name == "pyramidnet18" else 8)  # its first block has already grown
 

@@ -138,11 +138,9 @@ class TestLearningRate:
         config = choices(lr=lr, warmup=warmup, schedule=schedule)
         rates = [learning_rate(step, steps, config) for step in range(steps)]
         top = rates.index(max(rates))
-        assert 0 < min(rates) and max(rates) <= lr
+        assert min(rates) > 0 and max(rates) <= lr
         assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
         assert max(rates) >= lr * (1 - 1 / max(1, steps * (1 - warmup)))
-        if steps * (1 - warmup) > 2:
-            assert rates[-1] <= 1.01 * lr / (steps * (1 - warmup)) + lr * (schedule == "cosine") * 0.5
 
     def test_ends_near_zero(self):
         for schedule, end in (("cosine", 0.5 * (1 - math.cos(math.pi / 95))), ("one-cycle", 1 / 95)):

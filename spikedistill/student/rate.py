@@ -1,0 +1,166 @@
+"""The rate-based gradient: T spiking steps forward without graph, one pass back on rates (Yu et al., arXiv 2410.11488).
+
+Between neurons everything is linear, so the mean over time passes through it alone: ``mean_t(W s_t) = W mean_t(s_t)``.
+The first pass runs all T steps and keeps of each layer of neurons the mean of its spikes and the slope of that mean, and
+of each batch norm the statistics over time and batch. The second pass runs the network once, on the means: neurons
+return the means of the first pass and hand gradients back through the slopes; batch norms use the statistics of the
+first pass, whose share that comes from the means is differentiated. At T = 1 this is the exact gradient. Only the first
+pass grows with T.
+
+Max pooling is the one part that is not linear: the second pass pools the means and takes the gradient to their largest.
+Gradients do not reach learned leaks and thresholds.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from spikedistill.errors import ConfigError
+from spikedistill.neuron.layer import Spiking
+from spikedistill.student.surgery import repeat_time
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _Through(torch.autograd.Function):
+    """Forward what was measured; backward the slope."""
+
+    @staticmethod
+    def forward(ctx, current: Tensor, rate: Tensor, slope: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(slope)
+        return rate.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None, None
+
+
+class _Norm(torch.autograd.Function):
+    """Batch norm of means with the statistics of all time steps.
+
+    The variance over time and batch is that of the means plus a rest that the means do not move, so the gradient is the
+    usual one with the wider variance in place of the batch's own.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, inverse.pow(-2) - eps, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, weight, mean, inverse = ctx.saved_tensors
+        layout = torch.channels_last if _is_last(x) else torch.contiguous_format
+        grad = grad.contiguous(memory_format=layout)
+        to_x, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse, True, ctx.eps, [True, weight is not None, weight is not None]
+        )
+        return to_x, to_weight, to_bias, None, None, None
+
+
+def _is_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Spiking(fx.Interpreter):
+    """The first pass: all time steps, without graph; keeps what the second pass needs."""
+
+    def __init__(self, core: fx.GraphModule) -> None:
+        super().__init__(core)
+        self.current = ""
+        self.kept: dict[str, tuple[Tensor, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n.name
+        return super().run_node(n)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        if isinstance(layer, Spiking):
+            x, timesteps, repeats, *_ = args
+            spikes, rate, slope = layer.measure(x, timesteps, repeats)
+            self.kept[self.current] = (rate, slope)
+            for hook in layer._forward_hooks.values():
+                hook(layer, args, (spikes, None))
+            return spikes, None
+        if isinstance(layer, NORMS) and layer.training:
+            return self._norm(layer, args[0])
+        return super().call_module(target, args, kwargs)
+
+    def _norm(self, layer: Any, x: Tensor) -> Tensor:
+        momentum = layer.momentum
+        if layer.track_running_stats and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(layer.num_batches_tracked) if momentum is None else momentum
+        y, mean, inverse = torch.native_batch_norm(
+            x, layer.weight, layer.bias, layer.running_mean, layer.running_var, True, momentum or 0.0, layer.eps
+        )
+        self.kept[self.current] = (mean, inverse)
+        return y
+
+
+class _Means(fx.Interpreter):
+    """The second pass: one row a sample, on means, with graph."""
+
+    def __init__(self, core: fx.GraphModule, kept: dict[str, tuple[Tensor, ...]]) -> None:
+        super().__init__(core)
+        self.kept = kept
+        self.current = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n.name
+        return super().run_node(n)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        if isinstance(layer, Spiking):
+            return _Through.apply(args[0], *self.kept[self.current]), None
+        if isinstance(layer, NORMS) and layer.training:
+            mean, inverse = self.kept[self.current]
+            return _Norm.apply(args[0], layer.weight, layer.bias, mean, inverse, layer.eps)
+        return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return args[0] if target is repeat_time else super().call_function(target, args, kwargs)
+
+
+def rate_run(
+    core: fx.GraphModule, rows: Tensor, timesteps: int, repeats: int, layers: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits ``[T*B, K]`` of all steps, and features as means ``[B, ...]``, both with the rate-based gradient.
+
+    Args:
+        core: a student's graph, in training mode.
+        rows: the encoded input, ``[B, ...]`` used ``timesteps`` times or ``[T*B, ...]`` used once.
+        timesteps: T.
+        repeats: how often each row is used, 1 or T.
+        layers: how many layers of neurons there are.
+
+    Raises:
+        ConfigError: if the network drops out at random, which two passes cannot share.
+    """
+    for layer in core.modules():
+        if (
+            isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
+            and layer.training
+            and layer.p > 0
+        ):
+            raise ConfigError(
+                f"The rate-based gradient runs the network twice, and dropout (p={layer.p}) would differ: set p=0 or use"
+                " the exact gradient."
+            )
+    states = (None,) * layers
+    with torch.no_grad():
+        first = _Spiking(core)
+        logits, _, _ = first.run(rows, timesteps, repeats, states, False)
+        means = rows if repeats > 1 or timesteps == 1 else rows.unflatten(0, (timesteps, -1)).mean(0)
+    mean, _, features = _Means(core, first.kept).run(means, 1, 1, states, False)
+    batch = means.shape[0]
+    carried = (mean - mean.detach()).repeat(logits.shape[0] // batch, 1)
+    return logits + carried, features

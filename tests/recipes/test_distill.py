@@ -1,0 +1,283 @@
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spikedistill.data.images import NAMED, load_images
+from spikedistill.errors import ConfigError
+from spikedistill.files import read_tensors
+from spikedistill.neuron import fused
+from spikedistill.recipes import STUDENTS, TEACHERS
+from spikedistill.recipes import distill as module
+from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
+from spikedistill.recipes.runs import evaluate, load_student
+from spikedistill.recipes.teach import Teach, teach
+from spikedistill.teacher.load import load_teacher
+from spikedistill.teacher.zoo import ZOO
+from spikedistill.train.recipe import Data, Training, check
+from spikedistill.train.run import Run
+
+METHODS = ("direct", "tet", "kdsnn-response", "kdsnn-feature", "kdsnn")
+TERMS = {
+    "direct": {"labels"},
+    "tet": {"labels", "spread"},
+    "kdsnn-response": {"labels", "soft"},
+    "kdsnn-feature": {"labels", "features"},
+    "kdsnn": {"labels", "soft", "features"},
+}
+TRAINING = Training(epochs=1, batch_size=16, lr=0.02, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_compiler():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "works", lambda device: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with blobs.npz (three classes, each bright in a channel of its own) and a trained teacher."""
+    folder, random = tmp_path_factory.mktemp("distill"), np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 96), ("test", 48)):
+        labels = np.arange(count) % 3
+        images = random.integers(0, 60, (count, 8, 8, 3)).astype(np.uint8)
+        images[np.arange(count), :, :, labels] += 150
+        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
+    np.savez(folder / "blobs.npz", **arrays)
+    training = dataclasses.replace(TRAINING, epochs=3, lr=0.1)
+    teach(Teach("resnet20", width=4, data=Data(str(folder / "blobs.npz")), training=training), folder / "teacher")
+    return folder
+
+
+def recipe(home, method="kdsnn", student="same", **changes):
+    who, what = TeacherChoice(str(home / "teacher")), Method(method)
+    choice = StudentChoice(student, student_width=None if student == "same" else 4, timesteps=2, calibration=32)
+    made = Distill(who, choice, what, Data(str(home / "blobs.npz")), TRAINING)
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize("student", ["same", "vgg9"])
+@pytest.mark.parametrize("method", METHODS)
+class TestEveryMethod:
+    def test_goes_from_teacher_to_measured_student(self, home, method, student, tmp_path):
+        results = distill(recipe(home, method, student), tmp_path / "run")
+        run = Run(tmp_path / "run")
+        assert run.read("results") == results
+        assert results.keys() == {
+            *("test_accuracy", "accuracy_by_step", "firing_rate", "firing_rate_by_layer"),
+            *("teacher_accuracy", "agreement", "divergence"),
+        }
+        percents = [results[name] for name in ("test_accuracy", "firing_rate", "teacher_accuracy", "agreement")]
+        percents += results["accuracy_by_step"] + list(results["firing_rate_by_layer"].values())
+        assert all(0 <= value <= 100 for value in percents)
+        assert len(results["accuracy_by_step"]) == 2 and results["accuracy_by_step"][-1] == results["test_accuracy"]
+        assert results["divergence"] >= 0
+        assert 0 < results["firing_rate"] < 100
+        line = run.lines("metrics")[-1]
+        assert line.keys() == {
+            *("epoch", "step", "lr", "loss", "train_accuracy", "firing_rate", "validation_accuracy"),
+            *TERMS[method],
+        }
+        inherited = student == "same"
+        assert run.read("conversion")["inherited"] is inherited
+        assert run.read("before").keys() == results.keys() - {"test_accuracy"} | {"train_accuracy"}
+
+
+@pytest.fixture(scope="module")
+def finished(home):
+    return home / "finished", distill(recipe(home), home / "finished")
+
+
+class TestResults:
+    def test_are_what_the_loaded_student_answers(self, home, finished):
+        out, results = finished
+        student, again = load_student(out)
+        images = load_images(again.data.data)
+        pixels, labels = images.test_images.float() / 255, images.test_labels
+        emitted = {name: [] for name in student.neurons}
+        for name, layer in student.neurons.items():
+            layer.register_forward_hook(lambda _, __, output, name=name: emitted[name].append(output[0]))
+        with torch.no_grad():
+            logits = student(pixels)
+        for steps, accuracy in enumerate(results["accuracy_by_step"], start=1):
+            right = logits[:steps].mean(0).argmax(1) == labels
+            assert accuracy == pytest.approx(100 * right.double().mean().item())
+        for name, rate in results["firing_rate_by_layer"].items():
+            assert rate == pytest.approx(100 * (emitted[name][0] != 0).double().mean().item(), abs=0.02)
+        teacher, _ = load_teacher(home / "teacher")
+        theirs = teacher(pixels)
+        assert results["teacher_accuracy"] == pytest.approx(100 * (theirs.argmax(1) == labels).double().mean().item())
+        agreed = (theirs.argmax(1) == logits.mean(0).argmax(1)).double().mean().item()
+        assert results["agreement"] == pytest.approx(100 * agreed)
+        p, q = theirs.double().softmax(1), logits.double().mean(0).softmax(1)
+        assert results["divergence"] == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-3, abs=1e-6)
+
+    def test_are_given_again_by_evaluate(self, finished):
+        out, results = finished
+        assert evaluate(out) == results
+
+    def test_stand_in_the_weights_with_recipe_and_normalisation(self, home, finished):
+        out, _ = finished
+        student, again = load_student(out / "model.safetensors")
+        assert again == recipe(home)
+        teacher, _ = load_teacher(home / "teacher")
+        torch.testing.assert_close(student.mean, teacher.mean)
+        torch.testing.assert_close(student.std, teacher.std)
+        assert Run(out).read("recipe")["student"]["timesteps"] == student.timesteps == 2
+
+    def test_a_student_learns_what_its_teacher_knows(self, finished):
+        _, results = finished
+        assert results["teacher_accuracy"] > 90 and results["test_accuracy"] > 60
+
+
+class TestWeightsBeforeTraining:
+    def equal(self, home, **choice):
+        made = recipe(home)
+        made = dataclasses.replace(made, student=dataclasses.replace(made.student, **choice))
+        images = load_images(made.data.data)
+        student, report, _ = module.build_student(made, *module.find_teacher(made.who, images), images)
+        weights = {name.removeprefix("core."): value for name, value in student.state_dict().items()}
+        teacher = load_file(home / "teacher" / "model.safetensors")
+        return report.inherited, [torch.equal(weights[name], teacher[name]) for name in teacher if "conv1" in name]
+
+    def test_are_the_teachers_for_the_same_network(self, home):
+        inherited, equal = self.equal(home)
+        assert inherited and equal and all(equal)
+
+    def test_are_fresh_where_inheriting_is_declined(self, home):
+        inherited, equal = self.equal(home, inherit=False)
+        assert not inherited and equal and not any(equal)
+
+
+class TestTeacher:
+    def test_a_bare_weights_file_needs_network_and_normalisation(self, home, tmp_path):
+        tensors = load_file(home / "teacher" / "model.safetensors")
+        torch.save(tensors, tmp_path / "weights.pt")
+        who = TeacherChoice(str(tmp_path / "weights.pt"))
+        with pytest.raises(ConfigError, match="name the architecture"):
+            distill(recipe(home, who=who), tmp_path / "run")
+        who = dataclasses.replace(who, teacher_network="resnet20", teacher_width=4)
+        with pytest.raises(ConfigError, match="give mean and std"):
+            distill(recipe(home, who=who), tmp_path / "run")
+        teacher, _ = load_teacher(home / "teacher")
+        mean, std = (tuple(value.flatten().tolist()) for value in (teacher.mean, teacher.std))
+        who = dataclasses.replace(who, teacher_mean=mean, teacher_std=std)
+        bare, _ = module.find_teacher(who, load_images(str(home / "blobs.npz")))
+        images = torch.rand(2, 3, 8, 8)
+        assert torch.equal(bare(images), teacher(images))
+
+
+class TestPairs:
+    def test_the_ends_of_stages_are_matched_from_the_last_backwards(self, home, tmp_path):
+        teacher, architecture = load_teacher(home / "teacher")
+        images = load_images(str(home / "blobs.npz"))
+        made = recipe(home, student="vgg11")
+        student, _, _ = module.build_student(made, teacher, architecture, images)
+        pairs = module.feature_pairs(made.what, teacher.network, student)
+        assert pairs == (("layer1", "layer3"), ("layer2", "layer4"), ("layer3", "layer5"))
+
+    def test_given_ones_are_taken_at_their_word(self, home, tmp_path):
+        what = Method("kdsnn-feature", pairs=(("layer2", "layer1"),))
+        distill(recipe(home, student="vgg9", what=what), tmp_path / "run")
+        names = load_file(tmp_path / "run" / "checkpoint.safetensors")
+        assert names["lesson.adapters.0.weight"].shape == (8, 4, 1, 1)
+
+
+def _content(run):
+    """What the files of a run hold, but for those that tell of time and machine."""
+    files = [file for file in run.iterdir() if file.stem not in ("timing", "environment")]
+    return {file.name: read_tensors(file) if file.suffix == ".safetensors" else file.read_text() for file in files}
+
+
+def _same(first, second):
+    assert first.keys() == second.keys()
+    for name, content in first.items():
+        if name.endswith(".safetensors"):
+            (tensors, facts), (others, other_facts) = content, second[name]
+            assert tensors.keys() == others.keys() and facts == other_facts
+            assert all(torch.equal(value, others[key]) for key, value in tensors.items()), name
+        else:
+            assert content == second[name], name
+
+
+class TestResume:
+    @pytest.mark.parametrize("moment", ["measure", "fit", "write_tensors"])
+    def test_after_an_interruption_gives_the_same_files(self, home, finished, moment, tmp_path, monkeypatch):
+        whole, _ = finished
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, moment, _interrupted)
+            distill(recipe(home), tmp_path / "cut")
+        assert not (tmp_path / "cut" / "results.json").exists()
+        distill(recipe(home), tmp_path / "cut", resume=True)
+        _same(_content(whole), _content(tmp_path / "cut"))
+
+    def test_of_a_finished_run_changes_nothing(self, home, finished, tmp_path):
+        whole, results = finished
+        shutil.copytree(whole, tmp_path / "again")
+        assert distill(recipe(home), tmp_path / "again", resume=True) == results
+        _same(_content(whole), _content(tmp_path / "again"))
+
+
+def _interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"what": Method(alpha=2.0)}, r"alpha \(=2\.0\)"),
+            ({"training": dataclasses.replace(TRAINING, batch_size=1000)}, r"batch_size \(=1000\)"),
+            ({"what": Method("kdsnn-feature", pairs=(("layer1", "layer9"),))}, r"'layer9'.*Did you mean"),
+        ],
+        ids=["value", "batch", "pairs"],
+    )
+    def test_can_be_put_right_in_the_same_directory(self, home, changes, message, tmp_path):
+        with pytest.raises(ConfigError, match=message):
+            distill(recipe(home, **changes), tmp_path / "run")
+        assert distill(recipe(home, "direct", "vgg9"), tmp_path / "run")["test_accuracy"] > 0
+
+    def test_a_teacher_without_stages_asks_for_pairs(self, home, tmp_path):
+        own = "from torch import nn\ndef make(classes):\n"
+        own += "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))\n"
+        (tmp_path / "own.py").write_text(own)
+        with pytest.raises(ConfigError, match="say which features to compare by --pairs"):
+            distill(recipe(home, student=f"{tmp_path / 'own.py'}:make"), tmp_path / "run")
+
+    def test_a_teacher_that_is_gone(self, home, tmp_path):
+        shutil.copytree(home / "teacher", tmp_path / "teacher")
+        (tmp_path / "teacher" / "model.safetensors").unlink()
+        with pytest.raises(Exception, match=r"teacher/model\.safetensors' does not exist"):
+            distill(recipe(home, who=TeacherChoice(str(tmp_path / "teacher"))), tmp_path / "run")
+
+
+class TestNamedRecipes:
+    @pytest.mark.parametrize("name", TEACHERS)
+    def test_a_teacher_can_be_built_and_has_no_fault(self, name):
+        made = TEACHERS[name]()
+        check(made.data, made.training)
+        assert made.network in ZOO
+        assert made.data.data in NAMED
+        assert f"spikedistill teach {name}" in TEACHERS[name].__doc__
+
+    @pytest.mark.parametrize("name", STUDENTS)
+    def test_a_student_can_be_built_and_has_no_fault(self, name):
+        made = STUDENTS[name]()
+        check(made.student, made.data, made.training)
+        assert made.what.objective((("layer1", "layer1"),), True).teacher
+        assert f"spikedistill distill {name}" in STUDENTS[name].__doc__
+
+    @pytest.mark.parametrize("name", STUDENTS)
+    def test_a_student_learns_from_where_teach_puts_its_teacher_and_from_the_same_data(self, name):
+        teacher, student = TEACHERS[name](), STUDENTS[name]()
+        assert student.who == TeacherChoice(f"runs/{name}-teacher")
+        assert student.data == teacher.data
+        assert student.student.student == "same"
+
+    def test_every_name_has_both(self):
+        assert TEACHERS.keys() == STUDENTS.keys()

@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+from spikedistill.errors import ConversionError
+from spikedistill.neuron.dynamics import IF, LIF, Neuron, Reset
+from spikedistill.student.calibrate import (
+    CANDIDATES,
+    GRID,
+    REACH,
+    choose_threshold,
+    record,
+    response,
+    staircase,
+    thresholds,
+)
+
+law = settings(deadline=None, max_examples=30)
+GRIDDED = [REACH * number / (GRID - 1) for number in range(GRID)]
+
+
+def squared_errors(activations: list[float], threshold: float, timesteps: int, initial: float) -> tuple[float, float]:
+    """What a layer of IF neurons gets wrong, from the closed form of its staircase: at best, and at worst.
+
+    The two differ where a current lies so near to a stair that the grid may take it for its neighbour.
+    """
+    blur = 0.51 * REACH / (GRID - 1)
+    best = worst = 0.0
+    for x in activations:
+        counts = [math.floor(timesteps * (x / threshold + shift) + initial) for shift in (-blur, blur)]
+        both = [(x - threshold * min(max(count, 0), timesteps) / timesteps) ** 2 for count in counts]
+        best, worst = best + min(both), worst + max(both)
+    return best / len(activations), worst / len(activations)
+
+
+class TestStaircase:
+    @pytest.mark.parametrize("initial", [0.0, 0.5, 0.75])
+    @pytest.mark.parametrize("timesteps", [1, 3, 4])
+    def test_of_integrate_and_fire_counts_whole_thresholds(self, timesteps, initial):
+        counts = [min(max(math.floor(timesteps * x + initial), 0), timesteps) for x in GRIDDED]
+        assert (staircase(Neuron(initial=initial), timesteps) * timesteps).round().tolist() == counts
+
+    @pytest.mark.parametrize("timesteps", [1, 4, 16])
+    def test_of_a_memoryless_reset_fires_every_nth_step(self, timesteps):
+        # reset to zero without leak: the threshold is reached after ceil(1 / x) steps, again and again
+        periods = [math.ceil(1 / x) if x else timesteps + 1 for x in GRIDDED]
+        # within one grid point of a whole 1 / x, rounding decides
+        clear = torch.tensor([x == 0 or abs(round(1 / x) * x - 1) > 1e-4 for x in GRIDDED])
+        found = staircase(Neuron(reset=Reset.ZERO), timesteps) * timesteps
+        expected = torch.tensor([float(timesteps // period) for period in periods])
+        assert clear.float().mean() > 0.9
+        torch.testing.assert_close(found[clear], expected[clear])
+
+    def test_of_a_leak_starts_where_the_current_outweighs_it(self):
+        # LIF with leak 1/2 settles at 2 x, so that nothing below 1/2 ever fires
+        stairs = staircase(LIF, 30)
+        fires = torch.tensor(GRIDDED)[stairs > 0]
+        assert float(fires.min()) == pytest.approx(0.5, abs=2 * REACH / GRID)
+
+
+class TestResponse:
+    def test_is_the_staircase_at_the_activation_in_thresholds(self):
+        stairs = staircase(Neuron(initial=0.5), 4)
+        activations = torch.tensor([-5.0, 0.0, 0.3, 0.9, 1.6, 2.0, 100.0])
+        assert response(activations, 2.0, stairs).tolist() == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+    def test_beyond_the_reach_of_the_grid_is_its_end(self):
+        stairs = staircase(IF, 4)
+        assert float(response(torch.tensor([REACH * 50]), 1.0, stairs)) == 1.0
+
+
+class TestChooseThreshold:
+    stairs = staircase(Neuron(initial=0.5), 4)
+
+    def test_max_takes_the_largest(self):
+        assert choose_threshold(torch.tensor([0.5, 3.25, 1.0, -7.0]), self.stairs, "max") == 3.25
+
+    @law
+    @given(values=st.lists(st.floats(-1, 10, width=32), min_size=1, max_size=40), percentile=st.floats(0, 100))
+    def test_percentile_takes_a_share_of_the_positive(self, values, percentile):
+        positive = sorted(value for value in values if value > 0)
+        position = percentile / 100 * (len(positive) - 1)
+        low, share = int(position), position - int(position)
+        expected = 1.0
+        if positive:
+            expected = positive[low] + share * (positive[min(low + 1, len(positive) - 1)] - positive[low])
+        found = choose_threshold(torch.tensor(values), self.stairs, "percentile", percentile)
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+    @law
+    @given(values=st.lists(st.floats(0.01, 10), min_size=1, max_size=30), initial=st.sampled_from([0.0, 0.5]))
+    def test_least_squares_is_as_good_as_the_best_of_a_brute_force_search(self, values, initial):
+        chosen = choose_threshold(torch.tensor(values), staircase(Neuron(initial=initial), 4), "least-squares")
+        top = max(values)
+        errors = [squared_errors(values, top * k / CANDIDATES, 4, initial) for k in range(1, CANDIDATES + 1)]
+        assert squared_errors(values, chosen, 4, initial)[0] <= min(worst for _, worst in errors) + 1e-6 * top**2
+
+    def test_least_squares_finds_the_threshold_that_made_the_activations(self):
+        # activations of a quantised network: multiples of a quarter of 2.0, with one outlier of 4.0 in 10000
+        activations = torch.cat([torch.tensor([0.5, 1.0, 1.5, 2.0]).repeat(2500), torch.tensor([4.0])])
+        assert choose_threshold(activations, self.stairs, "least-squares") == pytest.approx(2.0)
+
+    def test_least_squares_scales_with_the_activations(self):
+        activations = torch.rand(500).square()
+        one, four = (choose_threshold(scale * activations, self.stairs, "least-squares") for scale in (1.0, 4.0))
+        assert four == pytest.approx(4 * one)
+
+    @pytest.mark.parametrize("rule", ["least-squares", "max", "percentile"])
+    def test_a_layer_that_is_always_silent_gets_one(self, rule):
+        assert choose_threshold(torch.zeros(10), self.stairs, rule) == 1.0
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_activations_that_are_not_finite_are_refused(self, value):
+        with pytest.raises(ConversionError, match=r"NaN or infinity: check the weights and the calibration images"):
+            choose_threshold(torch.tensor([0.5, value]), self.stairs, "max")
+
+
+class TestThresholds:
+    def test_expected_rates_follow_from_the_closed_form(self):
+        found = thresholds({"a": torch.tensor([0.0, 0.3, 0.9, 2.0])}, Neuron(initial=0.5), 4, "max", 99.9)
+        # in thresholds of 2: 0, 0.15, 0.45, 1; times 4 and rounded: 0, 1, 2, 4 of 4 spikes
+        assert found == {"a": (2.0, pytest.approx(7 / 16))}
+
+    def test_a_silent_layer_is_expected_to_stay_silent(self):
+        assert thresholds({"a": torch.zeros(5)}, IF, 4, "least-squares", 99.9) == {"a": (1.0, 0.0)}
+
+
+class TestRecord:
+    def network(self) -> fx.GraphModule:
+        return fx.symbolic_trace(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)))
+
+    def test_sees_every_image_once_in_evaluation_mode(self):
+        module, images = self.network(), torch.randn(7, 1, 2, 2)
+        module.train()
+        expected = images.flatten(1).relu().flatten() / math.sqrt(1 + 1e-5)
+        found = record(module, {"_2"}, images, batch_size=3)
+        torch.testing.assert_close(found, {"_2": expected})
+        assert module.training and int(module.get_submodule("1").num_batches_tracked) == 0
+
+    def test_thins_what_is_too_much(self, monkeypatch):
+        monkeypatch.setattr("spikedistill.student.calibrate.RESERVOIR", 10)
+        module, images = self.network(), torch.randn(40, 1, 2, 2)
+        whole = set((images.flatten(1).relu().flatten() / math.sqrt(1 + 1e-5)).tolist())
+        found = record(module, {"_2"}, images)["_2"]
+        assert len(found) == 10
+        assert all(min(abs(value - other) for other in whole) < 1e-6 for value in found.tolist())

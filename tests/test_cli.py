@@ -1,0 +1,265 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spikedistill.cli import COMMANDS, main
+from spikedistill.neuron import fused
+from spikedistill.recipes import STUDENTS, TEACHERS, demo, digits, distill, teach
+from spikedistill.recipes.distill import Distill, TeacherChoice
+from spikedistill.recipes.teach import Teach
+from spikedistill.train.loop import Trainer
+from spikedistill.train.recipe import Training
+from spikedistill.train.run import Run
+
+QUICK = "--epochs 1 --batch-size 16 --lr 0.05 --device cpu --precision fp32"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_compiler():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "works", lambda device: False)
+        yield
+
+
+def call(*arguments):
+    """Run the command line in this process; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["spikedistill", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            return end.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with data, a teacher and a student, made by the command line."""
+    folder, random = tmp_path_factory.mktemp("cli"), np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 48), ("test", 24)):
+        labels = np.arange(count) % 3
+        images = random.integers(0, 60, (count, 8, 8, 3)).astype(np.uint8)
+        images[np.arange(count), :, :, labels] += 150
+        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
+    np.savez(folder / "blobs.npz", **arrays)
+    data = ("--data", folder / "blobs.npz", *QUICK.split())
+    assert call("teach", "--network", "vgg9", "--width", 4, "--out", folder / "teacher", *data) == 0
+    who = ("--teacher", folder / "teacher", "--timesteps", 2)
+    assert call("distill", *who, "--out", folder / "student", *data) == 0
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the recipes are asked for, instead of doing it."""
+    seen = []
+
+    def remember(recipe, out, resume, progress):
+        seen.append((recipe, out, resume))
+        return {"test_accuracy": 12.5}
+
+    monkeypatch.setattr(teach, "teach", remember)
+    monkeypatch.setattr(distill, "distill", remember)
+    monkeypatch.setattr("spikedistill.cli._print_table", lambda paths: None)
+    return seen
+
+
+class TestHelp:
+    @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)], ids=repr)
+    def test_of_the_whole_names_every_command(self, arguments, capsys):
+        assert call(*arguments) == 0
+        shown = capsys.readouterr().out
+        assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+    @pytest.mark.parametrize(
+        "command, options",
+        [
+            ("teach", {"--network", "--width", "--data", "--epochs", "--lr", "--resume", "--out", "--seed"}),
+            ("distill", {"--timesteps", "--method", "--temperature", "--resume", "--teacher", "--neuron", "--pairs"}),
+            ("evaluate", {"RUN", "--timesteps", "--data-dir"}),
+            ("compare", {"RUNS"}),
+            ("demo", {"--out"}),
+            ("recipes", {"ready recipes"}),
+        ],
+    )
+    def test_of_a_command_names_its_options(self, command, options, capsys):
+        assert call(command, "--help") == 0
+        caught = capsys.readouterr()
+        assert f"usage: spikedistill {command}" in caught.out and not caught.err
+        assert all(option in caught.out for option in options)
+
+    def test_covers_every_command(self):
+        (mark,) = [m for m in self.test_of_a_command_names_its_options.pytestmark if m.name == "parametrize"]
+        assert {command for command, _ in mark.args[1]} == set(COMMANDS)
+
+    @pytest.mark.parametrize("command, kind", [("teach", Teach), ("distill", Distill)])
+    def test_has_an_option_for_every_field_of_a_recipe(self, command, kind, capsys):
+        call(command, "--help")
+        shown = capsys.readouterr().out
+        for field in dataclasses.fields(kind):
+            part = getattr(kind(), field.name)
+            names = (
+                [inner.name for inner in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else [field.name]
+            )
+            assert all(f"--{name.replace('_', '-')}" in shown for name in names)
+
+    def test_of_a_recipe_shows_its_values(self, capsys):
+        call("distill", "cifar10", "--help")
+        shown = capsys.readouterr().out
+        assert "runs/cifar10-teacher" in shown and "(default: 0.03)" in shown
+
+
+class TestOptions:
+    def test_without_any_the_recipe_is_taken_as_it_is(self, asked, capsys):
+        assert call("teach", "digits") == call("distill", "digits") == 0
+        first, second = asked
+        assert first == (digits.teacher(), Path("runs/digits-teacher"), False)
+        assert second == (digits.student(), Path("runs/digits-kdsnn-t4"), False)
+        assert "12.50 %" in capsys.readouterr().out
+
+    def test_the_teacher_lands_where_its_student_looks_for_it(self, asked):
+        for name in TEACHERS:
+            call("teach", name)
+            assert STUDENTS[name]().who.teacher == str(asked[-1][1])
+
+    def test_reach_the_recipe(self, asked):
+        options = "--timesteps 7 --method tet --lr 0.5 --neuron lif --leak 0.75 --flip --pairs a b c d --out x --resume"
+        assert call("distill", "digits", *options.split(), "--teacher-mean", "0.5", "--seed", "-3") == 0
+        ((recipe, out, resume),) = asked
+        base, change = digits.student(), dataclasses.replace
+        assert (out, resume) == (Path("x"), True)
+        assert recipe == Distill(
+            change(base.who, teacher_mean=(0.5,)),
+            change(base.student, timesteps=7, neuron="lif", leak=0.75),
+            change(base.what, method="tet", pairs=(("a", "b"), ("c", "d"))),
+            change(base.data, flip=True),
+            change(base.training, lr=0.5, seed=-3),
+        )
+
+    def test_without_a_recipe_change_the_defaults(self, asked):
+        assert call("distill", "--teacher", "t", "--data", "some/set.npz", "--no-channels-last") == 0
+        ((recipe, out, _),) = asked
+        expected = dataclasses.replace(Distill(), who=TeacherChoice("t"), training=Training(channels_last=False))
+        assert recipe == dataclasses.replace(expected, data=dataclasses.replace(expected.data, data="some/set.npz"))
+        assert out == Path("runs/set-kdsnn-t4")
+
+
+class TestWhatIsUnknown:
+    @pytest.mark.parametrize(
+        "arguments, hint",
+        [
+            ("distil", r"There is no command 'distil'. Did you mean 'distill'?"),
+            ("teach cifr10", "There is no recipe 'cifr10'. Did you mean 'cifar10'?"),
+            ("distill digit", "There is no recipe 'digit'. Did you mean 'digits'?"),
+            ("distill --timestep 3", "--timesteps"),
+            ("distill --method kdsn", "kdsnn"),
+            ("distill --neuron liff", "plif"),
+            ("teach --optimizer adam", "adamw"),
+            ("distill --timesteps four", "four"),
+            ("evaluate", "RUN"),
+            ("compare --run x", "--run"),
+            ("recipes extra", "extra"),
+        ],
+    )
+    def test_is_refused_with_what_was_probably_meant(self, arguments, hint, capsys):
+        assert call(*arguments.split()) == 2
+        caught = capsys.readouterr()
+        assert hint in caught.err and not caught.out
+        assert "Traceback" not in caught.err
+
+
+class TestOutput:
+    def test_recipes_lists_all_with_the_commands_that_take_them(self, capsys):
+        assert call("recipes") == 0
+        shown = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+        assert shown == [["teach", name] for name in TEACHERS] + [["distill", name] for name in STUDENTS]
+
+    def test_compare_prints_the_table_and_nothing_else(self, home, capsys):
+        assert call("compare", home / "teacher", home / "student") == 0
+        caught = capsys.readouterr()
+        head, teacher, student = caught.out.splitlines()
+        assert head.split()[:2] == ["run", "network"] and "t=2" in head
+        accuracy = Run(home / "teacher").read("results")["test_accuracy"]
+        results = Run(home / "student").read("results")
+        assert teacher.split()[:2] == ["teacher", "vgg9"] and f"{accuracy:.2f} %" in teacher
+        assert f"{results['test_accuracy']:.2f} %" in student and f"{results['firing_rate']:.2f} %" in student
+        assert not caught.err
+
+    def test_evaluate_prints_every_measure(self, home, capsys):
+        assert call("evaluate", home / "student", "--timesteps", 3) == 0
+        lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+        results = Run(home / "student").read("results")
+        assert lines["teacher_accuracy"] == [f"{results['teacher_accuracy']:.2f}", "%"]
+        assert len(lines["accuracy_by_step"]) == 3
+        assert lines.keys() >= results.keys() - {"firing_rate_by_layer"}
+
+    def test_results_go_to_standard_output_and_the_work_to_standard_error(self, home, tmp_path, capsys):
+        out = tmp_path / "run"
+        options = ("--data", home / "blobs.npz", *QUICK.split(), "--teacher", home / "teacher", "--timesteps", 1)
+        assert call("distill", *options, "--method", "direct", "--out", out) == 0
+        caught = capsys.readouterr()
+        assert caught.out.splitlines()[-1] == f"the student is in {out}"
+        assert "epoch 1: " not in caught.out and "direct: epoch 1: " in caught.err
+        assert "direct: cpu, float32: float32 was asked for" in caught.err
+
+    def test_demo_compares_what_it_made(self, home, monkeypatch, capsys):
+        asked = []
+        monkeypatch.setattr(demo, "demo", lambda out: asked.append(out) or [home / "teacher", home / "student"])
+        assert call("demo", "--out", "somewhere") == 0
+        assert asked == [Path("somewhere")]
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "teacher", "student"]
+
+
+class TestControlC:
+    def test_ends_with_130_and_says_how_to_go_on(self, home, tmp_path, monkeypatch, capsys):
+        arguments = (
+            "teach",
+            "--network",
+            "vgg9",
+            "--width",
+            4,
+            "--data",
+            home / "blobs.npz",
+            "--out",
+            tmp_path / "run",
+        )
+        arguments += tuple(QUICK.replace("--epochs 1", "--epochs 2").split())
+        step, left = Trainer.step, [3]
+
+        def interrupted(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "step", interrupted)
+            assert call(*arguments) == 130
+        caught = capsys.readouterr()
+        assert "--resume" in caught.err.splitlines()[-1] and "Traceback" not in caught.err
+        assert call(*arguments, "--resume") == 0
+        assert "going on after epoch 1, step 0" in capsys.readouterr().err
+        assert [line["epoch"] for line in Run(tmp_path / "run").lines("metrics")] == [1, 2]
+
+
+def test_a_process_of_its_own_behaves_the_same(home, tmp_path):
+    def start(*arguments):
+        command = [sys.executable, "-m", "spikedistill", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    out = tmp_path / "run"
+    data = ("--data", home / "blobs.npz", *QUICK.split())
+    done = start("teach", "--network", "vgg9", "--width", 4, "--out", out, *data)
+    assert done.returncode == 0, done.stderr
+    accuracy = Run(out).read("results")["test_accuracy"]
+    assert done.stdout == f"test accuracy {accuracy:.2f} %; the teacher is in {out}\n"
+    again = start("teach", "--network", "vgg9", "--width", 4, "--out", out, *data)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.startswith(f"spikedistill: '{out}' already holds a run")

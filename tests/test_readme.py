@@ -1,0 +1,65 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import spikedistill
+from spikedistill import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("spikedistill")
+]
+
+
+def test_the_python_examples_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_are_understood(line, monkeypatch):
+    _, command, *arguments = shlex.split(line)
+    reached = []
+    for name in ("spikedistill.recipes.teach.teach", "spikedistill.recipes.distill.distill"):
+        monkeypatch.setattr(name, lambda *given, **_: reached.append(given) or {"test_accuracy": 0.0})
+    monkeypatch.setattr("spikedistill.recipes.runs.evaluate", lambda *given: reached.append(given) or {})
+    monkeypatch.setattr("spikedistill.recipes.demo.demo", lambda *given: reached.append(given) or [])
+    monkeypatch.setattr(cli, "_print_table", reached.append)
+    cli.COMMANDS[command](arguments)
+    assert reached or command == "recipes"
+
+
+def test_the_printed_tree_is_the_package():
+    tree = README.split("```\nspikedistill/\n")[1].split("```")[0]
+    printed, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if line.startswith("  ") and not line.startswith("    "):
+            folder = name if name.endswith("/") else ""
+        printed.add(name if line[2] != " " else folder + name)
+    package = ROOT / "spikedistill"
+    hidden = {"__init__.py", "__main__.py"}
+    real = {str(file.relative_to(package)) for file in package.rglob("*.py") if file.name not in hidden}
+    folders = {str(file.parent.relative_to(package)) + "/" for file in package.glob("*/*.py")}
+    assert printed == real | folders
+
+
+def test_all_public_names_exist_and_are_sorted():
+    assert all(hasattr(spikedistill, name) for name in spikedistill.__all__)
+    assert set(spikedistill.__all__) == {
+        name for name, value in vars(spikedistill).items() if name[0] != "_" and not _is_module(value)
+    }
+
+
+def _is_module(value):
+    return type(value).__name__ == "module"

@@ -1,0 +1,359 @@
+"""Every wrong input ends with code 2 and one message that names what is wrong, never with a traceback."""
+
+import dataclasses
+import errno
+import os
+import pickle
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spikedistill import files
+from spikedistill.cli import main
+from spikedistill.files import read_tensors, write_tensors
+from spikedistill.neuron import fused
+from spikedistill.teacher.load import Architecture
+
+OWN = """
+from torch import nn
+
+def gelu(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.GELU(), nn.Linear(8, classes))
+
+def no_activation(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+
+def without_classes():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def no_network(classes):
+    return "a string"
+
+def too_large(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(999, 8), nn.ReLU(), nn.Linear(8, classes))
+
+def too_few(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2))
+"""
+QUICK = "--epochs 1 --batch-size 16 --lr 0.05 --device cpu --precision fp32"
+TEACH = f"teach --data {{home}}/blobs.npz --network vgg9 --width 4 {QUICK} --out {{out}}"
+STUDENT = "--student vgg9 --student-width 4 --timesteps 2 --calibration 16"
+DISTILL = f"distill --data {{home}}/blobs.npz --teacher {{home}}/teacher {STUDENT} {QUICK} --out {{out}}"
+FINISHED = DISTILL.replace("{out}", "{home}/run")
+SAME = DISTILL.replace(STUDENT, "--student same --timesteps 2")
+BARE = "--teacher-network vgg9 --teacher-width 4 --teacher-mean 0.4 0.4 0.4 --teacher-std 0.2 0.2 0.2"
+
+TABLE = {
+    "data file that is missing": (f"{TEACH} --data {{home}}/nowhere.npz", r"nowhere\.npz' does not exist"),
+    "data folder that is missing": (f"{TEACH} --data {{home}}/nowhere", r"nowhere' does not exist"),
+    "data set that is unknown": (f"{TEACH} --data cifar11", r"'cifar11'.*Did you mean 'cifar10'"),
+    "data of another kind": (f"{TEACH} --data {{home}}/own.py", r"own\.py' is neither a folder nor a \.npz"),
+    "folder without images": (f"{TEACH} --data {{home}}/empty", r"empty' holds no images"),
+    "folder with an unreadable image": (f"{TEACH} --data {{home}}/unreadable", r"b/3\.png' cannot be read"),
+    "folder with a cut image": (f"{TEACH} --data {{home}}/cut", r"b/3\.png' cannot be read"),
+    "folder of several sizes": (f"{TEACH} --data {{home}}/sizes", r"b/3\.png' has shape \(9, 9, 3\).*--image-size"),
+    "image size of 0": (f"{TEACH} --data {{home}}/sizes --image-size 0", r"image_size \(=0\)"),
+    "image size below 0": (f"{TEACH} --data {{home}}/sizes --image-size -1", r"image_size \(=-1\)"),
+    "npz with pickled objects": (f"{TEACH} --data {{home}}/pickled.npz", r"pickled\.npz' cannot be read"),
+    "npz cut short": (f"{TEACH} --data {{home}}/truncated.npz", r"truncated\.npz' cannot be read"),
+    "npz with flipped bytes": (f"{TEACH} --data {{home}}/flipped.npz", r"flipped\.npz' cannot be read"),
+    "npz that is no zip": (f"{TEACH} --data {{home}}/text.npz", r"text\.npz' cannot be read"),
+    "npz of floats": (f"{TEACH} --data {{home}}/floats.npz", r"floats\.npz' are float64.*expected bytes"),
+    "npz without test part": (f"{TEACH} --data {{home}}/half.npz", r"half\.npz' cannot be read .*test_images"),
+    "npz of one-hot labels": (f"{TEACH} --data {{home}}/onehot.npz", r"onehot.*labels.*\(48, 3\)"),
+    "npz with fewer labels": (f"{TEACH} --data {{home}}/fewer.npz", r"'fewer' has 48 images and 47 labels"),
+    "npz with a negative label": (f"{TEACH} --data {{home}}/negative.npz", r"'negative' run from -1 to 2"),
+    "classes too small to split": (f"{TEACH} --validation 0.01", r"validation share of 0\.01 cannot be cut"),
+    "teacher of other classes": (f"{DISTILL} --data {{home}}/four.npz", r"knows 3 classes, 'four' has 4"),
+    "teacher of other channels": (f"{DISTILL} --data {{home}}/grey.npz", r"normalises 3 channels, 'grey' has 1"),
+    "teacher that is missing": (f"{DISTILL} --teacher {{home}}/nobody", r"no teacher at '.*nobody'"),
+    "teacher without weights": (f"{DISTILL} --teacher {{home}}/empty", r"empty/model\.safetensors' does not exist"),
+    "weights cut short": (
+        f"{DISTILL} --teacher {{home}}/truncated.safetensors",
+        r"truncated\.safetensors' cannot be read",
+    ),
+    "weights that are a pickle": (f"{DISTILL} --teacher {{home}}/evil.pt {BARE}", r"evil\.pt' cannot be read safely"),
+    "weights that are a plain pickle": (f"{DISTILL} --teacher {{home}}/evil.pkl {BARE}", r"evil\.pkl' cannot be read"),
+    "weights in a pickle named safetensors": (
+        f"{DISTILL} --teacher {{home}}/evil.safetensors {BARE}",
+        r"evil\.safetensors' cannot be read as safetensors",
+    ),
+    "weights in a npz cut short": (
+        f"{DISTILL} --teacher {{home}}/truncated.npz {BARE}",
+        r"truncated\.npz' cannot be read",
+    ),
+    "weights with NaN": (f"{DISTILL} --teacher {{home}}/nan.safetensors", r"classifier\.2\.bias' holds NaN"),
+    "weights of another shape": (
+        f"{DISTILL} --teacher {{home}}/wide.safetensors",
+        r"has shape \(8, .*network's has \(4, ",
+    ),
+    "weights of another network": (
+        f"{DISTILL} --teacher {{home}}/teacher --teacher-network resnet20",
+        r"do not fit ResidualNet: .*is missing",
+    ),
+    "weights without their network": (f"{DISTILL} --teacher {{home}}/bare.safetensors", r"name the architecture"),
+    "weights without normalisation": (
+        f"{DISTILL} --teacher {{home}}/bare.safetensors --teacher-network vgg9 --teacher-width 4",
+        r"bare\.safetensors' does not say how its inputs were normalised",
+    ),
+    "deviation of 0": (
+        f"{DISTILL} --teacher {{home}}/bare.safetensors {BARE.replace('0.2 0.2 0.2', '0.2 0.0 0.2')}",
+        r"std \(0\.2, 0\.0, 0\.2\)",
+    ),
+    "no time steps": (f"{DISTILL} --timesteps 0", r"timesteps \(=0\)"),
+    "no epochs": (f"{DISTILL} --epochs 0", r"epochs \(=0\)"),
+    "rate below 0": (f"{DISTILL} --lr -1", r"lr \(=-1\.0\)"),
+    "rate that is no number": (f"{DISTILL} --lr nan", r"lr \(=nan\)"),
+    "rate that explodes": (f"{TEACH} --lr 1e30 --epochs 3", r"lower --lr \(=1e\+30\)"),
+    "several values at once": (f"{DISTILL} --timesteps 0 --epochs -2", r"timesteps \(=0\).*epochs \(=-2\)"),
+    "batch larger than the data": (f"{DISTILL} --batch-size 49", r"batch_size \(=49\) must be at most the 43"),
+    "validation of everything": (f"{DISTILL} --validation 1", r"validation \(=1\.0\)"),
+    "width of 0": (f"{TEACH} --width 0", r"width \(=0\) of 'vgg9' must be 1 or more"),
+    "device that is not here": (f"{TEACH} --device tpu9", r"device 'tpu9' cannot be used"),
+    "network that the zoo has not": (f"{TEACH} --network resnet21", r"'resnet21'. Did you mean 'resnet"),
+    "network that torchvision has not": (
+        f"{TEACH} --network torchvision/resnet21",
+        r"There is no torchvision model 'resnet21'. Did you mean 'resnet",
+    ),
+    "network that timm has not": (f"{TEACH} --network timm/resnet21", r"no timm model 'resnet21'. Did you mean"),
+    "student that the zoo has not": (f"{DISTILL} --student vgg10", r"'vgg10'. Did you mean 'vgg1"),
+    "file of a network that is missing": (f"{TEACH} --network {{home}}/none.py:make", r"none\.py' .* does not exist"),
+    "file without that function": (f"{TEACH} --network {{home}}/own.py:gelo", r"'gelo'. Did you mean 'gelu'"),
+    "function without classes": (f"{TEACH} --network {{home}}/own.py:without_classes", r"without_classes.*classes"),
+    "function that gives no network": (f"{TEACH} --network {{home}}/own.py:no_network", r"no_network' returned str"),
+    "file that cannot be imported": (f"{TEACH} --network {{home}}/syntax.py:make", r"syntax\.py"),
+    "network for other images": (f"{TEACH} --network {{home}}/own.py:too_large", r"too_large"),
+    "network of other classes": (f"{TEACH} --network {{home}}/own.py:too_few", r"too_few.* 2 .* 3 "),
+    "network with GELU": (f"{DISTILL} --student {{home}}/own.py:gelu", r"GELU.*own\.py:.*nn\.ReLU"),
+    "network without activation": (f"{DISTILL} --student {{home}}/own.py:no_activation", r"nothing would spike"),
+    "inheriting by an unlike student": (f"{DISTILL} --inherit", r"inherit .*'vgg9', not 'same'"),
+    "leak of a neuron without": (f"{DISTILL} --leak 0.5", r"leak \(=0\.5\) is for lif and plif"),
+    "leak beyond its range": (f"{DISTILL} --neuron lif --leak 1.5", r"leak \(=1\.5\)"),
+    "percentile beyond its range": (f"{DISTILL} --rule percentile --percentile 200", r"percentile \(=200\.0\)"),
+    "alpha beyond its range": (f"{DISTILL} --alpha 2", r"alpha \(=2\.0\)"),
+    "temperature of 0": (f"{DISTILL} --temperature 0", r"temperature \(=0\.0\)"),
+    "weight of features below 0": (f"{DISTILL} --feature-weight -1", r"weight \(=-1\.0\)"),
+    "label smoothing beyond its range": (f"{TEACH} --label-smoothing 1.5", r"label_smoothing \(=1\.5\)"),
+    "teacher's path that is no module": (f"{DISTILL} --pairs layr1 layer1", r"'layr1'. Did you mean 'layer1'"),
+    "student's path that is no module": (f"{DISTILL} --pairs layer1 layr1", r"'layr1'. Did you mean 'layer1'"),
+    "paths that cannot be compared": (f"{DISTILL} --pairs layer1 classifier", r"\(\d+, 4, 4, 4\).*cannot be compared"),
+    "run that exists": (FINISHED, r"run' already holds a run"),
+    "resuming where nothing lies": (f"{DISTILL} --resume", r"There is no run in '.*out' to resume"),
+    "resuming with another recipe": (f"{FINISHED} --resume --lr 0.7", r"lr was 0\.05, now 0\.7"),
+    "resuming with another kind": (TEACH.replace("{out}", "{home}/run --resume"), r"kind was 'distill', now 'teach'"),
+    "resuming with a broken recipe": (
+        DISTILL.replace("{out}", "{home}/broken --resume"),
+        r"broken/recipe\.json' cannot",
+    ),
+    "resuming from a broken checkpoint": (
+        DISTILL.replace("{out}", "{home}/damaged --resume"),
+        r"damaged/checkpoint\.safetensors' cannot be read",
+    ),
+    "out that is a file": (DISTILL.replace("{out}", "{home}/own.py"), r"own\.py"),
+    "out that cannot be made": (
+        DISTILL.replace("{out}", "/proc/nowhere/run"),
+        r"/proc/nowhere/run.* could not be written",
+    ),
+    "evaluating a teacher": ("evaluate {home}/teacher", r"teacher/model\.safetensors' holds no student but teacher"),
+    "evaluating nothing": ("evaluate {home}/nobody", r"nobody' does not exist"),
+    "evaluating an unfinished run": ("evaluate {home}/unfinished", r"unfinished/model\.safetensors' does not exist"),
+    "evaluating broken weights": ("evaluate {home}/truncated.safetensors", r"truncated\.safetensors' cannot be read"),
+    "evaluating without steps": ("evaluate {home}/run --timesteps 0", r"timesteps \(=0\)"),
+    "comparing an unfinished run": (
+        "compare {home}/run {home}/unfinished",
+        r"unfinished/results\.json' cannot be read",
+    ),
+    "comparing a broken run": ("compare {home}/broken", r"broken/recipe\.json' cannot be read"),
+    "comparing an empty recipe": ("compare {home}/hollow", r"hollow"),
+    "comparing nothing": ("compare", r"[Nn]o runs to compare"),
+    "same student of a teacher with GELU": (
+        f"{SAME} --teacher {{home}}/gelu.safetensors --method direct",
+        r"GELU.*own\.py:.*nn\.ReLU",
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_compiler():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "works", lambda device: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder full of good and broken things."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "own.py").write_text(OWN)
+    (folder / "syntax.py").write_text("def make(classes:\n")
+    make_data(folder)
+    make_folders(folder)
+    make_weights(folder)
+    make_runs(folder)
+    return folder
+
+
+def make_data(folder):
+    random = np.random.default_rng(0)
+
+    def arrays(classes, channels):
+        made = {}
+        for part, count in (("train", 48), ("test", 24)):
+            made[f"{part}_images"] = random.integers(0, 256, (count, 8, 8, channels)).astype(np.uint8)
+            made[f"{part}_labels"] = np.arange(count) % classes
+        return made
+
+    good = arrays(3, 3)
+    np.savez(folder / "blobs.npz", **good)
+    np.savez(folder / "four.npz", **arrays(4, 3))
+    np.savez(folder / "grey.npz", **arrays(3, 1))
+    np.savez(folder / "floats.npz", **{**good, "train_images": good["train_images"] / 255})
+    np.savez(folder / "pickled.npz", **{**good, "train_images": np.array([{"a": 1}], dtype=object)})
+    np.savez(folder / "onehot.npz", **{**good, "train_labels": np.eye(3, dtype=int)[good["train_labels"]]})
+    np.savez(folder / "fewer.npz", **{**good, "train_labels": good["train_labels"][:-1]})
+    np.savez(folder / "negative.npz", **{**good, "train_labels": np.r_[-1, good["train_labels"][1:]]})
+    np.savez(folder / "half.npz", **{name: value for name, value in good.items() if "train" in name})
+    content = (folder / "blobs.npz").read_bytes()
+    (folder / "truncated.npz").write_bytes(content[: len(content) // 2])
+    (folder / "flipped.npz").write_bytes(content[:500] + b"\0" * 500 + content[1000:])
+    (folder / "text.npz").write_text("no zip at all")
+
+
+def make_folders(folder):
+    (folder / "empty").mkdir()
+    for name in ("unreadable", "cut", "sizes"):
+        for number, label in enumerate("aaaabbbb"):
+            (folder / name / label).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name / label / f"{number % 4}.png")
+    (folder / "unreadable" / "b" / "3.png").write_text("no image")
+    whole = (folder / "cut" / "b" / "3.png").read_bytes()
+    (folder / "cut" / "b" / "3.png").write_bytes(whole[:50])
+    Image.new("RGB", (9, 9)).save(folder / "sizes" / "b" / "3.png")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/spikedistill-was-here",)
+
+
+def make_weights(folder):
+    def facts(network):
+        normal = {"mean": [0.4] * 3, "std": [0.2] * 3}
+        return {"kind": "teacher", "architecture": dataclasses.asdict(network), **normal}
+
+    small = Architecture("vgg9", 3, 3, 4)
+    tensors = small.build().state_dict()
+    write_tensors(folder / "teacher" / "model.safetensors", tensors, facts(small))
+    write_tensors(folder / "bare.safetensors", tensors, {})
+    spoilt = {**tensors, "classifier.2.bias": torch.tensor([0.0, torch.nan, 0.0])}
+    write_tensors(folder / "nan.safetensors", spoilt, facts(small))
+    write_tensors(folder / "wide.safetensors", Architecture("vgg9", 3, 3, 8).build().state_dict(), facts(small))
+    content = (folder / "teacher" / "model.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(content[: len(content) // 2])
+    torch.save({"weight": Evil()}, folder / "evil.pt")
+    for name in ("evil.pkl", "evil.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(Evil()))
+    gelu = Architecture(f"{folder / 'own.py'}:gelu", 3, 3)
+    write_tensors(folder / "gelu.safetensors", gelu.build().state_dict(), facts(gelu))
+
+
+def make_runs(folder):
+    assert call(FINISHED, folder, folder / "out") == 0
+    for name in ("unfinished", "broken", "damaged", "hollow"):
+        shutil.copytree(folder / "run", folder / name)
+    for name in ("results.json", "model.safetensors"):
+        (folder / "unfinished" / name).unlink()
+    (folder / "broken" / "recipe.json").write_text('{"kind": "dist')
+    (folder / "hollow" / "recipe.json").write_text("{}")
+    checkpoint = folder / "damaged" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+
+
+def call(command, home, out):
+    """Run a command in this process; return its exit code."""
+    arguments = [part.format(home=home, out=out) for part in command.split()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["spikedistill", *arguments])
+        try:
+            main()
+        except SystemExit as end:
+            return end.code
+    return 0
+
+
+def the_message(capsys):
+    """The one message; what was said before it is progress."""
+    caught = capsys.readouterr()
+    assert caught.out == "" and "Traceback" not in caught.err
+    (message,) = re.findall(r"^spikedistill: (.*)\Z", caught.err, flags=re.MULTILINE | re.DOTALL)
+    return message.strip()
+
+
+@pytest.mark.parametrize("command, expected", TABLE.values(), ids=TABLE)
+def test_a_wrong_input_ends_with_code_2_and_a_message_that_names_it(command, expected, home, tmp_path, capsys):
+    assert call(command, home, tmp_path / "out") == 2
+    message = the_message(capsys)
+    assert re.search(expected, message, flags=re.DOTALL), message
+    assert len(message) < 600 and message.endswith((".", "?", ")"))
+
+
+def test_the_table_is_long_enough_and_its_good_commands_are_good(home, tmp_path):
+    assert len(TABLE) >= 20
+    for number, command in enumerate((TEACH, DISTILL, SAME)):
+        assert call(command, home, tmp_path / str(number)) == 0
+    assert call("evaluate {home}/run", home, None) == call("compare {home}/run", home, None) == 0
+
+
+def test_nothing_that_was_pickled_was_ever_run(home, tmp_path, capsys):
+    trace = Path("/tmp/spikedistill-was-here")
+    trace.unlink(missing_ok=True)
+    for name in ("evil.pt", "evil.pkl", "evil.safetensors"):
+        assert call(f"{DISTILL} --teacher {{home}}/{name} {BARE}", home, tmp_path / "out") == 2
+    assert not trace.exists()
+
+
+class TestFullDisk:
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail_at(self, calls, original):
+        left = [calls]
+
+        def limited(*args, **kwargs):
+            if not left[0]:
+                raise self.full
+            left[0] -= 1
+            return original(*args, **kwargs)
+
+        return limited
+
+    @pytest.mark.parametrize("calls", range(6))
+    def test_when_a_file_is_moved_to_its_place(self, calls, home, tmp_path, monkeypatch, capsys):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", self.fail_at(calls, os.replace))
+            assert call(DISTILL, home, tmp_path / "out") == 2
+        assert re.search(r"out/.*' could not be written .*No space left.*--resume", the_message(capsys))
+        assert not list((tmp_path / "out").glob("*.part"))
+
+    @pytest.mark.parametrize("calls", range(2))
+    def test_when_tensors_are_written(self, calls, home, tmp_path, monkeypatch, capsys):
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "save_file", self.fail_at(calls, files.save_file))
+            assert call(DISTILL, home, tmp_path / "out") == 2
+        assert re.search(r"\.safetensors' could not be written .*No space left.*--resume", the_message(capsys))
+        assert call(f"{DISTILL} --resume", home, tmp_path / "out") == 0
+        tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
+        whole, _ = read_tensors(home / "run" / "model.safetensors")
+        assert all(torch.equal(value, whole[name]) for name, value in tensors.items())
+
+    @pytest.mark.parametrize("name", ["metrics", "timing"])
+    def test_when_a_line_is_appended(self, name, home, tmp_path, capsys):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / f"{name}.jsonl").symlink_to("/dev/full")
+        assert call(DISTILL, home, tmp_path / "out") == 2
+        assert re.search(rf"{name}\.jsonl' could not be written .*No space left", the_message(capsys))

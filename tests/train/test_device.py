@@ -1,0 +1,95 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from spikedistill.errors import ConfigError
+from spikedistill.train import device as module
+from spikedistill.train.device import choose_device, choose_precision
+from spikedistill.train.recipe import Training
+
+CPU = torch.device("cpu")
+
+
+class TestDevice:
+    def test_a_name_is_taken_at_its_word(self):
+        assert choose_device("cpu") == CPU
+
+    @pytest.mark.parametrize(
+        "cuda, mps, expected",
+        [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+    )
+    def test_auto_takes_the_best_there_is(self, monkeypatch, cuda, mps, expected):
+        tried = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch, "empty", lambda *size, device: tried.append(device))
+        assert choose_device("auto") == torch.device(expected)
+        assert tried == [torch.device(expected)]
+
+    def test_a_name_that_no_device_has_is_refused(self):
+        with pytest.raises(ConfigError, match=r"The device 'gpu' cannot be used here .*--device cpu"):
+            choose_device("gpu")
+
+    def test_a_device_that_is_not_here_is_refused(self, monkeypatch):
+        def missing(*_, device):
+            raise AssertionError("Torch not compiled with CUDA enabled")
+
+        monkeypatch.setattr(torch, "empty", missing)
+        with pytest.raises(ConfigError, match=r"'cuda:7' cannot be used here \(Torch not compiled with CUDA enabled"):
+            choose_device("cuda:7")
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(
+        "asked, dtype, reason",
+        [("fp32", torch.float32, "float32 was asked for"), ("bf16", torch.bfloat16, "bfloat16 was asked for")],
+    )
+    def test_what_is_asked_for_is_taken_whatever_the_processor(self, monkeypatch, asked, dtype, reason):
+        for flags in (set(), {"amx_bf16"}):
+            monkeypatch.setattr(module, "_processor_flags", lambda flags=flags: flags)
+            chosen = choose_precision(Training(precision=asked), CPU)
+            assert (chosen.dtype, chosen.reason) == (dtype, reason)
+
+    @pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16", "bf16"])
+    def test_auto_takes_bfloat16_where_the_processor_has_it_and_says_by_what(self, monkeypatch, flag):
+        monkeypatch.setattr(module, "_processor_flags", lambda: {"sse", flag})
+        chosen = choose_precision(Training(), CPU)
+        assert chosen.dtype == torch.bfloat16
+        assert chosen.reason == f"the processor ({flag}) computes bfloat16"
+
+    @pytest.mark.parametrize("flags", [set(), {"sse", "avx2", "avx512f", "bf16x"}])
+    def test_auto_takes_float32_elsewhere_and_says_why(self, monkeypatch, flags):
+        monkeypatch.setattr(module, "_processor_flags", lambda: flags)
+        chosen = choose_precision(Training(), CPU)
+        assert chosen.dtype == torch.float32
+        assert chosen.reason == "the processor (no bfloat16 instructions) does not compute bfloat16"
+
+    @pytest.mark.parametrize(
+        "supported, dtype, verb", [(True, torch.bfloat16, "computes"), (False, torch.float32, "does not compute")]
+    )
+    def test_auto_asks_the_graphics_card(self, monkeypatch, supported, dtype, verb):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card 9")
+        chosen = choose_precision(Training(), torch.device("cuda"))
+        assert (chosen.dtype, chosen.reason) == (dtype, f"Card 9 {verb} bfloat16")
+
+    def test_auto_does_not_try_it_on_other_devices(self):
+        chosen = choose_precision(Training(), torch.device("mps"))
+        assert (chosen.dtype, chosen.reason) == (torch.float32, "bfloat16 is not tried on mps")
+
+
+class TestProcessorFlags:
+    @pytest.mark.parametrize(
+        "text, flags",
+        [
+            ("processor\t: 0\nflags\t\t: fpu amx_bf16 avx2\n\nflags\t\t: other\n", {"fpu", "amx_bf16", "avx2"}),
+            ("processor\t: 0\nFeatures\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
+            ("model name\t: Something\n", set()),
+            (None, set()),
+        ],
+    )
+    def test_are_read_from_the_first_processor(self, monkeypatch, text, flags):
+        file = SimpleNamespace(exists=lambda: text is not None, read_text=lambda encoding: text)
+        monkeypatch.setattr(module, "Path", lambda name: file)
+        assert module._processor_flags() == flags

@@ -1,0 +1,70 @@
+import math
+
+import pytest
+
+from spikedistill.data.augment import Augment
+from spikedistill.errors import ConfigError
+from spikedistill.recipes.distill import StudentChoice
+from spikedistill.train.recipe import Data, Training, check
+
+
+def test_what_is_given_by_default_has_no_fault():
+    check(Data(), Training(), StudentChoice())
+
+
+@pytest.mark.parametrize(
+    "part, fault",
+    [
+        (Training(epochs=0), "epochs (=0) must be 1 or more"),
+        (Training(batch_size=1), "batch_size (=1) must be 2 or more"),
+        (Training(lr=-1.0), "lr (=-1.0) must be 0 or more"),
+        (Training(lr=math.nan), "lr (=nan) must be 0 or more"),
+        (Training(weight_decay=-0.5), "weight_decay (=-0.5) must be 0 or more"),
+        (Training(clip=-1.0), "clip (=-1.0) must be 0 or more"),
+        (Training(checkpoint_minutes=-2.0), "checkpoint_minutes (=-2.0) must be 0 or more"),
+        (Training(momentum=1.0), "momentum (=1.0) must be 0 or more and below 1"),
+        (Training(warmup=1.5), "warmup (=1.5) must be 0 or more and below 1"),
+        (Training(ema=-0.1), "ema (=-0.1) must be 0 or more and below 1"),
+        (Training(ema=math.nan), "ema (=nan) must be 0 or more and below 1"),
+        (Data(validation=1.0), "validation (=1.0) is a share of the training set"),
+        (Data(validation=-0.1), "validation (=-0.1) is a share of the training set"),
+        (Data(crop=-1), "crop (=-1)"),
+        (Data(cutout=-3), "cutout (=-3)"),
+        (Data(image_size=0), "image_size (=0)"),
+        (StudentChoice(timesteps=0), "timesteps (=0) must be 1 or more"),
+        (StudentChoice(calibration=0), "calibration (=0) must be 1 image or more"),
+        (StudentChoice(percentile=0.0), "percentile (=0.0) must be above 0"),
+        (StudentChoice(percentile=100.5), "percentile (=100.5) must be above 0 and at most 100"),
+        (StudentChoice(leak=0.5), "leak (=0.5) is for lif and plif; the neuron is 'if'"),
+        (StudentChoice("vgg9", inherit=True), "the student is 'vgg9', not 'same'"),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_a_single_fault_is_named_with_its_value(part, fault):
+    assert len(part.faults()) == 1
+    with pytest.raises(ConfigError) as caught:
+        check(Data(), part, Training())
+    assert fault in str(caught.value)
+
+
+def test_the_edges_of_the_ranges_are_allowed():
+    check(
+        Training(1, 2, lr=0.0, momentum=0.0, weight_decay=0.0, warmup=0.0, clip=0.0, ema=0.0, checkpoint_minutes=0.0),
+        Training(momentum=0.999, warmup=0.999, ema=0.9999),
+        Data(validation=0.0, crop=0, cutout=0),
+        StudentChoice(timesteps=1, calibration=1, percentile=100.0),
+        StudentChoice(neuron="lif", leak=0.9),
+        StudentChoice("same", inherit=True),
+    )
+
+
+def test_all_faults_are_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        check(StudentChoice(timesteps=0), Data(validation=2.0, crop=-1), Training(epochs=0, lr=-1.0, momentum=1.0))
+    for name in ("timesteps", "validation", "crop", "epochs", "lr", "momentum"):
+        assert f"{name} (=" in str(caught.value)
+
+
+def test_the_fields_of_data_describe_its_augmentation():
+    assert Data(crop=2, flip=True, cutout=3, policy="trivial").augment() == Augment(2, True, 3, "trivial")
+    assert Data().augment() == Augment()

@@ -1,0 +1,129 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from spikedistill.errors import RunError
+from spikedistill.recipes.distill import Distill, Method, StudentChoice
+from spikedistill.train.recipe import Training
+from spikedistill.train.run import Run
+
+RECIPE = {"kind": "distill", **asdict(Distill(what=Method(pairs=(("layer1", "layer1"),))))}
+
+
+@pytest.fixture
+def run(tmp_path):
+    begun = Run(tmp_path / "deep" / "run")
+    begun.start(RECIPE, resume=False)
+    return begun
+
+
+class TestStart:
+    def test_writes_recipe_and_environment(self, run):
+        assert run.read("recipe") == json.loads(json.dumps(RECIPE))
+        environment = run.read("environment")
+        assert {"python", "processor", "threads", "versions"} <= environment.keys()
+        assert environment["versions"].keys() >= {"spikedistill", "torch"}
+
+    def test_over_a_run_with_a_checkpoint_is_refused_and_names_both_ways_out(self, run):
+        run.checkpoint.touch()
+        before = (run.path / "recipe.json").read_bytes()
+        with pytest.raises(RunError, match=r"run' already holds a run.*--resume.*--out"):
+            run.start(RECIPE, resume=False)
+        assert (run.path / "recipe.json").read_bytes() == before
+
+    def test_the_same_recipe_is_resumed(self, run):
+        before = (run.path / "recipe.json").read_bytes()
+        run.start(RECIPE, resume=True)
+        assert (run.path / "recipe.json").read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "changed, field, untouched",
+        [
+            ({"training": Training(lr=0.25)}, r"lr was 0\.1, now 0\.25", "momentum"),
+            ({"student": StudentChoice(timesteps=8)}, r"timesteps was 4, now 8", "surrogate"),
+            ({"what": Method(pairs=(("layer1", "layer2"),))}, r"pairs was .*layer1.*, now .*layer2", "temperature"),
+        ],
+    )
+    def test_a_changed_recipe_is_refused_and_names_the_field_alone(self, run, changed, field, untouched):
+        base = Distill(what=Method(pairs=(("layer1", "layer1"),)))
+        with pytest.raises(RunError, match=field) as caught:
+            run.start({"kind": "distill", **asdict(replace(base, **changed))}, resume=True)
+        assert untouched not in str(caught.value)
+
+    def test_another_kind_of_run_is_refused(self, run):
+        with pytest.raises(RunError, match="kind was 'distill', now 'teach'"):
+            run.start({**RECIPE, "kind": "teach"}, resume=True)
+
+    def test_there_must_be_something_to_resume(self, tmp_path):
+        with pytest.raises(RunError, match=r"There is no run in '.*nothing' to resume"):
+            Run(tmp_path / "nothing").start(RECIPE, resume=True)
+        assert not (tmp_path / "nothing").exists()
+
+
+class TestRead:
+    @pytest.mark.parametrize("content", ["{", "", "[]", "3"])
+    def test_a_broken_file_is_named(self, run, content):
+        (run.path / "recipe.json").write_text(content)
+        with pytest.raises(RunError, match=r"recipe\.json' cannot be read"):
+            run.read("recipe")
+
+    def test_a_missing_file_is_named(self, run):
+        with pytest.raises(RunError, match=r"results\.json' cannot be read"):
+            run.read("results")
+
+    def test_bytes_that_are_no_text_are_refused(self, run):
+        (run.path / "results.json").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(RunError, match=r"results\.json' cannot be read"):
+            run.read("results")
+
+
+class TestLines:
+    def test_come_back_as_they_were_appended(self, run):
+        lines = [{"epoch": 1, "loss": 0.1 + 0.2}, {"epoch": 2, "loss": 1e-300}]
+        for line in lines:
+            run.append("metrics", line)
+        assert run.lines("metrics") == lines
+
+    def test_of_a_file_that_is_not_there_are_none(self, run):
+        assert run.lines("metrics") == []
+
+    @pytest.mark.parametrize("half", ['{"epoch": 2, "lo', "{", '{"epoch": 2}'])
+    def test_a_last_line_without_its_end_is_left_out(self, run, half):
+        run.append("metrics", {"epoch": 1})
+        with (run.path / "metrics.jsonl").open("a") as file:
+            file.write(half)
+        assert run.lines("metrics") == [{"epoch": 1}]
+
+    def test_a_directory_is_made_where_there_is_none(self, tmp_path):
+        Run(tmp_path / "new").append("metrics", {"epoch": 1})
+        assert Run(tmp_path / "new").lines("metrics") == [{"epoch": 1}]
+
+    def test_a_full_disk_is_an_error_with_a_name(self, run):
+        (run.path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(RunError, match=r"metrics\.jsonl' could not be written.*No space left"):
+            run.append("metrics", {"epoch": 1})
+
+
+class TestRewind:
+    def test_drops_the_epochs_after_the_checkpoint_and_keeps_the_bytes_before(self, run):
+        for epoch in (1, 2):
+            run.append("metrics", {"epoch": epoch, "loss": 1 / 3, "lr": 1e-7})
+            run.append("timing", {"epoch": epoch, "seconds": 0.1})
+        before = {name: (run.path / f"{name}.jsonl").read_bytes() for name in ("metrics", "timing")}
+        run.append("metrics", {"epoch": 3, "loss": 2.0})
+        run.rewind(2)
+        assert {name: (run.path / f"{name}.jsonl").read_bytes() for name in before} == before
+
+    def test_drops_a_half_written_line(self, run):
+        run.append("metrics", {"epoch": 1})
+        before = (run.path / "metrics.jsonl").read_bytes()
+        with (run.path / "metrics.jsonl").open("a") as file:
+            file.write('{"epoch": 2, "lo')
+        run.rewind(1)
+        assert (run.path / "metrics.jsonl").read_bytes() == before
+
+    def test_to_the_beginning_leaves_nothing(self, run):
+        run.append("metrics", {"epoch": 1})
+        run.rewind(0)
+        assert run.lines("metrics") == []
