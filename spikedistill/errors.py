@@ -43,6 +43,10 @@ class RunError(SpikeDistillError):
     """A run directory cannot be read, resumed or written."""
 
 
+MANY = 60
+"""More names than this are counted in a message, not listed."""
+
+
 def unknown(kind: str, name: object, options: Iterable[str]) -> str:
     """The message for a name that is not among the options, with the nearest one.
 
@@ -52,4 +56,6 @@ def unknown(kind: str, name: object, options: Iterable[str]) -> str:
     known = sorted(options)
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
+    if len(known) > MANY:
+        return f"There is no {kind} '{name}'.{hint} {len(known)} are known, from {known[0]} to {known[-1]}."
     return f"There is no {kind} '{name}'.{hint} Known: {', '.join(known)}."

@@ -4,6 +4,7 @@ A file is written beside its place and moved there whole, so that a kill at any 
 Nothing is ever pickled.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -40,7 +41,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise RunError(
             f"'{path}' could not be written ({error}); what was there before is untouched: free some disk space or"
             " choose another directory, then go on with --resume."

@@ -16,8 +16,8 @@ Pixels = UInt8[Tensor, "B C H W"]
 """Still images as stored, bytes 0..255."""
 Frames = Float[Tensor, "T B C H W"]
 """A sequence of frames, for instance binned events."""
-Current = Float[Tensor, "T *n"]
-"""What flows into a layer of neurons, time first."""
+Current = Float[Tensor, "_ *n"]
+"""What flows into a layer of neurons, time first: T rows, or one row that is the same at every step."""
 Spikes = Float[Tensor, "T *n"]
 """What a layer of neurons emits, time first: 0 or the layer's amplitude."""
 Logits = Float[Tensor, "T B K"]

@@ -100,7 +100,7 @@ def apply_policy(pixels: Pixels, policy: str, generator: torch.Generator) -> Pix
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
     changed = torch.empty_like(pixels)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for group in order.chunk(GROUPS):
             changed[group] = transform(pixels[group])
     return changed

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from PIL import UnidentifiedImageError
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 
-from spikedistill.errors import ConfigError, DataError, unknown
+from spikedistill.errors import ConfigError, DataError, SpikeDistillError, unknown
 from spikedistill.shapes import Labels, Pixels
 
 ENVIRONMENT = "SPIKEDISTILL_DATA"
@@ -47,8 +46,8 @@ class ImageSet:
     """
 
     name: str
-    train_images: Pixels
-    train_labels: Labels
+    train_images: Tensor
+    train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
@@ -58,6 +57,12 @@ class ImageSet:
             ("training", self.train_images, self.train_labels),
             ("test", self.test_images, self.test_labels),
         ):
+            if images.dtype != torch.uint8 or images.ndim != 4 or labels.ndim != 1 or labels.is_floating_point():
+                raise DataError(
+                    f"The {part} part of '{self.name}' has {images.dtype} images of shape {tuple(images.shape)} and "
+                    f"{labels.dtype} labels of shape {tuple(labels.shape)}: expected bytes [N, C, H, W] and whole "
+                    "numbers [N]."
+                )
             if len(images) == 0:
                 raise DataError(f"The {part} part of '{self.name}' holds no images: give at least one a class.")
             if len(images) != len(labels):
@@ -112,6 +117,8 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
     """
     if name in NAMED:
         return NAMED[name](_directory(data_dir))
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image_size (={image_size}) is a side in pixels: give 1 or more.")
     path = Path(name).expanduser()
     if path.is_dir():
         return _read_folder(path, image_size)
@@ -193,7 +200,7 @@ def _read_torchvision(name: str, source: Callable[..., Any], directory: Path) ->
     for train in (True, False):
         try:
             parts.append(source(directory, train=train, download=False))
-        except RuntimeError:
+        except (RuntimeError, ValueError, AssertionError):
             parts.append(_download(name, source, directory, train))
     images = [_to_pixels(np.asarray(part.data), name) for part in parts]
     labels = [torch.as_tensor(part.targets, dtype=torch.int64) for part in parts]
@@ -203,7 +210,7 @@ def _read_torchvision(name: str, source: Callable[..., Any], directory: Path) ->
 def _download(name: str, source: Callable[..., Any], directory: Path, train: bool) -> Any:
     try:
         return source(directory, train=train, download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise DataError(
             f"'{name}' is not in '{directory}' and could not be downloaded ({error}): put '{name}.npz' or torchvision's"
             f" files there, or name the place with --data-dir or ${ENVIRONMENT}."
@@ -226,17 +233,21 @@ def _read_npz(path: Path, name: str) -> ImageSet:
     if not path.is_file():
         raise DataError(f"The data file '{path}' does not exist: check the path.")
     try:
-        with np.load(path, allow_pickle=False) as pack:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
             read = _sheets if "train_sheets" in pack.files else _arrays
             parts = [read(pack, part, path) for part in ("train", "test")]
-            labels = [torch.from_numpy(pack[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")]
+            labels = [_to_labels(pack[f"{part}_labels"], str(path)) for part in ("train", "test")]
             named = [str(text) for text in pack["class_names"]] if "class_names" in pack.files else None
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except SpikeDistillError:
+        raise
+    except Exception as error:  # damaged bytes raise anything in numpy, zipfile and Pillow
         raise DataError(
             f"The data file '{path}' cannot be read ({error}): expected a .npz with train_images, train_labels, "
             "test_images and test_labels, without pickled objects."
         ) from error
-    names = named or [str(number) for number in range(int(max(part.max() for part in labels)) + 1)]
+    names = named or [
+        str(number) for number in range(max((int(part.max()) for part in labels if len(part)), default=0) + 1)
+    ]
     return ImageSet(name, parts[0], labels[0], parts[1], labels[1], tuple(names))
 
 
@@ -255,6 +266,14 @@ def _sheets(pack: Any, part: str, path: Path) -> Pixels:
         grid = sheet.reshape(rows, height, columns, width, channels).transpose(0, 2, 1, 3, 4)
         tiles.append(grid.reshape(rows * columns, height, width, channels))
     return _to_pixels(np.concatenate(tiles)[: len(pack[f"{part}_labels"])], str(path))
+
+
+def _to_labels(array: NDArray[Any], name: str) -> Tensor:
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise DataError(
+            f"The labels of '{name}' are {array.dtype} of shape {array.shape}: expected whole numbers of shape [N]."
+        )
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def _to_pixels(array: NDArray[Any], name: str) -> Pixels:
@@ -323,7 +342,8 @@ def _image_files(folder: Path) -> list[Path]:
 
 def _read_image(file: Path, size: int | None) -> NDArray[np.uint8]:
     try:
-        image = Pillow.open(file).convert("RGB")
+        with Pillow.open(file) as opened:
+            image = opened.convert("RGB")
         return np.asarray(image.resize((size, size), Pillow.Resampling.BILINEAR) if size else image)
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
         raise DataError(f"The image '{file}' cannot be read ({error}): replace or delete it.") from error

@@ -22,14 +22,15 @@ def answers(network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float
     """
     first = next(network.parameters())
     layout = _layout(network)
-    training = network.training
+    modes = {module: module.training for module in network.modules()}
     network.eval()
     parts = []
     for pixels in images.split(batch_size):
         with torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
             logits = network(to_unit(pixels).to(first.device, memory_format=layout))
         parts.append((logits if logits.ndim == 3 else logits[None]).float().cpu())
-    network.train(training)
+    for module, training in modes.items():
+        module.training = training
     return torch.cat(parts, dim=1)
 
 

@@ -6,6 +6,7 @@ not available to us: the response form below is that of Hinton et al. (arXiv 150
 et al. (arXiv 1904.01866), and every constant is this project's choice.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from spikedistill.objective.direct import cross_entropy_of_mean
 from spikedistill.objective.terms import Batch, Objective, Terms, positive, share
 from spikedistill.shapes import ClassLogits
 
+NO_TEACHER = "This objective asks the teacher, and no teacher was given: pass teacher=..., or use Direct."
 Pairs = tuple[tuple[str, str], ...]
 
 
@@ -83,6 +85,8 @@ def compare(batch: Batch, pairs: Pairs, adapters: nn.ModuleDict, margin: bool, p
     """The mean ``feature_distance`` over all pairs, students averaged over time."""
     distances = []
     for number, (theirs, ours) in enumerate(pairs):
+        if theirs not in batch.teacher_features:
+            raise ConfigError(NO_TEACHER)
         student = adapters[str(number)](batch.features[ours].mean(0))
         student, teacher = match_size(student, batch.teacher_features[theirs])
         teacher = teacher.float()
@@ -102,7 +106,7 @@ def make_adapters(batch: Batch, pairs: Pairs, always: bool) -> nn.ModuleDict:
 
 def _asked(teacher_logits: Tensor | None) -> Tensor:
     if teacher_logits is None:
-        raise ConfigError("This objective asks the teacher, and no teacher was given: pass teacher=..., or use Direct.")
+        raise ConfigError(NO_TEACHER)
     return teacher_logits
 
 
@@ -207,5 +211,5 @@ class KDSNN(Objective):
 def _check_features(pairs: Sequence[tuple[str, str]], weight: float) -> None:
     if not pairs:
         raise ConfigError("Feature-based distillation needs at least one pair (teacher path, student path).")
-    if weight < 0:
+    if not 0 <= weight < math.inf:
         raise ConfigError(f"weight (={weight}) of the features must be 0 or more.")

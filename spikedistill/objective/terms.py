@@ -1,5 +1,6 @@
 """What an objective sees and what it returns: a ``Batch`` in, named terms out, their sum taken in one place."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -72,6 +73,6 @@ def positive(name: str, value: float) -> float:
     Raises:
         ConfigError: if it is not above 0.
     """
-    if not value > 0:
-        raise ConfigError(f"{name} (={value}) must be above 0.")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} (={value}) must be above 0 and finite.")
     return value

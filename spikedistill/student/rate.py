@@ -1,8 +1,8 @@
 """The rate-based gradient: T spiking steps forward without graph, one pass back on rates (Yu et al., arXiv 2410.11488).
 
 Between neurons everything is linear, so the mean over time passes through it alone: ``mean_t(W s_t) = W mean_t(s_t)``.
-The first pass runs all T steps and keeps of each layer of neurons the mean of its spikes and the slope of that mean, and
-of each batch norm the statistics over time and batch. The second pass runs the network once, on the means: neurons
+The first pass runs all T steps and keeps of each layer of neurons the mean of its spikes and the slope of that mean,
+and of each batch norm the statistics over time and batch. The second pass runs the network once, on the means: neurons
 return the means of the first pass and hand gradients back through the slopes; batch norms use the statistics of the
 first pass, whose share that comes from the means is differentiated. At T = 1 this is the exact gradient. Only the first
 pass grows with T.
@@ -152,8 +152,8 @@ def rate_run(
             and layer.p > 0
         ):
             raise ConfigError(
-                f"The rate-based gradient runs the network twice, and dropout (p={layer.p}) would differ: set p=0 or use"
-                " the exact gradient."
+                f"The rate-based gradient runs the network twice, and dropout (p={layer.p}) would differ: set p=0 or"
+                " use the exact gradient."
             )
     states = (None,) * layers
     with torch.no_grad():

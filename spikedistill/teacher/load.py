@@ -5,7 +5,6 @@
 """
 
 import importlib.util
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +39,11 @@ class Architecture:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        for field, value in (("classes", self.classes), ("channels", self.channels), ("width", self.width or 1)):
+        for field, value in (
+            ("classes", self.classes),
+            ("channels", self.channels),
+            ("width", 1 if self.width is None else self.width),
+        ):
             if value < 1:
                 raise ConfigError(f"{field} (={value}) of '{self.name}' must be 1 or more.")
 
@@ -112,10 +115,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return read_tensors(path)
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as pack:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
                 return {name: torch.from_numpy(np.asarray(pack[name])) for name in pack.files}, {}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes raise anything in numpy, zipfile and torch
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"'{path}' cannot be read safely ({reason}): it is truncated, or it holds pickled Python objects, which are"

@@ -31,7 +31,9 @@ def taps(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]
         if path not in modules:
             raise ConfigError(unknown(f"module in {type(network).__name__}", path, [name for name in modules if name]))
 
-        def keep(_: nn.Module, __: object, output: Tensor, path: str = path) -> None:
+    for path in paths:
+
+        def keep(_: nn.Module, __: object, output: object, path: str = path) -> None:
             if not isinstance(output, Tensor):
                 raise ConfigError(
                     f"The module '{path}' returns {type(output).__name__}: tap one that returns a tensor."
