@@ -82,8 +82,8 @@ class TestHelp:
         [
             ("teach", {"--network", "--width", "--data", "--epochs", "--lr", "--resume", "--out", "--seed"}),
             ("distill", {"--timesteps", "--method", "--temperature", "--resume", "--teacher", "--neuron", "--pairs"}),
-            ("evaluate", {"RUN", "--timesteps", "--data-dir"}),
-            ("compare", {"RUNS"}),
+            ("evaluate", {"run directory", "--timesteps", "--data-dir"}),
+            ("compare", {"run directories"}),
             ("demo", {"--out"}),
             ("recipes", {"ready recipes"}),
         ],
@@ -162,7 +162,7 @@ class TestWhatIsUnknown:
             ("distill --neuron liff", "plif"),
             ("teach --optimizer adam", "adamw"),
             ("distill --timesteps four", "four"),
-            ("evaluate", "RUN"),
+            ("evaluate", "run directory"),
             ("compare --run x", "--run"),
             ("recipes extra", "extra"),
         ],
@@ -249,17 +249,12 @@ class TestControlC:
 
 
 def test_a_process_of_its_own_behaves_the_same(home, tmp_path):
-    def start(*arguments):
-        command = [sys.executable, "-m", "spikedistill", *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
-
     out = tmp_path / "run"
-    data = ("--data", home / "blobs.npz", *QUICK.split())
-    done = start("teach", "--network", "vgg9", "--width", 4, "--out", out, *data)
+    arguments = ("teach", "--network", "vgg9", "--width", 4, "--out", out, "--data", home / "blobs.npz", *QUICK.split())
+    command = [sys.executable, "-m", "spikedistill", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     accuracy = Run(out).read("results")["test_accuracy"]
     assert done.stdout == f"test accuracy {accuracy:.2f} %; the teacher is in {out}\n"
-    again = start("teach", "--network", "vgg9", "--width", 4, "--out", out, *data)
-    assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr.startswith(f"spikedistill: '{out}' already holds a run")
+    assert accuracy == Run(home / "teacher").read("results")["test_accuracy"]

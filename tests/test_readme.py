@@ -1,4 +1,5 @@
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -17,13 +18,22 @@ COMMANDS = [
 ]
 
 
-def test_the_python_examples_run_in_order(tmp_path, monkeypatch):
+PAGES = {"README.md": 2, "docs/guide.md": 6}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_examples_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scope: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == PAGES[page]
+    source = tmp_path / "page.py"
+    source.write_text("\n".join(blocks), encoding="utf-8")
+    runpy.run_path(str(source))
+
+
+def test_every_page_is_tested():
+    pages = {str(file.relative_to(ROOT)) for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+    assert pages == set(PAGES)
 
 
 @pytest.mark.parametrize("line", COMMANDS)

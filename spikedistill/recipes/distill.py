@@ -68,8 +68,8 @@ class StudentChoice:
     """What a spike does to the potential; the neuron's own by default."""
     detach_reset: bool = False
     """Leave the reset out of the gradient."""
-    initial: float | None = None
-    """Potential at the first step in thresholds; 0.5 for inherited weights, else 0."""
+    initial: float = 0.5
+    """Potential at the first step in thresholds; at 0.5 the mean of T steps rounds the activation."""
     learn_threshold: bool = False
     """Train each layer's threshold."""
     gradient: Literal["exact", "rate"] = "exact"
@@ -95,11 +95,11 @@ class StudentChoice:
     def make_neuron(self) -> Neuron:
         """The neuron model that the fields describe."""
         base = NEURONS[self.neuron]
-        given = {"leak": self.leak, "reset": None if self.reset is None else Reset(self.reset), "initial": self.initial}
-        given["initial"] = (0.5 if self.inherits else 0.0) if self.initial is None else self.initial
+        given = {"leak": self.leak, "reset": None if self.reset is None else Reset(self.reset)}
         return dataclasses.replace(
             base,
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+            initial=self.initial,
             detach_reset=self.detach_reset,
             learn_threshold=self.learn_threshold,
             surrogate=SURROGATES[self.surrogate](),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConfigError, ConversionError, ShapeError, unknown
-from spikedistill.neuron.dynamics import IF, Neuron
+from spikedistill.neuron.dynamics import Neuron
 from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import ClassLogits, Image, Logits
 from spikedistill.student.calibrate import Rule, record, thresholds
@@ -25,7 +25,7 @@ State = tuple[Tensor, ...]
 """The potentials of all layers after a step, ``[B, ...]`` each, in units of their thresholds."""
 
 ROUNDING = Neuron(initial=0.5)
-"""The neuron of an inherited student: IF that starts at half of its threshold, so that T steps round the activation."""
+"""The neuron of a student where none is named: IF that starts at half of its threshold, so that T steps round."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def to_spiking(
         ann: a ``Teacher``, or any network that torch.fx can trace, from images ``[B, C, H, W]`` to logits ``[B, K]``;
             it is not changed.
         timesteps: T, 1 or more.
-        neuron: the model; IF with ``initial=0.5`` where weights are inherited, plain IF where they are not.
+        neuron: the model; IF with ``initial=0.5`` by default.
         calibrate: some hundred raw images in 0..1; thresholds are set from the ANN's activations on them.
         inherit: keep the ANN's weights and batch norm; False gives a network with fresh weights and thresholds
             ``neuron.threshold``, for which no calibration is needed.
@@ -221,7 +221,7 @@ def to_spiking(
     if isinstance(ann, Normalised):
         mean, std, ann = ann.mean.flatten().tolist(), ann.std.flatten().tolist(), ann.network
     mean, std = mean or (0.0,), std or (1.0,)
-    neuron = neuron or (ROUNDING if inherit else IF)
+    neuron = neuron or ROUNDING
 
     copied = copy.deepcopy(ann).requires_grad_(True)
     copied.train(True)

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -219,6 +221,11 @@ class TestKill:
         assert done.returncode == 0, done.stderr
         return done
 
+    def reached(self, checkpoint):
+        with safe_open(checkpoint, framework="pt") as file:
+            facts = json.loads(file.metadata()["spikedistill"])
+        return facts["epoch"] == 1 and facts["step"] >= 3
+
     def kill_in_the_second_epoch(self, command, environment, out):
         process = subprocess.Popen(
             [*command, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -226,10 +233,8 @@ class TestKill:
         checkpoint, ends = out / "checkpoint.safetensors", time.monotonic() + 300
         try:
             while process.poll() is None and time.monotonic() < ends:
-                if checkpoint.exists():
-                    _, facts = read_tensors(checkpoint)
-                    if facts["epoch"] == 1 and facts["step"] >= 3:
-                        break
+                if checkpoint.exists() and self.reached(checkpoint):
+                    break
                 time.sleep(0.002)
         finally:
             process.send_signal(signal.SIGKILL)

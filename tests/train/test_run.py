@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -99,8 +100,11 @@ class TestLines:
         Run(tmp_path / "new").append("metrics", {"epoch": 1})
         assert Run(tmp_path / "new").lines("metrics") == [{"epoch": 1}]
 
-    def test_a_full_disk_is_an_error_with_a_name(self, run):
-        (run.path / "metrics.jsonl").symlink_to("/dev/full")
+    def test_a_full_disk_is_an_error_with_a_name(self, run, monkeypatch):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "open", full)
         with pytest.raises(RunError, match=r"metrics\.jsonl' could not be written.*No space left"):
             run.append("metrics", {"epoch": 1})
 
