@@ -126,13 +126,16 @@ def _compiled(function: Kernel, neuron: Neuron, *facts: object) -> Kernel:
 
 def _call(function: Kernel, neuron: Neuron, *arguments: Any) -> Any:
     """Run a pass compiled; layers that differ only in threshold or in the value of a leak share a kernel."""
-    facts = [a.dtype if isinstance(a, Tensor) else a for a in arguments]
+    arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    facts: list[object] = [(a.dtype, a.is_inference()) if isinstance(a, Tensor) else a for a in arguments]
+    facts += [arguments[0].shape[1] == 1, torch.is_inference_mode_enabled(), torch.get_num_threads()]
     constant = arguments[0].shape[0] == 1
     model = dataclasses.replace(neuron, threshold=1.0, leak=1.0 if neuron.leak == 1.0 else 0.5)
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.ndim:
             torch._dynamo.maybe_mark_dynamic(argument, argument.ndim - 1)
-    return _compiled(function, model, constant, *facts)(*arguments)
+    with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
+        return _compiled(function, model, constant, *facts)(*arguments)
 
 
 class _Fused(torch.autograd.Function):

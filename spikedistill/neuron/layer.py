@@ -77,7 +77,7 @@ class Spiking(nn.Module):
                 f"The state has shape {tuple(state.shape)}, the current asks for {(batch, *current.shape[1:])}: carry a"
                 " state only between calls of one batch."
             )
-        kept = None if state is None else _flatten(state, 1)[0][0]
+        kept = None if state is None else _flatten(state, 1, order)[0]
         threshold = self._threshold(flat.shape[1])
         if self._compiles(flat):
             spikes, after = fused.fused_run(flat, kept, self.neuron, self.leak, threshold, timesteps, keep)
@@ -113,7 +113,8 @@ class Spiking(nn.Module):
                 f"A current of {current.shape[0]} rows cannot be {timesteps} time steps with {repeats} repeats:"
                 " expected time x batch rows."
             )
-        return *_flatten(current, rows), current.shape[0] // rows
+        last = _channels_last(current)
+        return _flatten(current, rows, last), last, current.shape[0] // rows
 
     def _compiles(self, flat: Tensor) -> bool:
         exact = flat.dtype == torch.float64
@@ -121,13 +122,17 @@ class Spiking(nn.Module):
 
     def extra_repr(self) -> str:
         """Threshold and leak, for printing."""
-        return f"threshold={float(self.threshold):.4g}, leak={float(self.leak):.4g}, reset={self.neuron.reset.value}"
+        threshold, leak = float(self.threshold.detach()), float(self.leak.detach())
+        return f"threshold={threshold:.4g}, leak={leak:.4g}, reset={self.neuron.reset.value}"
 
 
-def _flatten(x: Tensor, rows: int) -> tuple[Tensor, bool]:
-    """``[rows*B, ...]`` as ``[rows, N]`` in the order of memory, and whether that order is channels last."""
-    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return (x.permute(0, 2, 3, 1) if last else x).reshape(rows, -1), last
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _flatten(x: Tensor, rows: int, last: bool) -> Tensor:
+    """``[rows*B, ...]`` as ``[rows, N]``, channels last or first."""
+    return (x.permute(0, 2, 3, 1) if last else x).reshape(rows, -1)
 
 
 def _restore(flat: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:

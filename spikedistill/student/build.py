@@ -94,7 +94,7 @@ class Student(nn.Module):
     @property
     def neurons(self) -> dict[str, Spiking]:
         """The layers of neurons by name, in order of execution."""
-        return dict(self.core.get_submodule("neurons").named_children())  # type: ignore[arg-type]
+        return dict(self.core.get_submodule(self.core.meta["neurons"]).named_children())  # type: ignore[arg-type]
 
     def paths(self) -> list[str]:
         """The module paths of the ANN at which ``observe`` finds a feature, in order of execution."""
@@ -218,6 +218,8 @@ def to_spiking(
         raise ConfigError(
             "Inherited weights need thresholds: give some hundred images as calibrate=..., or inherit=False."
         )
+    if not 0 <= percentile <= 100:
+        raise ConfigError(f"percentile (={percentile}) must be between 0 and 100.")
     if isinstance(ann, Normalised):
         mean, std, ann = ann.mean.flatten().tolist(), ann.std.flatten().tolist(), ann.network
     mean, std = mean or (0.0,), std or (1.0,)
@@ -252,9 +254,9 @@ def _calibrated(
     std: Sequence[float],
 ) -> dict[str, tuple[float, float]]:
     device = next(module.parameters()).device
-    normalise = Normalised(nn.Identity(), mean, std).to(device)
+    owner = Normalised(nn.Identity(), mean, std).to(device)
     with torch.no_grad():
-        inputs = normalise.answer(images.to(device))
+        inputs = owner.normalise(images.to(device))
     try:
         activations = record(module, {place.node for place in places}, inputs)
     except RuntimeError as error:

@@ -13,9 +13,11 @@ import inspect
 import operator
 import os
 import re
+import traceback
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jaxtyping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -39,7 +41,6 @@ TIMELESS = (
         nn.ConvTranspose2d,
         nn.ConvTranspose3d,
         nn.Linear,
-        nn.Bilinear,
     ),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.Identity),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
@@ -96,6 +97,8 @@ TIMELESS_METHODS = {
     *("unflatten", "type_as", "clone", "detach"),
 }
 PRODUCTS = {torch.mul, torch.div, operator.mul, operator.imul, operator.truediv, "mul", "mul_", "div", "div_"}
+MACHINERY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(str(jaxtyping.__file__)) + os.sep, __file__)
+QUOTIENTS = {torch.div, operator.truediv, "div", "div_"}
 
 REMEDIES = (
     (
@@ -159,14 +162,15 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
         graph = tracer.trace(network, concrete_args=_defaults(network))
     except Exception as error:  # whatever the user's forward raises on proxies
         raise ConversionError(
-            f"{type(network).__name__} cannot be traced by torch.fx ({_first_line(error)}): its forward depends on"
-            " values or leaves the tensors. Rewrite that part with fixed shapes and branches, or pass the inner"
-            " network alone."
+            f"{type(network).__name__} cannot be traced by torch.fx ({_first_line(error)}) at {_line_of(error)}:"
+            " its forward depends on values or leaves the tensors. Rewrite that part with fixed shapes and branches, or"
+            " pass the inner network alone."
         ) from error
     finally:
         network.train(training)
     _drop_fixed_arguments(graph)
     _functional_dropout(network, graph)
+    _follow_in_place(network, graph)
     module = fx.GraphModule(network, graph)
     module.train(training)
     return module, tracer.ends
@@ -196,10 +200,35 @@ def _functional_dropout(network: nn.Module, graph: fx.Graph) -> None:
     found = [node for node in graph.nodes if node.op == "call_function" and node.target in (F.dropout, F.dropout2d)]
     for number, node in enumerate(found):
         kind = nn.Dropout if node.target is F.dropout else nn.Dropout2d
-        network.add_module(f"dropout_{number}", kind(_argument(node, 1, "p", 0.5)))
+        name = _free_name(network, f"dropout_{number}")
+        network.add_module(name, kind(_argument(node, 1, "p", 0.5)))
         with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.call_module(f"dropout_{number}", (node.args[0],)))
+            node.replace_all_uses_with(graph.call_module(name, (node.args[0],)))
         graph.erase_node(node)
+
+
+def _follow_in_place(network: nn.Module, graph: fx.Graph) -> None:
+    """What is used after an activation that works in place is the activation's result."""
+    for node in graph.nodes:
+        if _works_in_place(network, node):
+            node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
+
+
+def _works_in_place(network: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        layer = network.get_submodule(str(node.target))
+        return isinstance(layer, ACTIVATIONS) and layer.inplace
+    positions: dict[Any, int] = {F.relu: 1, F.relu6: 1, F.leaky_relu: 2}
+    position = positions.get(node.target)
+    asked = position is not None and bool(_argument(node, position, "inplace", 0.0))
+    return asked or node.target in (F.relu_, torch.relu_, "relu_")
+
+
+def _free_name(module: nn.Module, name: str) -> str:
+    """The name, with as many underscores as it takes to be new."""
+    while hasattr(module, name):
+        name += "_"
+    return name
 
 
 def find_places(module: fx.GraphModule) -> list[Place]:
@@ -208,6 +237,7 @@ def find_places(module: fx.GraphModule) -> list[Place]:
     Raises:
         ConversionError: if a part has no spiking meaning, or there is no activation at all.
     """
+    _single_input(module.graph)
     places: list[Place] = []
     for node in module.graph.nodes:
         kind = _kind(module, node)
@@ -241,7 +271,7 @@ def _slope_note(module: fx.GraphModule, node: fx.Node) -> str:
         slope = getattr(module.get_submodule(str(node.target)), "negative_slope", 0.0)
     elif node.target is F.leaky_relu:
         slope = _argument(node, 1, "negative_slope", 0.01)
-    if slope > LARGEST_SLOPE:
+    if abs(slope) > LARGEST_SLOPE:
         raise ConversionError(
             f"'{node.target}' at {source_of(node)} has a negative slope of {slope}, above {LARGEST_SLOPE}: a neuron"
             " that only spikes upwards cannot stand for it; train the ANN with ReLU."
@@ -261,9 +291,17 @@ def _refuse_meaningless(module: fx.GraphModule, node: fx.Node) -> None:
     known = node.target in TIMELESS_METHODS if isinstance(node.target, str) else node.target in TIMELESS_CALLS
     if not known:
         raise _refusal(f"'{name}' (node {node.name})", name, node)
-    factors = [argument for argument in node.args if isinstance(argument, fx.Node)]
-    if node.target in PRODUCTS and len(factors) > 1 and not all(_is_size(factor) for factor in factors):
+    if node.target in PRODUCTS and sum(map(_is_signal, (*node.args, *node.kwargs.values()))) > 1:
         raise _refusal(f"the product '{name}' of two signals (node {node.name})", "gate", node)
+    if node.target in QUOTIENTS and any(map(_is_signal, (*node.args[1:], *node.kwargs.values()))):
+        raise _refusal(f"the division '{name}' by a signal (node {node.name})", "gate", node)
+    if node.target is operator.floordiv and not _is_size(node):
+        raise _refusal(f"'{name}' (node {node.name})", name, node)
+
+
+def _is_signal(value: Any) -> bool:
+    """Whether an argument depends on the input other than by its shape."""
+    return isinstance(value, fx.Node) and value.op != "get_attr" and not _is_size(value)
 
 
 def _is_size(node: Any) -> bool:
@@ -271,7 +309,8 @@ def _is_size(node: Any) -> bool:
     if node.target in ("size", "dim") or (node.target is getattr and node.args[1] in ("shape", "ndim")):
         return True
     arithmetic = (operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub)
-    return node.target in arithmetic and isinstance(node.args[0], fx.Node) and _is_size(node.args[0])
+    sources = [source for source in getattr(node, "args", ()) if isinstance(source, fx.Node)]
+    return node.target in arithmetic and bool(sources) and all(map(_is_size, sources))
 
 
 def _refusal(what: str, name: str, node: fx.Node) -> ConversionError:
@@ -283,9 +322,8 @@ def _refusal(what: str, name: str, node: fx.Node) -> ConversionError:
 def source_of(node: fx.Node) -> str:
     """``file:line`` of the call, as far as torch.fx recorded it."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
-    inside = (os.path.dirname(torch.__file__) + os.sep, __file__)
-    own = [frame for frame in frames if not frame[0].startswith(inside)]
-    return ":".join((own or frames or [("an unknown line", "?")])[-1])
+    own = [frame for frame in frames if not frame[0].startswith(MACHINERY)]
+    return ":".join(own[-1]) if own else "an unknown line"
 
 
 def insert_neurons(
@@ -307,17 +345,18 @@ def insert_neurons(
         ]
         if users:
             _spread(graph, node, repeats, users, after=max(node, keep))
-    module.add_module("neurons", nn.ModuleDict())
+    module.meta["neurons"] = group = _free_name(module, "neurons")
+    module.add_module(group, nn.ModuleDict())
     after: list[fx.Node] = []
     for index, place in enumerate(places):
         old = by_name[place.node]
-        key = re.sub(r"\W", "_", place.name)
-        module.get_submodule("neurons").add_module(key, neurons[place.name])
+        key = _free_name(module.get_submodule(group), re.sub(r"\W", "_", place.name))
+        module.get_submodule(group).add_module(key, neurons[place.name])
         current = old.args[0]
         with graph.inserting_before(old):
             state = graph.call_function(operator.getitem, (states, index))
             used = repeats if current in static else 1
-            both = graph.call_module(f"neurons.{key}", (current, timesteps, used, state, keep))
+            both = graph.call_module(f"{group}.{key}", (current, timesteps, used, state, keep))
             spikes = graph.call_function(operator.getitem, (both, 0))
             after.append(graph.call_function(operator.getitem, (both, 1)))
         old.replace_all_uses_with(spikes)
@@ -394,6 +433,12 @@ def _exchange(module: fx.GraphModule, target: str) -> None:
 def _argument(node: fx.Node, position: int, name: str, default: float) -> float:
     value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
     return float(value)  # type: ignore[arg-type]
+
+
+def _line_of(error: Exception) -> str:
+    """``file:line`` of the user's code that raised."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(MACHINERY)]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown line"
 
 
 def _first_line(error: Exception) -> str:

@@ -182,7 +182,11 @@ class Normalised(nn.Module):
 
     def answer(self, images: Image) -> ClassLogits:
         """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``."""
-        return self.network((images - self.mean) / self.std)
+        return self.network(self.normalise(images))
+
+    def normalise(self, images: Image) -> Image:
+        """Images in 0..1 as the network was trained on."""
+        return (images - self.mean) / self.std
 
 
 class Teacher(Normalised):

@@ -102,7 +102,7 @@ class Events:
         self.writer.flush()
 
 
-def _facts(line: Mapping[str, float]) -> str:
+def _facts(line: Mapping[str, Any]) -> str:
     shown = []
     for name, value in line.items():
         if name in ("epoch", "step", "lr"):

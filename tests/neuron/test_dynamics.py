@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.dynamics import IF, LIF, NEURONS, PLIF, Neuron, Reset, run, step
+from spikedistill.neuron.dynamics import IF, LIF, NEURONS, PLIF, Neuron, Reset, measure, run, step
 from spikedistill.neuron.surrogate import ATan, Sigmoid
 
 DYADIC = st.integers(-2048, 4096).map(lambda k: k / 1024)
@@ -273,6 +273,18 @@ def test_detaching_the_reset_changes_gradients_and_nothing_else(reset):
         answers.append((spikes, state, torch.autograd.grad(spikes.sum(), current)[0]))
     assert torch.equal(answers[0][0], answers[1][0]) and torch.equal(answers[0][1], answers[1][1])
     assert not torch.allclose(answers[0][2], answers[1][2])
+
+
+@pytest.mark.parametrize("neuron", MODELS, ids=repr)
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "varying"])
+def test_measuring_gives_the_spikes_their_mean_and_the_derivative_by_a_shift_of_the_current(neuron, constant):
+    current = torch.linspace(-1, 3, 8 if constant else 40, dtype=torch.float64).view(1 if constant else 5, 8)
+    leak, threshold, shift = *double(neuron.leak, 0.8), torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    expected, _ = run(current + shift, None, neuron, leak, threshold, 5)
+    spikes, rate, slope = measure(current, neuron, leak, threshold, 5)
+    assert torch.equal(spikes, expected) and not slope.requires_grad
+    torch.testing.assert_close(rate, expected.mean(0))
+    torch.testing.assert_close(slope, torch.autograd.grad(expected.mean(0).sum(), shift)[0])
 
 
 @law

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spikedistill.neuron import fused
-from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset, run
+from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset, measure, run
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import Rectangle, Sigmoid
 
@@ -89,6 +89,17 @@ class TestEqualsTheReference:
                 ):
                     answers(replace(case, neuron=neuron), "fused", *draw(case, shape, last), 0.8)
         assert fused._compiled.cache_info().misses == compiled
+
+
+@pytest.mark.parametrize("name", ["if, learned threshold, half, constant", "plif"])
+def test_what_is_measured_equals_the_reference(name):
+    case = CASES[name]
+    current, leak, threshold = draw(case, (2, 3), False)[0], torch.tensor(case.neuron.leak), torch.tensor(0.7)
+    for size in (1, 2):
+        given = current.view(1 if case.constant else T, -1).repeat(1, size)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found = fused.fused_measure(given, case.neuron, leak, threshold, T)
+        torch.testing.assert_close(found, measure(given, case.neuron, leak, threshold, T))
 
 
 def test_a_single_neuron_needs_no_special_case():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikedistill.errors import ConfigError, ShapeError
-from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, run
+from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, measure, run
 from spikedistill.neuron.layer import SMALLEST, Spiking
 
 LEARNING = replace(PLIF, learn_threshold=True)
@@ -39,6 +39,14 @@ class TestFoldedTime:
         current = torch.randn(2, 3, 4)
         once = reference()(current, 5, repeats=5, keep=True)
         torch.testing.assert_close(once, reference()(current.repeat(5, 1, 1), 5, keep=True), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("repeats", [1, 3])
+    def test_measuring_is_the_reference_on_time_unfolded(self, repeats):
+        current = torch.rand(6 // repeats, 3, 2, 2).contiguous(memory_format=torch.channels_last) * 2
+        spikes, rate, slope = reference(LIF, 0.7).measure(current, 3, repeats)
+        unfolded = current.unflatten(0, (-1, 2))
+        expected = measure(unfolded, LIF, torch.tensor(0.5), torch.tensor(0.7), 3)
+        torch.testing.assert_close((spikes.unflatten(0, (3, 2)), rate, slope), expected)
 
     def test_the_state_is_returned_only_when_asked_for(self):
         assert reference()(torch.randn(4, 3), 2)[1] is None

@@ -82,12 +82,11 @@ class TestTheTeacher:
         many = images(8, 3)
         student, report = convert(Teacher(network, mean, std), calibrate=many)
         same, _ = convert(network, calibrate=many, mean=mean, std=std)
-        plain, other = convert(
-            network, calibrate=(many - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        )
-        assert torch.equal(student(many), same(many))
-        assert [site.threshold for site in report.sites] == pytest.approx([site.threshold for site in other.sites])
+        by_hand = (many - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        plain, other = convert(network, calibrate=by_hand)
+        assert torch.equal(student(many), same(many)) and torch.equal(student(many), plain(by_hand))
         assert not torch.equal(student(many), plain(many))
+        assert [site.threshold for site in report.sites] == [site.threshold for site in other.sites]
 
     def test_that_is_frozen_has_a_student_that_learns(self):
         student, _ = convert(Teacher(net(), (0.5,), (0.5,)))
@@ -288,11 +287,11 @@ class TestFreshWeights:
         assert all(torch.equal(value, core[name]) for name, value in network.state_dict().items())
         assert report.inherited and str(report).startswith("2 layers of neurons, inherited weights, T=4")
 
-    def test_get_plain_integrate_and_fire_and_inherited_ones_the_rounding_kind(self):
-        kinds = [
-            {layer.neuron for layer in convert(net(), inherit=choice)[0].neurons.values()} for choice in (False, True)
-        ]
-        assert kinds == [{IF}, {ROUNDING}]
+    @pytest.mark.parametrize("inherit", [True, False])
+    def test_and_inherited_ones_get_the_neuron_that_was_named_or_the_rounding_kind(self, inherit):
+        for named, expected in ((None, ROUNDING), (LIF, LIF)):
+            student, _ = convert(net(), inherit=inherit, neuron=named)
+            assert {layer.neuron for layer in student.neurons.values()} == {expected}
 
 
 class TestRules:
