@@ -22,9 +22,10 @@ from spikedistill.neuron.surrogate import SURROGATES
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse, Pairs
 from spikedistill.objective.terms import Objective
+from spikedistill.recipes.teach import check_answers
 from spikedistill.student.build import Report, Student, to_spiking
 from spikedistill.student.coding import CODINGS
-from spikedistill.teacher.load import Architecture, Teacher, load_teacher
+from spikedistill.teacher.load import Architecture, Normalised, Teacher, load_teacher
 from spikedistill.train.device import choose_device, choose_precision
 from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
@@ -203,7 +204,7 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     run.write("conversion", {"network": network.name, **asdict(report)})
     augment, held = recipe.data.augment(), recipe.data.validation
     with progress:
-        if not resume:
+        if not (out / "before.json").exists():
             run.write("before", measure(student, teacher, images, recipe.training, 1000))
         fit(
             student,
@@ -251,6 +252,7 @@ def find_teacher(choice: TeacherChoice, images: ImageSet) -> tuple[Teacher, Arch
             f"The teacher '{choice.teacher}' normalises {len(teacher.mean)} channels, '{images.name}' has"
             f" {images.channels}: give the data that it was trained on."
         )
+    check_answers(teacher, images, f"The teacher '{choice.teacher}' ({architecture.name})")
     return teacher, architecture
 
 
@@ -263,7 +265,10 @@ def build_student(
     if not same:
         architecture = Architecture(choice.student, images.classes, images.channels, choice.student_width)
     torch.manual_seed(recipe.training.seed)
+    mean, std = teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()
     ann: nn.Module = teacher if same else architecture.build()
+    if not same:
+        check_answers(Normalised(ann, mean, std), images, f"The student '{choice.student}'")
     stride = max(1, len(images.train_images) // choice.calibration)
     student, report = to_spiking(
         ann,
@@ -275,8 +280,8 @@ def build_student(
         percentile=choice.percentile,
         max_pool=choice.max_pool,
         coding=CODINGS[choice.coding](),
-        mean=teacher.mean.flatten().tolist(),
-        std=teacher.std.flatten().tolist(),
+        mean=mean,
+        std=std,
     )
     student.gradient = choice.gradient
     return student, report, architecture

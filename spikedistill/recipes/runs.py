@@ -29,8 +29,11 @@ def load_student(path: str | Path) -> tuple[Student, Distill]:
         raise RunError(
             f"'{file}' holds no student but {facts.get('kind', 'weights of unknown origin')}: give a run of 'distill'."
         )
-    recipe = to_recipe(facts["recipe"])
-    architecture = Architecture(**facts["architecture"])
+    try:
+        recipe = to_recipe(facts["recipe"])
+        architecture = Architecture(**facts["architecture"])
+    except (KeyError, TypeError) as error:
+        raise RunError(f"'{file}' holds no recipe that this version knows ({error}): distill it again.") from error
     student, _ = to_spiking(
         architecture.build(),
         timesteps=recipe.student.timesteps,
@@ -84,7 +87,11 @@ def table(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
     most = max(len(results.get("accuracy_by_step", [])) for _, _, results in found)
     steps = [f"t={t + 1}" for t in range(most)]
     columns = ["run", "network", "weights", "method", "accuracy", *steps, "firing rate", "agreement"]
-    return columns, [_row(run, recipe, results, most) for run, recipe, results in found]
+    try:
+        return columns, [_row(run, recipe, results, most) for run, recipe, results in found]
+    except (KeyError, TypeError) as error:
+        named = ", ".join(str(path) for path in paths)
+        raise RunError(f"A file of {named} lacks {error}: give directories of finished runs.") from error
 
 
 def _row(run: Run, recipe: Mapping[str, Any], results: Mapping[str, Any], most: int) -> list[str]:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 
-from spikedistill.data.images import load_images
+from spikedistill.data.augment import to_unit
+from spikedistill.data.images import ImageSet, load_images
+from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
 from spikedistill.files import write_tensors
 from spikedistill.objective.direct import Direct
-from spikedistill.teacher.load import Architecture, OneStep
+from spikedistill.teacher.load import Architecture, Normalised, OneStep
 from spikedistill.train.device import choose_device, choose_precision
 from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
@@ -33,6 +35,33 @@ class Teach:
     """How it is trained."""
 
 
+def check_answers(network: Normalised, images: ImageSet, name: str) -> None:
+    """Ask a network about two images.
+
+    Raises:
+        ConfigError: if it does not accept them, or has not one answer for each class.
+    """
+    pixels = to_unit(images.train_images[:2])
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            logits = network.network(network.normalise(pixels))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{name} does not accept the images of '{images.name}' of shape {tuple(pixels.shape[1:])} ({reason})."
+            " Give a network that was made for them, or --image-size."
+        ) from error
+    finally:
+        network.train(training)
+    if logits.shape != (len(pixels), images.classes):
+        raise ConfigError(
+            f"{name} answers with shape {tuple(logits.shape[1:])}, '{images.name}' has {images.classes} classes: give"
+            " it one output a class."
+        )
+
+
 def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | None = None) -> dict[str, float]:
     """Train a teacher into a run directory and test it once.
 
@@ -52,6 +81,7 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
     torch.manual_seed(recipe.training.seed)
     mean, std = images.statistics()
     network = OneStep(architecture.build(), mean, std)
+    check_answers(network, images, f"The network '{recipe.network}'")
     run = Run(out)
     run.start({"kind": "teach", **asdict(recipe)}, resume)
     augment, held = recipe.data.augment(), recipe.data.validation

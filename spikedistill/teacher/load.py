@@ -95,11 +95,21 @@ def _own(name: str, classes: int) -> nn.Module:
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise ConfigError(f"The file '{file}' of architecture '{name}' does not exist: check the path.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise ConfigError(
+            f"The file '{file}' cannot be imported ({type(error).__name__}: {error}): mend it."
+        ) from error
     maker = getattr(module, function, None)
     if not callable(maker):
         raise ConfigError(unknown(f"function in '{file}'", function, [key for key in vars(module) if key[0] != "_"]))
-    network = maker(classes=classes)
+    try:
+        network = maker(classes=classes)
+    except TypeError as error:
+        raise ConfigError(
+            f"'{name}' cannot be called with classes={classes} ({error}): let it take 'classes'."
+        ) from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"'{name}' returned {type(network).__name__}: it must return a torch.nn.Module.")
     return network

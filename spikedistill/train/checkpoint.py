@@ -22,7 +22,7 @@ def save_checkpoint(
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    write_tensors(path, tensors, facts)
+    write_tensors(path, tensors, {"optimiser": type(optimiser).__name__, **facts})
 
 
 def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -34,6 +34,8 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimiser: tor
     """
     tensors, facts = read_tensors(path)
     try:
+        if facts.pop("optimiser") != type(optimiser).__name__:
+            raise KeyError(f"the optimiser is now {type(optimiser).__name__}")
         for role, module in modules.items():
             prefix = f"{role}."
             module.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})

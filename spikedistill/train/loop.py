@@ -252,6 +252,10 @@ class Trainer:
         labels = self.images.train_labels[mine].to(self.device)
         return batch.to(self.device, memory_format=self.layout, non_blocking=True), labels
 
+    def rate(self, epoch: int, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate((epoch - 1) * self.steps + step, self.config.epochs * self.steps, self.config)
+
     def epoch(self, epoch: int, done: int, meters: Meters) -> dict[str, Any]:
         """Train from step ``done`` to the end of an epoch; return its line for metrics.jsonl."""
         self.progress.epoch(epoch, self.config.epochs, self.steps, done)
@@ -259,12 +263,12 @@ class Trainer:
         for step, chosen in enumerate(self.order(epoch)):
             if step < done:
                 continue
-            rate = learning_rate((epoch - 1) * self.steps + step, self.config.epochs * self.steps, self.config)
-            meters.add(*self.step(chosen, epoch, step, rate))
+            meters.add(*self.step(chosen, epoch, step, self.rate(epoch, step)))
             self.progress.step({**meters.means(), **self.watch.facts()})
             if time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes:
                 self.save(epoch - 1, step + 1, meters)
-        line = {"epoch": epoch, "step": epoch * self.steps, "lr": rate, **meters.means(), **self.watch.facts()}
+        line = {"epoch": epoch, "step": epoch * self.steps, "lr": self.rate(epoch, self.steps - 1)}
+        line |= {**meters.means(), **self.watch.facts()}
         if len(self.held):
             logits = answers(self.judged, self.images.train_images[self.held], self.precision.dtype)
             line["validation_accuracy"] = accuracy_by_step(logits, self.images.train_labels[self.held])[-1]
@@ -282,7 +286,7 @@ class Trainer:
         if not math.isfinite(sum(values.values())):
             raise ConfigError(
                 f"The loss became {values} in epoch {epoch}, step {step + 1}: lower --lr (={self.config.lr}), or set "
-                "--clip 1; the last checkpoint is untouched."
+                "--clip 1, in another --out; the last checkpoint is untouched."
             )
         self.optimiser.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
@@ -306,12 +310,13 @@ class Trainer:
 
     def restore(self) -> tuple[int, int, Meters]:
         """Go back to the checkpoint, if there is one: epochs and steps that lie behind, and the sums so far."""
-        if not self.run.checkpoint.exists():
-            return 0, 0, Meters()
-        facts = load_checkpoint(self.run.checkpoint, self.kept(), self.optimiser)
-        self.run.rewind(facts["epoch"])
+        facts: dict[str, Any] = {"epoch": 0, "step": 0, "meters": {}, "rate": None}
+        if self.run.checkpoint.exists():
+            facts = load_checkpoint(self.run.checkpoint, self.kept(), self.optimiser)
+            self.progress.say(f"going on after epoch {facts['epoch']}, step {facts['step']}")
+        if self.accelerator.is_main_process:
+            self.run.rewind(facts["epoch"])
         self.watch.rate = facts["rate"]
-        self.progress.say(f"going on after epoch {facts['epoch']}, step {facts['step']}")
         return facts["epoch"], facts["step"], Meters(**facts["meters"])
 
 

@@ -37,6 +37,8 @@ class Data:
         faults = []
         if not 0 <= self.validation < 1:
             faults.append(f"validation (={self.validation}) is a share of the training set: 0 <= validation < 1")
+        if self.image_size is not None and self.image_size < 1:
+            faults.append(f"image_size (={self.image_size}) is a side in pixels: 1 or more")
         if self.crop < 0 or self.cutout < 0:
             faults.append(f"crop (={self.crop}) and cutout (={self.cutout}) are sizes in pixels: 0 or more")
         return faults

@@ -46,16 +46,16 @@ class Run:
         Raises:
             RunError: if a run lies there already and is not to be resumed, or has another recipe.
         """
-        file = self.path / "recipe.json"
-        if file.exists() and not resume:
+        begun = (self.path / "recipe.json").exists()
+        worth_keeping = any(file.exists() for file in (self.checkpoint, self.model, self.path / "results.json"))
+        if worth_keeping and not resume:
             raise RunError(f"'{self.path}' already holds a run: go on with it by --resume, or choose another --out.")
-        if resume and file.exists():
-            before = self.read("recipe")
-            changed = [key for key in recipe if before.get(key) != json.loads(json.dumps(recipe[key]))]
+        if resume and begun:
+            changed = differences(self.read("recipe"), json.loads(json.dumps(recipe)))
             if changed:
-                shown = ", ".join(f"{key} was {before.get(key)!r}, now {recipe[key]!r}" for key in changed[:3])
                 raise RunError(
-                    f"'{self.path}' was begun with another recipe ({shown}): give the same, or another --out."
+                    f"'{self.path}' was begun with another recipe ({'; '.join(changed[:3])}): give the same, or another"
+                    " --out."
                 )
             return
         if resume:
@@ -75,7 +75,10 @@ class Run:
         """
         file = self.path / f"{name}.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds {type(content).__name__}, not names and values")
+            return content
         except (OSError, ValueError) as error:
             raise RunError(f"'{file}' cannot be read ({error}): is '{self.path}' the directory of a run?") from error
 
@@ -88,15 +91,46 @@ class Run:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Add one line to a ``.jsonl`` file."""
-        with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add one line to a ``.jsonl`` file.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        path = self.path / f"{name}.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"'{path}' could not be written ({error}): free some disk space, then go on with --resume."
+            ) from error
 
     def rewind(self, epoch: int) -> None:
         """Drop the lines of epochs that the checkpoint does not know of yet."""
         for name in ("metrics", "timing"):
+            if not (self.path / f"{name}.jsonl").exists():
+                continue
             kept = [json.dumps(line) + "\n" for line in self.lines(name) if line["epoch"] <= epoch]
             write_text(self.path / f"{name}.jsonl", "".join(kept))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields in which two recipes differ, with both values.
+
+    >>> differences({"training": {"lr": 0.1, "seed": 0}}, {"training": {"lr": 0.2, "seed": 0}})
+    ['lr was 0.1, now 0.2']
+    """
+    if before.get("kind") != now.get("kind"):
+        return [f"kind was {before.get('kind')!r}, now {now.get('kind')!r}"]
+    found = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new)
+        elif old != new:
+            found.append(f"{name} was {old!r}, now {new!r}")
+    return found
 
 
 def environment() -> dict[str, Any]:
