@@ -1,0 +1,111 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spikedistill.errors import ConfigError
+from spikedistill.evaluate.activity import firing_rates
+from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron
+from spikedistill.student.build import to_spiking
+from spikedistill.teacher.zoo import ZOO
+
+ROUNDING = dataclasses.replace(IF, initial=0.5)
+
+
+def pair(name, timesteps, neuron=ROUNDING, pool="average"):
+    """The same student twice, with either gradient."""
+    images = torch.rand(8, 3, 16, 16)
+    exact, _ = to_spiking(ZOO[name](width=4), timesteps=timesteps, calibrate=images, max_pool=pool, neuron=neuron)
+    for layer in exact.neurons.values():
+        layer.backend = "reference"
+    rate = copy.deepcopy(exact)
+    rate.gradient = "rate"
+    return images, exact, rate
+
+
+def teach(student, images):
+    logits, features = student.observe(images, ("layer2",))
+    loss = F.cross_entropy(logits.mean(0), torch.arange(8) % 10) + features["layer2"].mean(0).square().mean()
+    loss.backward()
+    return logits, features["layer2"].mean(0)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "preact-resnet18", "vgg9"])
+@pytest.mark.parametrize("neuron", [ROUNDING, LIF, dataclasses.replace(IF, detach_reset=True)], ids=["if", "lif", "d"])
+def test_one_step_has_the_exact_gradient(name, neuron):
+    images, exact, rate = pair(name, 1, neuron)
+    teach(exact, images), teach(rate, images)
+    for (path, expected), (_, found) in zip(exact.named_parameters(), rate.named_parameters()):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-6, msg=path)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "preact-resnet18", "vgg9"])
+def test_answers_features_and_running_statistics_are_those_of_all_steps(name):
+    images, exact, rate = pair(name, 4)
+    for expected, found in zip(teach(exact, images), teach(rate, images)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for expected, found in zip(exact.buffers(), rate.buffers()):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_linear_regime_has_the_exact_gradient_at_any_number_of_steps():
+    # no neuron resets (threshold far above) and the surrogate is flat: every step has the same slope
+    @dataclasses.dataclass(frozen=True)
+    class Flat:
+        def gradient(self, u):
+            return torch.ones_like(u)
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
+    neuron = Neuron(leak=0.5, threshold=100.0, surrogate=Flat(), detach_reset=True)
+    exact, _ = to_spiking(network, timesteps=5, inherit=False, neuron=neuron)
+    rate = copy.deepcopy(exact)
+    rate.gradient = "rate"
+    images = torch.rand(4, 3, 2, 2)
+    for student in (exact, rate):
+        for layer in student.neurons.values():
+            layer.backend = "reference"
+        student(images).mean(0).square().sum().backward()
+    for expected, found in zip(exact.parameters(), rate.parameters()):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_goes_downhill_about_as_far_as_the_exact_gradient():
+    images, exact, rate = pair("resnet20", 4)
+    gains = []
+    for student in (exact, rate):
+        optimiser = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+        losses = []
+        for _ in range(25):
+            optimiser.zero_grad()
+            loss = F.cross_entropy(student(images).mean(0), torch.arange(8) % 10)
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+        gains.append(losses[0] - losses[-1])
+    assert gains[0] > 0.1
+    assert gains[1] > 0.5 * gains[0]
+
+
+def test_evaluation_and_firing_rates_do_not_depend_on_it():
+    images, exact, rate = pair("vgg9", 3, pool="keep")
+    with firing_rates(exact) as expected, firing_rates(rate) as found:
+        exact(images), rate(images)
+    assert expected.by_layer() == found.by_layer()
+    torch.testing.assert_close(exact.eval()(images), rate.eval()(images))
+
+
+def test_dropout_is_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3))
+    student, _ = to_spiking(network, inherit=False)
+    student.gradient = "rate"
+    with pytest.raises(ConfigError, match=r"dropout \(p=0.5\) would differ"):
+        student(torch.rand(2, 3, 2, 2))
+
+
+def test_a_learned_leak_gets_no_gradient():
+    images, _, rate = pair("resnet20", 2, PLIF)
+    rate(images).sum().backward()
+    assert all(layer.leak_logit.grad is None for layer in rate.neurons.values())
