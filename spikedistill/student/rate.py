@@ -68,17 +68,21 @@ def _is_last(x: Tensor) -> bool:
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-class _Spiking(fx.Interpreter):
-    """The first pass: all time steps, without graph; keeps what the second pass needs."""
+class _Pass(fx.Interpreter):
+    """Runs the graph node by node; ``kept`` holds, by node, what the first pass leaves for the second."""
 
-    def __init__(self, core: fx.GraphModule) -> None:
+    def __init__(self, core: fx.GraphModule, kept: dict[str, tuple[Tensor, ...]]) -> None:
         super().__init__(core)
         self.current = ""
-        self.kept: dict[str, tuple[Tensor, ...]] = {}
+        self.kept = kept
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n.name
         return super().run_node(n)
+
+
+class _Spiking(_Pass):
+    """The first pass: all time steps, without graph."""
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
@@ -105,17 +109,8 @@ class _Spiking(fx.Interpreter):
         return y
 
 
-class _Means(fx.Interpreter):
+class _Means(_Pass):
     """The second pass: one row a sample, on means, with graph."""
-
-    def __init__(self, core: fx.GraphModule, kept: dict[str, tuple[Tensor, ...]]) -> None:
-        super().__init__(core)
-        self.kept = kept
-        self.current = ""
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n.name
-        return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
@@ -157,7 +152,7 @@ def rate_run(
             )
     states = (None,) * layers
     with torch.no_grad():
-        first = _Spiking(core)
+        first = _Spiking(core, {})
         logits, _, _ = first.run(rows, timesteps, repeats, states, False)
         means = rows if repeats > 1 or timesteps == 1 else rows.unflatten(0, (timesteps, -1)).mean(0)
     mean, _, features = _Means(core, first.kept).run(means, 1, 1, states, False)
