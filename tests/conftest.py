@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -24,3 +25,19 @@ def blobs() -> ImageSet:
         return images.to(torch.uint8), labels
 
     return ImageSet("blobs", *draw(96), *draw(48), ("red", "green", "blue"))
+
+
+@pytest.fixture(scope="session")
+def write_blobs():
+    """Writes blobs.npz into a folder: three classes of 8 x 8 images, each bright in a channel of its own."""
+
+    def write(folder, train, test):
+        random, arrays = np.random.default_rng(0), {}
+        for part, count in (("train", train), ("test", test)):
+            labels = np.arange(count) % 3
+            images = random.integers(0, 60, (count, 8, 8, 3)).astype(np.uint8)
+            images[np.arange(count), :, :, labels] += 150
+            arrays |= {f"{part}_images": images, f"{part}_labels": labels}
+        np.savez(folder / "blobs.npz", **arrays)
+
+    return write

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from spikedistill.cli import COMMANDS, main
@@ -38,16 +37,10 @@ def call(*arguments):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, write_blobs):
     """A folder with data, a teacher and a student, made by the command line."""
-    folder, random = tmp_path_factory.mktemp("cli"), np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 48), ("test", 24)):
-        labels = np.arange(count) % 3
-        images = random.integers(0, 60, (count, 8, 8, 3)).astype(np.uint8)
-        images[np.arange(count), :, :, labels] += 150
-        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
-    np.savez(folder / "blobs.npz", **arrays)
+    folder = tmp_path_factory.mktemp("cli")
+    write_blobs(folder, 48, 24)
     data = ("--data", folder / "blobs.npz", *QUICK.split())
     assert call("teach", "--network", "vgg9", "--width", 4, "--out", folder / "teacher", *data) == 0
     who = ("--teacher", folder / "teacher", "--timesteps", 2)

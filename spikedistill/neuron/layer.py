@@ -113,7 +113,7 @@ class Spiking(nn.Module):
                 f"A current of {current.shape[0]} rows cannot be {timesteps} time steps with {repeats} repeats:"
                 " expected time x batch rows."
             )
-        last = _channels_last(current)
+        last = is_channels_last(current)
         return _flatten(current, rows, last), last, current.shape[0] // rows
 
     def _compiles(self, flat: Tensor) -> bool:
@@ -126,7 +126,8 @@ class Spiking(nn.Module):
         return f"threshold={threshold:.4g}, leak={leak:.4g}, reset={self.neuron.reset.value}"
 
 
-def _channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an image tensor lies in memory with its channels last."""
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.layer import Spiking
+from spikedistill.neuron.layer import Spiking, is_channels_last
 from spikedistill.student.surgery import repeat_time
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -56,16 +56,12 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         x, weight, mean, inverse = ctx.saved_tensors
-        layout = torch.channels_last if _is_last(x) else torch.contiguous_format
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         grad = grad.contiguous(memory_format=layout)
         to_x, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, inverse, True, ctx.eps, [True, weight is not None, weight is not None]
         )
         return to_x, to_weight, to_bias, None, None, None
-
-
-def _is_last(x: Tensor) -> bool:
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Pass(fx.Interpreter):

@@ -1,7 +1,6 @@
 import dataclasses
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -39,16 +38,10 @@ def _without_compiler():
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, write_blobs):
     """A folder with blobs.npz (three classes, each bright in a channel of its own) and a trained teacher."""
-    folder, random = tmp_path_factory.mktemp("distill"), np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 96), ("test", 48)):
-        labels = np.arange(count) % 3
-        images = random.integers(0, 60, (count, 8, 8, 3)).astype(np.uint8)
-        images[np.arange(count), :, :, labels] += 150
-        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
-    np.savez(folder / "blobs.npz", **arrays)
+    folder = tmp_path_factory.mktemp("distill")
+    write_blobs(folder, 96, 48)
     training = dataclasses.replace(TRAINING, epochs=3, lr=0.1)
     teach(Teach("resnet20", width=4, data=Data(str(folder / "blobs.npz")), training=training), folder / "teacher")
     return folder

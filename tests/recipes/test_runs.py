@@ -2,7 +2,6 @@ import dataclasses
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,16 +25,10 @@ def _without_compiler():
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, write_blobs):
     """A folder with data, a teacher, and students of two and of three steps."""
-    folder, random = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 48), ("test", 24)):
-        labels = np.arange(count) % 3
-        images = random.integers(0, 60, (count, 8, 8, 3)).astype(np.uint8)
-        images[np.arange(count), :, :, labels] += 150
-        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
-    np.savez(folder / "blobs.npz", **arrays)
+    folder = tmp_path_factory.mktemp("runs")
+    write_blobs(folder, 48, 24)
     data = Data(str(folder / "blobs.npz"))
     teach(Teach("vgg9", width=4, data=data, training=TRAINING), folder / "teacher")
     who = TeacherChoice(str(folder / "teacher"))
