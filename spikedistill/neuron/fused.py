@@ -10,7 +10,8 @@ surrogate, and r the gradient at the potential after the reset, from the last st
     to the current     gain p / theta
     to the past        r <- leak p
 
-One compilation serves every layer size: the length N is dynamic, leak and threshold are scalar tensors.
+One compilation serves every layer size: the length N is dynamic, leak and threshold are scalar tensors. Many steps run
+in chunks of ``CHUNK``, the potential handed from one to the next, so a change of T meets kernels that are there already.
 """
 
 import dataclasses
@@ -29,6 +30,18 @@ from spikedistill.neuron.dynamics import Neuron, Reset, slope_step
 log = logging.getLogger("spikedistill")
 
 Kernel = Callable[..., Any]
+
+CHUNK = 4
+"""Time steps that one kernel unrolls; longer runs are a chain of such."""
+
+
+def chunks(timesteps: int) -> list[slice]:
+    """The steps 0..T-1 in pieces of at most ``CHUNK``.
+
+    >>> chunks(6)
+    [slice(0, 4, None), slice(4, 6, None)]
+    """
+    return [slice(first, min(first + CHUNK, timesteps)) for first in range(0, timesteps, CHUNK)]
 
 
 def _charges(
@@ -56,17 +69,30 @@ def _forward(
 
 
 def _measure(
-    neuron: Neuron, current: Tensor, leak: Tensor, threshold: Tensor, timesteps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``dynamics.measure``: spikes ``[T, N]``, their mean ``[N]``, and its slope ``[N]``."""
-    _, charged, spikes = _charges(neuron, current, None, leak, threshold, timesteps)
+    neuron: Neuron,
+    current: Tensor,
+    carry: Tensor | None,
+    leak: Tensor,
+    threshold: Tensor,
+    timesteps: int,
+    share: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Spikes ``[T, N]``; then their mean and its slope, ``[N]`` each, where ``share`` is 1 / (all steps).
+
+    Without ``share`` more steps follow, and ``[4, N]`` is for them: potential, tangent, sums of spikes and slopes.
+    """
+    state, tangent, count, slope = (None, None, None, None) if carry is None else carry.unbind()
+    before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
     gain = (1.0 - leak) if neuron.decay_input else torch.ones_like(leak)
-    tangent, slope, count = torch.zeros_like(charged[0]), torch.zeros_like(charged[0]), torch.zeros_like(charged[0])
+    zero = torch.zeros_like(charged[0])
+    tangent, count, slope = (zero if given is None else given for given in (tangent, count, slope))
     for u, s in zip(charged, spikes):
         spiked, tangent = slope_step(u, s, tangent, neuron, leak, gain)
-        slope, count = slope + spiked / timesteps, count + s
+        slope, count = slope + spiked, count + s
     trains = torch.stack([(threshold * s).to(current.dtype) for s in spikes])
-    return trains, (threshold * count / timesteps).to(current.dtype), slope.to(current.dtype)
+    if share is None:
+        return trains, torch.stack((before[-1], tangent, count, slope))
+    return trains, (threshold * count * share).to(current.dtype), (slope * share).to(current.dtype)
 
 
 def _backward(
@@ -94,7 +120,8 @@ def _backward(
             q = q - (rest if neuron.reset is Reset.SUBTRACT else u * rest)
         past = rest if neuron.reset is Reset.SUBTRACT else rest * (1.0 - s)
         p = past + q * neuron.surrogate.gradient(u - 1.0)
-        to_current.append(gain * p / threshold)
+        step = gain * p / threshold
+        to_current.append(step if constant else step.to(current.dtype))
         x = current[0 if constant else t].float() / threshold
         if neuron.learn_leak:
             to_leak = to_leak + p * (before[t] - x if neuron.decay_input else before[t])
@@ -102,10 +129,10 @@ def _backward(
             to_threshold = to_threshold + arriving * s - gain * p * x / threshold
         rest = leak * p
     to_current.reverse()
-    gathered = sum(to_current[1:], start=to_current[0])[None] if constant else torch.stack(to_current)
+    gathered = sum(to_current[1:], start=to_current[0]).to(current.dtype)[None] if constant else torch.stack(to_current)
     return (
-        gathered.to(current.dtype),
-        rest,
+        gathered,
+        None if state is None else rest,
         to_leak.sum() if neuron.learn_leak else None,
         to_threshold.sum() if neuron.learn_threshold else None,
     )
@@ -150,21 +177,62 @@ class _Fused(torch.autograd.Function):
         timesteps: int,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(current, state, leak, threshold)
+        spikes, states = _run(current, state, neuron, leak, threshold, timesteps, keep)
+        ctx.save_for_backward(current, leak, threshold, *states[:-1])
         ctx.neuron, ctx.timesteps, ctx.has_state = neuron, timesteps, state is not None
         ctx.set_materialize_grads(False)
-        return _call(_forward, neuron, current, state, leak, threshold, timesteps, keep)
+        return spikes, states[-1]
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        current, state, leak, threshold = ctx.saved_tensors
+        current, leak, threshold, *states = ctx.saved_tensors
         if grad is None:
             grad = current.new_zeros(1).expand(ctx.timesteps, current.shape[1])
-        grad_state = None if grad_state is None else grad_state.contiguous()
-        to_current, to_state, to_leak, to_threshold = _call(
-            _backward, ctx.neuron, current, state, leak, threshold, ctx.timesteps, grad.contiguous(), grad_state
-        )
-        return to_current, to_state if ctx.has_state else None, to_leak, to_threshold, None, None, None
+        rest = None if grad_state is None else grad_state.contiguous()
+        parts, to_leak, to_threshold = [], None, None
+        for steps, state in reversed(list(zip(chunks(ctx.timesteps), states))):
+            part, rest, leak_part, threshold_part = _call(
+                *(_backward, ctx.neuron, _steps(current, steps), state, leak, threshold, steps.stop - steps.start),
+                *(grad[steps].contiguous(), rest),
+            )
+            parts.append(part)
+            to_leak = leak_part if to_leak is None else to_leak + leak_part
+            to_threshold = threshold_part if to_threshold is None else to_threshold + threshold_part
+        parts.reverse()
+        to_current = sum(parts[1:], start=parts[0]) if current.shape[0] == 1 else _joined(parts)
+        return to_current, rest if ctx.has_state else None, to_leak, to_threshold, None, None, None
+
+
+def _run(
+    current: Tensor,
+    state: Tensor | None,
+    neuron: Neuron,
+    leak: Tensor,
+    threshold: Tensor,
+    timesteps: int,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Spikes, and the states before each chunk and after the last (None where fresh or not kept)."""
+    pieces = chunks(timesteps)
+    if state is None and len(pieces) > 1:
+        state = torch.full_like(current[0], neuron.initial, dtype=torch.float32)
+    parts, states = [], [state]
+    for steps in pieces:
+        more = keep or len(pieces) > 1
+        length = steps.stop - steps.start
+        part, after = _call(_forward, neuron, _steps(current, steps), states[-1], leak, threshold, length, more)
+        parts.append(part)
+        states.append(after)
+    return _joined(parts), states
+
+
+def _steps(current: Tensor, steps: slice) -> Tensor:
+    """The current of a chunk; one that is the same at every step stays as it is."""
+    return current if current.shape[0] == 1 else current[steps]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def fused_run(
@@ -175,7 +243,8 @@ def fused_run(
     given = (current, leak, threshold) if state is None else (current, leak, threshold, state)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return _Fused.apply(current, state, leak, threshold, neuron, timesteps, keep)
-    return _call(_forward, neuron, current, state, leak, threshold, timesteps, keep)
+    spikes, states = _run(current, state, neuron, leak, threshold, timesteps, keep)
+    return spikes, states[-1] if keep else None
 
 
 @torch.no_grad()
@@ -183,7 +252,17 @@ def fused_measure(
     current: Tensor, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``dynamics.measure``, for ``[T, N]`` (or ``[1, N]``)."""
-    return _call(_measure, neuron, current.contiguous(), leak, threshold, timesteps)
+    current = current.contiguous()
+    parts, carry, pieces = [], None, chunks(timesteps)
+    for steps in pieces:
+        share = torch.full_like(leak, 1.0 / timesteps) if steps is pieces[-1] else None
+        part, *rest = _call(
+            _measure, neuron, _steps(current, steps), carry, leak, threshold, steps.stop - steps.start, share
+        )
+        parts.append(part)
+        carry = rest[0]
+    rate, slope = rest
+    return _joined(parts), rate, slope
 
 
 @functools.cache

@@ -77,15 +77,15 @@ class Spiking(nn.Module):
                 f"The state has shape {tuple(state.shape)}, the current asks for {(batch, *current.shape[1:])}: carry a"
                 " state only between calls of one batch."
             )
-        kept = None if state is None else _flatten(state, 1, order)[0]
+        kept = None if state is None else flatten_rows(state, 1, order)[0]
         threshold = self._threshold(flat.shape[1])
         if self._compiles(flat):
             spikes, after = fused.fused_run(flat, kept, self.neuron, self.leak, threshold, timesteps, keep)
         else:
             spikes, after = run(flat, kept, self.neuron, self.leak, threshold, timesteps)
         shape = (timesteps * batch, *current.shape[1:])
-        final = _restore(after, (batch, *shape[1:]), order) if keep and after is not None else None
-        return _restore(spikes, shape, order), final
+        final = restore_rows(after, (batch, *shape[1:]), order) if keep and after is not None else None
+        return restore_rows(spikes, shape, order), final
 
     def measure(self, current: Tensor, timesteps: int, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """T time steps from a fresh state without graph, for the rate-based gradient.
@@ -97,8 +97,8 @@ class Spiking(nn.Module):
         run_all = fused.fused_measure if self._compiles(flat) else measure
         spikes, rate, slope = run_all(flat, self.neuron, self.leak, self._threshold(flat.shape[1]), timesteps)
         shape = (batch, *current.shape[1:])
-        trains = _restore(spikes, (timesteps * batch, *shape[1:]), order)
-        return trains, _restore(rate, shape, order), _restore(slope, shape, order)
+        trains = restore_rows(spikes, (timesteps * batch, *shape[1:]), order)
+        return trains, restore_rows(rate, shape, order), restore_rows(slope, shape, order)
 
     def _threshold(self, neurons: int) -> Tensor:
         if not self.neuron.learn_threshold:
@@ -114,7 +114,7 @@ class Spiking(nn.Module):
                 " expected time x batch rows."
             )
         last = is_channels_last(current)
-        return _flatten(current, rows, last), last, current.shape[0] // rows
+        return flatten_rows(current, rows, last), last, current.shape[0] // rows
 
     def _compiles(self, flat: Tensor) -> bool:
         exact = flat.dtype == torch.float64
@@ -131,12 +131,13 @@ def is_channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _flatten(x: Tensor, rows: int, last: bool) -> Tensor:
+def flatten_rows(x: Tensor, rows: int, last: bool) -> Tensor:
     """``[rows*B, ...]`` as ``[rows, N]``, channels last or first."""
     return (x.permute(0, 2, 3, 1) if last else x).reshape(rows, -1)
 
 
-def _restore(flat: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
+def restore_rows(flat: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
+    """What ``flatten_rows`` made flat, in its shape and memory order."""
     if not last:
         return flat.reshape(shape)
     rows, channels, height, width = shape

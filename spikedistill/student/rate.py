@@ -4,8 +4,8 @@ Between neurons everything is linear, so the mean over time passes through it al
 The first pass runs all T steps and keeps of each layer of neurons the mean of its spikes and the slope of that mean,
 and of each batch norm the statistics over time and batch. The second pass runs the network once, on the means: neurons
 return the means of the first pass and hand gradients back through the slopes; batch norms use the statistics of the
-first pass, whose share that comes from the means is differentiated. At T = 1 this is the exact gradient. Only the first
-pass grows with T.
+first pass, whose share that comes from the means is differentiated; convolutions return the mean of what they gave in
+the first pass, so they compute nothing twice. At T = 1 this is the exact gradient. Only the first pass grows with T.
 
 Max pooling is the one part that is not linear: the second pass pools the means and takes the gradient to their largest.
 Gradients do not reach learned leaks and thresholds.
@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.layer import Spiking, is_channels_last
+from spikedistill.neuron.layer import Spiking, flatten_rows, is_channels_last, restore_rows
 from spikedistill.student.surgery import repeat_time
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Through(torch.autograd.Function):
@@ -64,6 +65,40 @@ class _Norm(torch.autograd.Function):
         return to_x, to_weight, to_bias, None, None, None
 
 
+class _Convolution(torch.autograd.Function):
+    """Forward the mean that the first pass kept; backward the convolution's own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, layer: Any) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.layer, ctx.bias = layer, bias is not None
+        return mean
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        layer = ctx.layer
+        to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            [layer.out_channels],
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            False,
+            [0] * len(layer.stride),
+            layer.groups,
+            [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias],
+        )
+        return to_x, to_weight, to_bias, None, None
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution whose backward pass is known: zero padding by numbers, no parametrisation."""
+    return type(layer) in CONVOLUTIONS and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
 class _Pass(fx.Interpreter):
     """Runs the graph node by node; ``kept`` holds, by node, what the first pass leaves for the second."""
 
@@ -80,6 +115,10 @@ class _Pass(fx.Interpreter):
 class _Spiking(_Pass):
     """The first pass: all time steps, without graph."""
 
+    def __init__(self, core: fx.GraphModule, timesteps: int, batch: int) -> None:
+        super().__init__(core, {})
+        self.timesteps, self.batch = timesteps, batch
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
         if isinstance(layer, Spiking):
@@ -91,7 +130,17 @@ class _Spiking(_Pass):
             return spikes, None
         if isinstance(layer, NORMS) and layer.training:
             return self._norm(layer, args[0])
-        return super().call_module(target, args, kwargs)
+        result = super().call_module(target, args, kwargs)
+        if _is_plain(layer):
+            self.kept[self.current] = (self._mean(result),)
+        return result
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """The mean over time of ``[T*B, ...]``, or what does not depend on time as it is; the memory order stays."""
+        if x.shape[0] == self.batch:
+            return x
+        last = is_channels_last(x)
+        return restore_rows(flatten_rows(x, self.timesteps, last).mean(0), (self.batch, *x.shape[1:]), last)
 
     def _norm(self, layer: Any, x: Tensor) -> Tensor:
         momentum = layer.momentum
@@ -115,6 +164,11 @@ class _Means(_Pass):
         if isinstance(layer, NORMS) and layer.training:
             mean, inverse = self.kept[self.current]
             return _Norm.apply(args[0], layer.weight, layer.bias, mean, inverse, layer.eps)
+        if _is_plain(layer):
+            (mean,) = self.kept[self.current]
+            given = (args[0], layer.weight, layer.bias)
+            x, weight, bias = (None if tensor is None else tensor.to(mean.dtype) for tensor in given)
+            return _Convolution.apply(x, weight, bias, mean, layer)
         return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -147,11 +201,11 @@ def rate_run(
                 " use the exact gradient."
             )
     states = (None,) * layers
+    batch = rows.shape[0] * repeats // timesteps
     with torch.no_grad():
-        first = _Spiking(core, {})
+        first = _Spiking(core, timesteps, batch)
         logits, _, _ = first.run(rows, timesteps, repeats, states, False)
         means = rows if repeats > 1 or timesteps == 1 else rows.unflatten(0, (timesteps, -1)).mean(0)
     mean, _, features = _Means(core, first.kept).run(means, 1, 1, states, False)
-    batch = means.shape[0]
     carried = (mean - mean.detach()).repeat(logits.shape[0] // batch, 1)
     return logits + carried, features

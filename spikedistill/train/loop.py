@@ -18,16 +18,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from spikedistill.data.augment import Augment
 from spikedistill.data.images import ImageSet, split
-from spikedistill.errors import ConfigError
+from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
 from spikedistill.evaluate.activity import firing_rates
+from spikedistill.neuron.fused import works
 from spikedistill.objective.terms import Batch, Objective, Terms, total
 from spikedistill.shapes import Image, Labels, Logits
 from spikedistill.student.build import Student
+from spikedistill.student.fold import fold
 from spikedistill.teacher.load import Teacher
 from spikedistill.teacher.taps import taps
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
-from spikedistill.train.device import choose_device, choose_precision
+from spikedistill.train.device import choose_device, choose_precision, keep_freed_memory
 from spikedistill.train.progress import Events, Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
@@ -68,11 +70,21 @@ def observe(student: Any, images: Image, objective: Objective) -> tuple[Logits, 
 @torch.no_grad()
 def ask(teacher: Teacher | None, images: Image, objective: Objective) -> tuple[Tensor | None, Mapping[str, Tensor]]:
     """The teacher's logits and the features that the objective compares, where it wants them."""
-    if not objective.teacher or teacher is None:
+    if teacher is None:
         return None, {}
     with taps(teacher.network, tuple(path for path, _ in objective.pairs)) as seen:
         logits = teacher(images)
     return logits.float(), seen
+
+
+def quick(teacher: Teacher | None, objective: Objective) -> Teacher | None:
+    """The same teacher with fewer passes over memory, where it can be traced."""
+    if teacher is None or not objective.teacher:
+        return None
+    try:
+        return fold(teacher, keep=tuple(path for path, _ in objective.pairs))
+    except ConversionError:
+        return teacher
 
 
 @dataclass
@@ -195,8 +207,10 @@ class Trainer:
     ) -> None:
         torch.manual_seed(config.seed)
         self.objective, self.images, self.config, self.run = objective, images, config, run
-        self.augment, self.teacher, self.progress = augment, teacher, progress
+        self.augment, self.teacher, self.progress = augment, quick(teacher, objective), progress
         self.device = choose_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.precision = choose_precision(config, self.device)
         progress.say(f"{self.device}, {str(self.precision.dtype).removeprefix('torch.')}: {self.precision.reason}")
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
@@ -209,11 +223,11 @@ class Trainer:
                 f"least the {self.accelerator.num_processes} processes."
             )
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        for network in (student, teacher):
+        for network in (student, self.teacher):
             if network is not None:
                 network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
         with self.autocast():
-            adapters = probe(student, teacher, objective, *self.fetch(self.order(1)[0], 0))
+            adapters = probe(student, self.teacher, objective, *self.fetch(self.order(1)[0], 0))
         self.lesson = Lesson(student, objective, adapters.to(self.device))
         self.optimiser = make_optimiser(self.lesson, config)
         self.averaged: AveragedModel | None = None
@@ -222,7 +236,7 @@ class Trainer:
         self.watch = Watch(student)
         several = self.accelerator.num_processes > 1
         self.trained: Any = self.accelerator.prepare(self.lesson) if several else self.lesson
-        if config.compile:
+        if config.compile and works(self.device.type):
             self.trained = torch.compile(self.trained)
         self.saved = time.monotonic()
 

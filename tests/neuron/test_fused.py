@@ -102,6 +102,41 @@ def test_what_is_measured_equals_the_reference(name):
         torch.testing.assert_close(found, measure(given, case.neuron, leak, threshold, T))
 
 
+CHAINED = ["if, learned threshold, half, constant", "if, to zero, state", "plif"]
+
+
+@pytest.mark.parametrize("name", CHAINED)
+def test_a_chain_of_chunks_equals_the_reference(name, monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK", 2)
+    case = CASES[name]
+    current, state = draw(case, (5, 7), False)
+    torch.testing.assert_close(
+        answers(case, "fused", current, state, 0.8), answers(case, "reference", current, state, 0.8)
+    )
+    leak, threshold = torch.tensor(case.neuron.leak), torch.tensor(0.8)
+    given = current.view(1 if case.constant else T, -1)
+    torch.testing.assert_close(
+        fused.fused_measure(given, case.neuron, leak, threshold, T), measure(given, case.neuron, leak, threshold, T)
+    )
+
+
+def test_another_number_of_steps_needs_no_new_kernel():
+    one = torch.tensor(1.0)
+
+    def every_way(timesteps):
+        current = torch.randn(timesteps, 6).requires_grad_()
+        found, _ = fused.fused_run(current, None, IF, one, one, timesteps, False)
+        found.sum().backward()
+        torch.testing.assert_close(found, run(current, None, IF, one, one, timesteps)[0])
+        fused.fused_measure(current.detach(), IF, one, one, timesteps)
+
+    every_way(3 * fused.CHUNK)
+    compiled = fused._compiled.cache_info().misses
+    for chunks in (2, 4, 8):
+        every_way(chunks * fused.CHUNK)
+    assert fused._compiled.cache_info().misses == compiled
+
+
 def test_a_single_neuron_needs_no_special_case():
     case = CASES["lif, state"]
     current, state = draw(case, (1, 1), False)

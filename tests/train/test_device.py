@@ -1,3 +1,6 @@
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -93,3 +96,34 @@ class TestProcessorFlags:
         file = SimpleNamespace(exists=lambda: text is not None, read_text=lambda encoding: text)
         monkeypatch.setattr(module, "Path", lambda name: file)
         assert module._processor_flags() == flags
+
+
+FAULTS = """
+import resource, sys, torch
+from spikedistill.train.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    print(keep_freed_memory())
+for _ in range(3):
+    torch.ones(10_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how):
+    said = subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout
+    return said.split()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_freed_memory_is_used_again_without_the_system_clearing_it():
+    (lost,), (understood, kept) = faults("lose"), faults("keep")
+    assert understood == "True"
+    assert int(kept) < int(lost) / 10
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert module.keep_freed_memory() is False

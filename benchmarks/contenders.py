@@ -1,0 +1,294 @@
+"""One contender of a speed or memory comparison, in a process of its own; the other scripts here start it.
+
+Reads one command a line, answers with one line of JSON:  ``step N`` (seconds of N training steps),  ``infer N``
+(seconds of N forward passes),  ``memory`` (bytes: what the process holds now, and the most it ever held).
+
+Every contender trains the same ResNet-18 for 32x32 images: direct coding, T steps, LIF with half of the potential left
+after a step and subtractive reset, mean of the outputs, an ANN of the same kind as teacher (its answers with temperature
+2 and weight 0.7 beside the labels), SGD. 'default' is what its users get (float32, the usual memory order), 'best' adds
+bfloat16 autocast and channels_last. spikingjelly, snntorch, norse and sinabs run as their documentation has it.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = Callable[..., nn.Module]
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut; ``kit`` makes convolution, norm and activation."""
+
+    def __init__(self, kit: "Kit", into: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.act1 = kit.conv(into, out, 3, stride, 1, bias=False), kit.norm(out), kit.act()
+        self.conv2, self.bn2, self.act2 = kit.conv(out, out, 3, 1, 1, bias=False), kit.norm(out), kit.act()
+        self.shortcut = nn.Sequential()
+        if stride > 1 or into != out:
+            self.shortcut = nn.Sequential(kit.conv(into, out, 1, stride, bias=False), kit.norm(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))) + self.shortcut(x))
+
+
+class Net(nn.Module):
+    """ResNet-18 with a 3x3 stem."""
+
+    def __init__(self, kit: "Kit", width: int, blocks: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(kit.conv(3, width, 3, 1, 1, bias=False), kit.norm(width), kit.act())
+        stages, into = [], width
+        for stage in range(4):
+            for block in range(blocks):
+                stages.append(Block(kit, into, width * 2**stage, 2 if stage and not block else 1))
+                into = width * 2**stage
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(into, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x)).mean((-2, -1)))
+
+
+class Kit:
+    """How a library writes the network; this one is the ANN's."""
+
+    conv: Layer = nn.Conv2d
+    norm: Layer = nn.BatchNorm2d
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+
+    def act(self) -> nn.Module:
+        return nn.ReLU()
+
+    def build(self) -> nn.Module:
+        return Net(self, self.options.width, self.options.blocks)
+
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Mean logits ``[B, K]``."""
+        return network(images)
+
+    def teacher(self, network: nn.Module) -> nn.Module:
+        """The teacher as the library prepares it."""
+        return network
+
+
+class Own(Kit):
+    """spikedistill: the ANN converted, gradient exact or rate-based."""
+
+    gradient = "exact"
+
+    def build(self) -> nn.Module:
+        from spikedistill import Neuron, to_spiking
+        from spikedistill.train.device import keep_freed_memory
+
+        keep_freed_memory()
+        neuron = Neuron(leak=0.5, initial=0.5)
+        student, _ = to_spiking(
+            Net(self, self.options.width, self.options.blocks),
+            timesteps=self.options.timesteps,
+            neuron=neuron,
+            inherit=False,
+        )
+        student.gradient = self.gradient
+        return student
+
+    def teacher(self, network: nn.Module) -> nn.Module:
+        from spikedistill.student.fold import fold
+
+        return fold(network)
+
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        return network(images).float().mean(0)
+
+
+class OwnRate(Own):
+    gradient = "rate"
+
+
+class SpikingJelly(Kit):
+    """Multi-step mode, as its documentation advises for speed."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        from spikingjelly.activation_based import layer
+
+        self.conv = lambda *given, **more: layer.Conv2d(*given, **more, step_mode="m")
+        self.norm = lambda *given, **more: layer.BatchNorm2d(*given, **more, step_mode="m")
+
+    def act(self) -> nn.Module:
+        from spikingjelly.activation_based import neuron, surrogate
+
+        return neuron.LIFNode(
+            tau=2.0, decay_input=False, v_reset=None, surrogate_function=surrogate.ATan(), step_mode="m"
+        )
+
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        from spikingjelly.activation_based import functional
+
+        functional.reset_net(network)
+        return network(images.expand(self.options.timesteps, *images.shape)).float().mean(0)
+
+
+class SnnTorch(Kit):
+    """Hidden state and a loop over time, as in its tutorials."""
+
+    def act(self) -> nn.Module:
+        import snntorch
+        from snntorch import surrogate
+
+        return snntorch.Leaky(
+            beta=0.5, spike_grad=surrogate.atan(), init_hidden=True, reset_mechanism="subtract"
+        )
+
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        from snntorch import utils
+
+        utils.reset(network)
+        return torch.stack([network(images) for _ in range(self.options.timesteps)]).float().mean(0)
+
+
+class Stated(nn.Module):
+    """A cell ``(x, state) -> (spikes, state)`` that keeps its state between the steps of one batch."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.state = cell, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes, self.state = self.cell(x, self.state)
+        return spikes
+
+
+class Norse(Kit):
+    """LIF box cells in a loop over time."""
+
+    def act(self) -> nn.Module:
+        import norse.torch as norse
+
+        return Stated(norse.LIFBoxCell(norse.LIFBoxParameters(tau_mem_inv=torch.tensor(500.0))))
+
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        for module in network.modules():
+            if isinstance(module, Stated):
+                module.state = None
+        return torch.stack([network(images) for _ in range(self.options.timesteps)]).float().mean(0)
+
+
+class Sinabs(Kit):
+    """Squeezed layers: batch and time share an axis, samples first."""
+
+    def act(self) -> nn.Module:
+        import sinabs.layers
+
+        return sinabs.layers.LIFSqueeze(
+            tau_mem=1.4427, norm_input=False, batch_size=self.options.batch, spike_fn=sinabs.activation.SingleSpike
+        )
+
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        import sinabs
+
+        sinabs.reset_states(network)
+        steps = self.options.timesteps
+        return network(images.repeat_interleave(steps, 0)).unflatten(0, (-1, steps)).float().mean(1)
+
+
+KITS: dict[str, type[Kit]] = {
+    "ann": Kit,
+    "exact": Own,
+    "rate": OwnRate,
+    "spikingjelly": SpikingJelly,
+    "snntorch": SnnTorch,
+    "norse": Norse,
+    "sinabs": Sinabs,
+}
+
+
+class Worker:
+    """A contender ready to take steps."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        torch.set_num_threads(options.threads)
+        self.began = resident()
+        self.best = options.setting == "best"
+        self.kit = KITS[options.name](options)
+        layout = torch.channels_last if self.best else torch.contiguous_format
+        self.network = self.kit.build().to(memory_format=layout)
+        self.images = torch.rand(options.batch, 3, 32, 32).to(memory_format=layout)
+        self.labels = torch.randint(0, 10, (options.batch,))
+        self.teacher: Any = None
+        if options.teacher:
+            teacher = Kit(options).build().to(memory_format=layout).eval().requires_grad_(False)
+            self.teacher = self.kit.teacher(teacher)
+        self.optimiser = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.best)
+
+    def step(self) -> None:
+        self.network.train()
+        with self.autocast():
+            logits = self.kit.run(self.network, self.images).float()
+            loss = F.cross_entropy(logits, self.labels)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    soft = (self.teacher(self.images).float() / 2).softmax(-1)
+                loss = 0.3 * loss + 0.7 * 4 * F.kl_div((logits / 2).log_softmax(-1), soft, reduction="batchmean")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+
+    def infer(self) -> None:
+        self.network.eval()
+        with torch.no_grad(), self.autocast():
+            self.kit.run(self.network, self.images)
+
+    def answer(self, line: str) -> Any:
+        what, _, count = line.partition(" ")
+        if what == "memory":
+            gc.collect()
+            return {"began": self.began, "now": resident(), "most": 1024 * resource.getrusage(0).ru_maxrss}
+        work = {"step": self.step, "infer": self.infer}[what]
+        times = []
+        for _ in range(int(count)):
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+        return times
+
+
+def resident() -> int:
+    """Bytes of memory that the process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=KITS)
+    parser.add_argument("--setting", choices=("default", "best"), default="best")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--timesteps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--teacher", action="store_true")
+    answers, sys.stdout = sys.stdout, sys.stderr
+    worker = Worker(parser.parse_args())
+    for line in sys.stdin:
+        print(json.dumps(worker.answer(line.strip())), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The main job on CIFAR-10, with what it is compared to: every figure of the README's table, from training to test.
+
+    python benchmarks/main_job.py --data-dir DATA --stranger resnet20.npz     # all runs, one after another: hours
+    python benchmarks/main_job.py --only teacher kdsnn ...                    # some of them
+
+Runs go to runs/NAME; a finished one is kept, an interrupted one goes on from its checkpoint. The stranger's ResNet-20
+(91.73 %) is that of akamaster/pytorch_resnet_cifar10 (BSD-2), its network in examples/resnet20_cifar.py.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+FRESH = ["--inherit", "False", "--lr", "0.1", "--weight-decay", "5e-4"]
+UNLIKE = ["--student", "vgg9", "--student-width", "32", "--epochs", "12", "--lr", "0.1", "--weight-decay", "5e-4"]
+STRANGER = [
+    *("--teacher-network", f"{HERE}/examples/resnet20_cifar.py:resnet20"),
+    *("--teacher-mean", "0.485", "0.456", "0.406", "--teacher-std", "0.229", "0.224", "0.225"),
+]
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "teacher": ("teach", []),
+    "kdsnn": ("distill", []),
+    "direct": ("distill", ["--method", "direct"]),
+    "scratch": ("distill", ["--method", "direct", *FRESH]),
+    "stranger": ("distill", STRANGER),
+    "unlike-direct": ("distill", ["--method", "direct", *UNLIKE]),
+    "unlike-feature": ("distill", ["--method", "kdsnn-feature", *UNLIKE]),
+    "unlike-kdsnn": ("distill", ["--method", "kdsnn", *UNLIKE]),
+}
+"""Name -> command of spikedistill and what differs from the recipe 'cifar10'. All: seed 0, recipe of the package."""
+
+
+def command(name: str, runs: Path, data_dir: str, stranger: str) -> list[str]:
+    kind, options = RUNS[name]
+    teacher = stranger if name == "stranger" else str(runs / "teacher")
+    given = [] if kind == "teach" else ["--teacher", teacher]
+    resumed = ["--resume"] if (runs / name).exists() else []
+    out = ["--data-dir", data_dir, "--out", str(runs / name)]
+    return [sys.executable, "-m", "spikedistill", kind, "cifar10", *given, *options, *out, *resumed]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--stranger", default="resnet20.npz")
+    given = parser.parse_args()
+    for name in given.only:
+        if not (given.runs / name / "results.json").exists():
+            call = command(name, given.runs, given.data_dir, given.stranger)
+            print("$", *call, file=sys.stderr, flush=True)
+            subprocess.run(call, check=True)
+    report([given.runs / name for name in given.only])
+
+
+def report(paths: list[Path]) -> None:
+    """One line a run: accuracy at every step, agreement with the teacher, spikes, and minutes of training."""
+    for path in paths:
+        results = json.loads((path / "results.json").read_text())
+        seconds = [json.loads(line)["seconds"] for line in (path / "timing.jsonl").read_text().splitlines()]
+        steps = ", ".join(f"{value:.2f}" for value in results.get("accuracy_by_step", [results["test_accuracy"]]))
+        more = "".join(f"  {key} {results[key]:.2f}" for key in ("agreement", "firing_rate") if key in results)
+        print(f"{path.name:16} {len(seconds):3} epochs {sum(seconds) / 60:6.1f} min  accuracy {steps}{more}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What the comparisons share: peers in environments of their own, contenders in turn, medians, tables, checks."""
+
+import json
+import os
+import platform
+import site
+import statistics
+import subprocess
+import sys
+import tempfile
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+HERE = Path(__file__).resolve().parent
+PEERS = {
+    "spikingjelly": "spikingjelly==2.0.0",
+    "snntorch": "snntorch==1.0.0",
+    "norse": "norse==1.1.0",
+    "sinabs": "sinabs==3.1.3",
+}
+ENVIRONMENTS = Path(os.environ.get("SPIKEDISTILL_PEERS", "runs/peers"))
+"""Where the peers' environments lie; made at the first use, kept for the next."""
+Row = dict[str, Any]
+
+
+def python_of(name: str) -> str:
+    """An interpreter that has the contender: this one, or that of the peer's environment with the same torch."""
+    if name not in PEERS:
+        return sys.executable
+    home = ENVIRONMENTS / name
+    python = home / "bin" / "python"
+    if not (home / "ready").exists():
+        print(f"setting up {PEERS[name]} in {home}", file=sys.stderr, flush=True)
+        venv.create(home, with_pip=True, clear=True)
+        packages = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        (packages / "host.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", PEERS[name]], check=True)
+        (home / "ready").touch()
+    return str(python)
+
+
+@dataclass
+class Contender:
+    """A contender's process; see contenders.py for what it understands."""
+
+    label: str
+    process: subprocess.Popen[str]
+    said: IO[str]
+
+    @classmethod
+    def start(cls, label: str, name: str, *options: str, environment: dict[str, str] | None = None) -> "Contender":
+        """Start one: ``options`` are those of contenders.py."""
+        call = [python_of(name), str(HERE / "contenders.py"), name, *options]
+        said = tempfile.TemporaryFile("w+", encoding="utf-8")
+        process = subprocess.Popen(
+            call,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        return cls(label, process, said)
+
+    def ask(self, line: str) -> Any:
+        """Send a command, wait for its answer.
+
+        Raises:
+            RuntimeError: with the end of its output, if the contender died.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self.said.seek(0)
+            raise RuntimeError(f"{self.label} ended: {self.said.read().strip()[-600:]}")
+        return json.loads(answer)
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def in_turn(contenders: list[Contender], command: str, rounds: int) -> dict[str, list[float]]:
+    """One warm-up each, then rounds in which each contender works once; seconds by label."""
+    taken: dict[str, list[float]] = {}
+    for contender in contenders:
+        contender.ask(f"{command} 1")
+        taken[contender.label] = []
+    for _ in range(rounds):
+        for contender in contenders:
+            taken[contender.label] += contender.ask(f"{command} 1")
+    return taken
+
+
+def median(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+def spread(times: list[float]) -> float:
+    """Half of the distance between the quartiles."""
+    if len(times) < 4:
+        return (max(times) - min(times)) / 2
+    quarters = statistics.quantiles(times, n=4)
+    return (quarters[2] - quarters[0]) / 2
+
+
+def machine() -> str:
+    """The processor's name and how many of them."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} processors"
+
+
+def show(rows: list[Row]) -> None:
+    """A table of rows that share their keys."""
+    keys = list(rows[0])
+    cells = [[f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key]) for key in keys] for row in rows]
+    widths = [max(len(key), *(len(line[index]) for line in cells)) for index, key in enumerate(keys)]
+    for line in (keys, *cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def finish(name: str, rows: list[Row], figures: dict[str, tuple[float, float]], check: bool) -> None:
+    """Print the table and the figures, write both to ``<name>.json``, and fail where a bound is missed.
+
+    Args:
+        name: of the benchmark.
+        rows: what was measured.
+        figures: figure -> (value, at least).  A figure that must stay below is given with both signs turned.
+        check: whether a missed bound ends the program with code 1.
+    """
+    print(f"{machine()}\n")
+    show(rows)
+    out = Path("runs/benchmarks") / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": machine(), "rows": rows, "figures": figures}, indent=1), encoding="utf-8")
+    print()
+    missed = []
+    for figure, (value, bound) in figures.items():
+        kind, value, bound = ("at least", value, bound) if bound >= 0 else ("at most", -value, -bound)
+        fine = value >= bound if kind == "at least" else value <= bound
+        print(f"{'' if fine else 'MISSED  '}{figure}: {value:.2f} ({kind} {bound})")
+        missed += [] if fine else [figure]
+    if check and missed:
+        sys.exit(1)

@@ -1,0 +1,65 @@
+"""Seconds of one training step: ours and the peers in turn, in one run.
+
+    python benchmarks/step_time.py [--check]        # ResNet-18 (64-128-256-512), T=4, batch 64, two threads; minutes
+
+ResNet-18 for 32x32 images, teacher in the loop, each contender in a process of its own (peers in an environment of
+their own, made at the first run); 'best' is bfloat16 autocast and channels_last, and for the peers the same handling of
+freed memory that ours has; 'default' is float32 as a user writes it. Medians over alternating rounds.
+"""
+
+import argparse
+
+from rivals import PEERS, Contender, finish, in_turn, median, spread
+
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+"""What ``keep_freed_memory`` does, for processes that do not call it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="end with code 1 where a bound is missed")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--timesteps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    given = parser.parse_args()
+    size = ["--width", str(given.width), "--batch", str(given.batch), "--timesteps", str(given.timesteps)]
+    best, default = ["--setting", "best", *size], ["--setting", "default", *size]
+
+    contenders = [
+        Contender.start("ann", "ann", *best, environment=KEEP),
+        Contender.start("exact", "exact", *best),
+        Contender.start("exact with teacher", "exact", *best, "--teacher"),
+        Contender.start("rate", "rate", *best),
+        Contender.start("rate with teacher", "rate", *best, "--teacher"),
+    ]
+    for peer in given.peers:
+        contenders.append(Contender.start(f"{peer} best", peer, *best, "--teacher", environment=KEEP))
+        contenders.append(Contender.start(f"{peer} default", peer, *default, "--teacher"))
+    times = in_turn(contenders, "step", given.rounds)
+    for contender in contenders:
+        contender.stop()
+
+    steps = {label: median(values) for label, values in times.items()}
+    rows = [
+        {"contender": label, "seconds": steps[label], "spread": spread(values)} for label, values in times.items()
+    ]
+    exact, rate = steps["exact with teacher"], steps["rate with teacher"]
+    figures = {
+        "exact step / (T x the ANN's step)": (-steps["exact"] / (given.timesteps * steps["ann"]), -1.0),
+        "teacher and distillation, share of the exact step": (-(exact - steps["exact"]) / exact, -0.10),
+    }
+    bests = [steps[f"{peer} best"] for peer in given.peers]
+    if bests:
+        figures |= {
+            "exact, against the fastest peer at its best": (min(bests) / exact, 1.8),
+            "rate, against the fastest peer at its best": (min(bests) / rate, 3.3),
+        }
+    for peer in {"spikingjelly", "snntorch"} & set(given.peers):
+        figures[f"exact, against {peer} as users get it"] = (steps[f"{peer} default"] / exact, 4.0)
+    finish("step_time", rows, figures, given.check)
+
+
+if __name__ == "__main__":
+    main()

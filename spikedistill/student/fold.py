@@ -1,0 +1,69 @@
+"""Batch norm into the weights before it, exact: what a network computes in evaluation mode, with fewer passes."""
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from spikedistill.student.build import Student
+from spikedistill.student.surgery import trace
+from spikedistill.teacher.load import Normalised
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def fold(network: Network, keep: Sequence[str] = ()) -> Network:
+    """A copy in evaluation mode whose batch norms are part of the convolution or linear layer before them.
+
+    Only a norm that is the one reader of a layer that is called once is folded; its place takes ``nn.Identity``, so
+    every other module path stays. The copy is for inference: what it would learn is not what the original would.
+
+    Args:
+        network: a student, a teacher, or any network that torch.fx can trace; it is not changed.
+        keep: module paths whose output must stay what it is; a layer among them keeps its norm apart.
+
+    Raises:
+        ConversionError: if torch.fx cannot trace the network.
+    """
+    copied = copy.deepcopy(network).eval()
+    core = copied.core if isinstance(copied, Student) else copied
+    core = core.network if isinstance(core, Normalised) else core
+    graph = core.graph if isinstance(core, fx.GraphModule) else trace(copy.deepcopy(core))[0].graph
+    for layer, norm in _neighbours(core, graph):
+        if layer not in keep:
+            _merge(core, layer, norm)
+    return copied
+
+
+def _neighbours(core: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
+    """Paths of layer and norm, where the norm alone reads the layer, and each is called once."""
+    called = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    found = []
+    for node in graph.nodes:
+        users = list(node.users)
+        if node.op != "call_module" or len(users) != 1 or users[0].op != "call_module":
+            continue
+        layer, norm = str(node.target), str(users[0].target)
+        first, second = core.get_submodule(layer), core.get_submodule(norm)
+        fits = type(first) in (*CONVOLUTIONS, nn.Linear) and type(second) in NORMS and second.track_running_stats
+        if fits and called[layer] == called[norm] == 1:
+            found.append((layer, norm))
+    return found
+
+
+def _merge(core: nn.Module, path: str, norm_path: str) -> None:
+    layer, norm = core.get_submodule(path), core.get_submodule(norm_path)
+    merge = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    learns = layer.weight.requires_grad
+    weight, bias = merge(
+        layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    layer.weight = nn.Parameter(weight.detach(), learns)
+    layer.bias = nn.Parameter(bias.detach(), learns)
+    core.set_submodule(norm_path, nn.Identity())
