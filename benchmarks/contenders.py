@@ -148,9 +148,7 @@ class SnnTorch(Kit):
         import snntorch
         from snntorch import surrogate
 
-        return snntorch.Leaky(
-            beta=0.5, spike_grad=surrogate.atan(), init_hidden=True, reset_mechanism="subtract"
-        )
+        return snntorch.Leaky(beta=0.5, spike_grad=surrogate.atan(), init_hidden=True, reset_mechanism="subtract")
 
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
         from snntorch import utils

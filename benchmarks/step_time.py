@@ -42,9 +42,7 @@ def main() -> None:
         contender.stop()
 
     steps = {label: median(values) for label, values in times.items()}
-    rows = [
-        {"contender": label, "seconds": steps[label], "spread": spread(values)} for label, values in times.items()
-    ]
+    rows = [{"contender": label, "seconds": steps[label], "spread": spread(values)} for label, values in times.items()]
     exact, rate = steps["exact with teacher"], steps["rate with teacher"]
     figures = {
         "exact step / (T x the ANN's step)": (-steps["exact"] / (given.timesteps * steps["ann"]), -1.0),

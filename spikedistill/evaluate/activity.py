@@ -1,11 +1,12 @@
-"""How much a student spikes."""
+"""How much a student spikes, and how many synaptic operations a network takes."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.build import Student
@@ -46,3 +47,86 @@ def firing_rates(student: Student) -> Iterator[FiringRates]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass
+class Operations:
+    """Synaptic operations, counted layer by layer and connection by connection.
+
+    An operation is one non-zero input value meeting one non-zero weight: an accumulate (``acs``) where the inputs are
+    spikes, that is zero or one height, else a multiply-accumulate (``macs``). ``dense`` counts zeros too. Biases do not
+    count. These are the rules of NeuroBench (arXiv 2304.04640): effective ACs and MACs, and dense operations.
+    """
+
+    acs: dict[str, float] = field(default_factory=dict)
+    macs: dict[str, float] = field(default_factory=dict)
+    dense: dict[str, float] = field(default_factory=dict)
+    images: int = 0
+
+    def add(self, layer: str, inputs: Tensor, fan: Tensor) -> None:
+        """Count what a layer did with its inputs; ``fan`` holds the connections of each input value."""
+        active = (inputs != 0).to(torch.float64)
+        done = float((active.sum(0) * fan).sum())
+        heights = inputs[inputs != 0]
+        spikes = not len(heights) or bool((heights == heights[0]).all())
+        for kind, count in ((self.acs, done if spikes else 0.0), (self.macs, 0.0 if spikes else done)):
+            kind[layer] = kind.get(layer, 0.0) + count
+        self.dense[layer] = self.dense.get(layer, 0.0) + float(fan.sum()) * len(inputs)
+
+    def per_image(self) -> dict[str, float]:
+        """``acs``, ``macs`` and ``dense`` of the whole network, for one image over all time steps."""
+        kinds = {"acs": self.acs, "macs": self.macs, "dense": self.dense}
+        return {name: sum(counts.values()) / max(1, self.images) for name, counts in kinds.items()}
+
+
+@contextmanager
+def operations(network: nn.Module) -> Iterator[Operations]:
+    """Count the synaptic operations of every call of a student or an ANN while the context is open.
+
+    Fan-out is exact: at borders, strides, groups and dilations a value is counted as often as it is used. What a
+    student computes once for all time steps (the part before the first neuron) counts once.
+    """
+    counts = Operations()
+    fans: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def count(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+            inputs = given[0].detach()
+            key = (name, tuple(inputs.shape[1:]))
+            if key not in fans:
+                fans[key] = fan_out(layer, inputs.shape[1:])
+            counts.add(name, inputs, fans[key].to(inputs.device))
+
+        return count
+
+    def seen(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        frames = given[0].ndim == 5
+        counts.images += given[0].shape[1 if frames else 0]
+
+    chosen = {name: layer for name, layer in network.named_modules() if isinstance(layer, LAYERS)}
+    handles = [layer.register_forward_hook(listen(name)) for name, layer in chosen.items()]
+    handles.append(network.register_forward_pre_hook(seen))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:
+    """How many connections with a non-zero weight start at each value of an input of that shape ``[...]``, float64.
+
+    >>> fan_out(nn.Conv2d(1, 2, 3, padding=1), (1, 2, 3))[0].int().tolist()
+    [[8, 12, 8], [8, 12, 8]]
+    """
+    ones = copy.deepcopy(layer).to("cpu", torch.float64)
+    for parameter in ones.parameters():
+        parameter.requires_grad_(False)
+    ones.weight.copy_((ones.weight != 0).to(torch.float64))
+    with torch.enable_grad():
+        inputs = torch.ones(1, *shape, dtype=torch.float64, requires_grad=True)
+        (fan,) = torch.autograd.grad(ones.forward(inputs).sum(), inputs)  # hooks stay out
+    return fan[0]

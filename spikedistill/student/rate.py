@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConfigError
+from spikedistill.neuron.fused import time_mean
 from spikedistill.neuron.layer import Spiking, flatten_rows, is_channels_last, restore_rows
 from spikedistill.student.surgery import repeat_time
 
@@ -140,7 +141,7 @@ class _Spiking(_Pass):
         if x.shape[0] == self.batch:
             return x
         last = is_channels_last(x)
-        return restore_rows(flatten_rows(x, self.timesteps, last).mean(0), (self.batch, *x.shape[1:]), last)
+        return restore_rows(time_mean(flatten_rows(x, self.timesteps, last)), (self.batch, *x.shape[1:]), last)
 
     def _norm(self, layer: Any, x: Tensor) -> Tensor:
         momentum = layer.momentum

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from spikedistill.evaluate.activity import FiringRates, firing_rates
+from spikedistill.evaluate.activity import FiringRates, fan_out, firing_rates, operations
 from spikedistill.neuron.dynamics import IF
 from spikedistill.student.build import to_spiking
 
@@ -101,3 +101,43 @@ def test_a_mean_weighs_layers_by_their_neurons():
     rates.add("small", torch.tensor([3.0, -3.0]))
     assert rates.by_layer() == {"large": 1 / 6, "small": 1.0}
     assert rates.mean() == 3 / 8
+
+
+class TestOperations:
+    def test_a_two_by_two_convolution_by_hand(self):
+        # 3 x 3 pixels, one 2 x 2 kernel, no padding: corners are used once, edges twice, the middle four times
+        layer = nn.Conv2d(1, 1, 2)
+        assert fan_out(layer, (1, 3, 3))[0].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+        assert fan_out(nn.Conv2d(1, 3, 2, stride=2), (1, 3, 3))[0].tolist() == [[3, 3, 0], [3, 3, 0], [0, 0, 0]]
+        assert fan_out(nn.Conv2d(2, 4, 1, groups=2), (2, 1, 1)).flatten().tolist() == [2, 2]
+        layer.weight.data[0, 0, 0, 0] = 0.0
+        assert fan_out(layer, (1, 3, 3))[0].tolist() == [[0, 1, 1], [1, 3, 2], [1, 2, 1]]
+
+    def test_a_network_by_hand(self):
+        network = nn.Sequential(nn.Conv2d(1, 1, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4, 5))
+        network[0].weight.data.fill_(1.0)
+        images = torch.tensor([[0.0, 0.3, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]]).view(1, 1, 3, 3)
+        with operations(network) as counts:
+            network(images)
+        # pixels (0, 1) and (1, 1) are used 2 and 4 times; windows see .8, .8, .5, .5: four values, five weights each
+        assert counts.macs == {"0": 6.0, "3": 20.0}
+        assert counts.dense == {"0": 16.0, "3": 20.0}
+        assert counts.per_image() == {"acs": 0.0, "macs": 26.0, "dense": 36.0}
+
+    def test_spikes_accumulate_and_the_image_is_seen_once(self):
+        student = student_of(nn.Conv2d(2, 3, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(3, 4))
+        with operations(student) as counts:
+            student(PIXELS)
+        # as above: 4 + 2, 2 + 1 and 0 spikes of three images, three connections each; the image itself once
+        assert counts.acs["core.2"] == 9 * 3
+        assert counts.macs["core.0"] == 2 * 2
+        assert counts.dense["core.2"] == 3 * 4 * 2 * 3
+        assert counts.images == 3
+
+    def test_a_mean_of_spikes_is_multiplied(self):
+        student = student_of(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+        student.core.get_submodule("2").weight.data.fill_(0.3)
+        with operations(student) as counts:
+            student(torch.rand(4, 1, 5, 5) + 0.5)
+        assert counts.acs["core.2"] > 0 and counts.macs["core.2"] == 0
+        assert counts.acs["core.6"] == 0 and counts.macs["core.6"] > 0

@@ -137,6 +137,13 @@ def test_another_number_of_steps_needs_no_new_kernel():
     assert fused._compiled.cache_info().misses == compiled
 
 
+def test_the_mean_over_time_is_the_mean():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        rows = torch.randn(T, 50).to(dtype)
+        expected = rows.double().mean(0).to(dtype)
+        torch.testing.assert_close(fused.time_mean(rows), expected)
+
+
 def test_a_single_neuron_needs_no_special_case():
     case = CASES["lif, state"]
     current, state = draw(case, (1, 1), False)

@@ -52,8 +52,8 @@ def test_a_student_spikes_as_before():
 def test_features_stay_where_they_were():
     network = used(ZOO["resnet18"](width=4))
     images = torch.rand(2, 3, 16, 16)
-    paths = ("conv1", "layer1", "layer3")
-    folded = fold(network, keep=("conv1",))
+    paths = ("stem.0", "layer1", "layer3")
+    folded = fold(network, keep=("stem.0",))
     with taps(network, paths) as expected, taps(folded, paths) as found:
         network(images)
         folded(images)

@@ -1,0 +1,315 @@
+"""The noise-immunity suite: how much accuracy noise costs, network by network, on equal terms.
+
+Four kinds of trouble, five severities each: ``noise`` and ``natural`` corruptions of the pixels (``data/noise.py``),
+``hardware`` faults of weights and neurons, and ``attack`` by gradients. Every network meets the same pixels; faults are
+drawn from the seed alone. The levels of faults and attacks are this project's choice.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from spikedistill.data.augment import to_unit
+from spikedistill.data.noise import CORRUPTIONS, SEVERITIES, corrupt
+from spikedistill.errors import ConfigError, unknown
+from spikedistill.evaluate.accuracy import accuracy_by_step, answers
+from spikedistill.neuron.layer import Spiking
+from spikedistill.shapes import Image, Labels
+from spikedistill.student.surgery import repeat_time
+
+Kind = Literal["noise", "natural", "hardware", "attack"]
+KINDS: tuple[Kind, ...] = ("noise", "natural", "hardware", "attack")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The accuracy (percent) of one network under one trouble; severity 0 is the clean set."""
+
+    network: str
+    kind: str
+    name: str
+    severity: int
+    accuracy: float
+
+
+def immunity(
+    networks: Mapping[str, nn.Module],
+    images: Tensor,
+    labels: Labels,
+    *,
+    kinds: Sequence[Kind] = KINDS,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attacked: int = 500,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Score]:
+    """Measure every network under every trouble.
+
+    Args:
+        networks: name -> network, from images in 0..1 to logits ``[T, B, K]`` or ``[B, K]``; left as they were.
+        images: bytes ``[N, C, H, W]``.
+        labels: ``[N]``.
+        kinds: which kinds of trouble.
+        seed: of all that is drawn.
+        dtype: number format of the large operations.
+        attacked: how many of the images, evenly spaced, are attacked: it takes a gradient each.
+        say: told what is being measured.
+
+    Returns:
+        One score a network, trouble and severity; faults of neurons only for networks that have some.
+
+    Raises:
+        ConfigError: if there is no such kind.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(unknown("kind of trouble", kind, KINDS))
+    scores = [
+        Score(name, "clean", "clean", 0, _accuracy(network, images, labels, dtype))
+        for name, network in networks.items()
+    ]
+    for name, corruption in CORRUPTIONS.items():
+        if corruption.kind in kinds:
+            say(name)
+            for severity in SEVERITIES:
+                changed = corrupt(images, name, severity, seed)
+                for who, network in networks.items():
+                    accuracy = _accuracy(network, changed, labels, dtype)
+                    scores.append(Score(who, corruption.kind, name, severity, accuracy))
+    for kind, troubles in (("hardware", FAULTS), ("attack", ATTACKS)):
+        for name in troubles if kind in kinds else ():
+            say(name)
+            for who, network in networks.items():
+                for severity in SEVERITIES:
+                    if kind == "attack":
+                        accuracy = _attacked(network, images, labels, name, severity, seed, dtype, attacked)
+                    elif name == "weight-noise" or _neurons(network):
+                        accuracy = _accuracy(fault(network, name, severity, seed), images, labels, dtype)
+                    else:
+                        continue
+                    scores.append(Score(who, kind, name, severity, accuracy))
+    return scores
+
+
+def _accuracy(network: nn.Module, images: Tensor, labels: Labels, dtype: torch.dtype) -> float:
+    return accuracy_by_step(answers(network, images, dtype), labels)[-1]
+
+
+def area(scores: Sequence[Score], network: str, name: str) -> float:
+    """Mean height, in percent, of the curve of accuracy over severity 0..5 (trapezoids)."""
+    found = {score.severity: score.accuracy for score in scores if score.network == network and score.name == name}
+    found[0] = next(score.accuracy for score in scores if score.network == network and score.name == "clean")
+    curve = torch.tensor([found[severity] for severity in (0, *SEVERITIES)], dtype=torch.float64)
+    return float(torch.trapezoid(curve)) / len(SEVERITIES)
+
+
+def mean_corruption_error(scores: Sequence[Score], network: str, baseline: str, kind: Kind = "natural") -> float:
+    """mCE in percent: errors over all severities in relation to a baseline's, mean over troubles (arXiv 1903.12261).
+
+    Raises:
+        ConfigError: if the scores hold nothing of that kind, or no such network.
+    """
+    names = sorted({score.name for score in scores if score.kind == kind and score.network == network})
+    if not names:
+        raise ConfigError(f"The scores hold no '{kind}' of '{network}': measure it first.")
+
+    def error(who: str, name: str) -> float:
+        found = [100.0 - score.accuracy for score in scores if score.network == who and score.name == name]
+        if len(found) != len(SEVERITIES):
+            raise ConfigError(f"The scores hold {len(found)} severities of '{name}' for '{who}': expected 5.")
+        return sum(found)
+
+    ratios = [error(network, name) / max(1e-9, error(baseline, name)) for name in names]
+    return 100.0 * sum(ratios) / len(ratios)
+
+
+def _neurons(network: nn.Module) -> dict[str, Spiking]:
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, Spiking)}
+
+
+def fault(network: nn.Module, name: str, severity: int, seed: int = 0) -> nn.Module:
+    """A copy of the network with a fault of that severity.
+
+    Raises:
+        ConfigError: if there is no such fault or severity.
+    """
+    if name not in FAULTS:
+        raise ConfigError(unknown("fault", name, FAULTS))
+    if severity not in SEVERITIES:
+        raise ConfigError(f"severity (={severity}) must be 1, 2, 3, 4 or 5.")
+    make, levels = FAULTS[name]
+    faulty = copy.deepcopy(network)
+    generator = Generator().manual_seed(seed)
+    with torch.no_grad():
+        make(faulty, levels[severity - 1], generator)
+    return faulty
+
+
+def weight_noise(network: nn.Module, deviation: float, generator: Generator) -> None:
+    """Every weight of a convolution or linear layer times ``1 + deviation x normal``: device mismatch."""
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.mul_(1 + deviation * drawn.to(parameter))
+
+
+class _Pattern:
+    """What is drawn once for each neuron of a layer, when its shape is first seen."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.seed = int(torch.randint(2**62, (), generator=generator))
+        self.drawn: Tensor | None = None
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform numbers in 0..1, one a neuron."""
+        if self.drawn is None or self.drawn.shape != like.shape[1:]:
+            self.drawn = torch.rand(like.shape[1:], generator=Generator().manual_seed(self.seed)).to(like.device)
+        return self.drawn
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Normal numbers, one a neuron."""
+        if self.drawn is None or self.drawn.shape != like.shape[1:]:
+            self.drawn = torch.randn(like.shape[1:], generator=Generator().manual_seed(self.seed)).to(like.device)
+        return self.drawn
+
+
+def threshold_mismatch(network: nn.Module, deviation: float, generator: Generator) -> None:
+    """Each neuron with a threshold of its own, ``1 + deviation x normal`` times the layer's, at least a tenth of it.
+
+    Potentials count in thresholds, so a higher threshold is a weaker current.
+    """
+    for layer in _neurons(network).values():
+        pattern = _Pattern(generator)
+
+        def weaken(_: nn.Module, given: tuple[Any, ...], pattern: _Pattern = pattern) -> tuple[Any, ...]:
+            current = given[0]
+            own = (1 + deviation * pattern.normal(current)).clamp_min(0.1)
+            return ((current / own).to(current.dtype), *given[1:])
+
+        layer.register_forward_pre_hook(weaken)
+
+
+def dropped_spikes(network: nn.Module, share: float, generator: Generator) -> None:
+    """Each spike lost with that probability."""
+    for layer in _neurons(network).values():
+        own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+        def lose(_: nn.Module, __: Any, result: tuple[Tensor, Any], own: Generator = own) -> tuple[Tensor, Any]:
+            spikes, state = result
+            return spikes * (torch.rand(spikes.shape, generator=own) >= share).to(spikes), state
+
+        layer.register_forward_hook(lose)
+
+
+def stuck_neurons(network: nn.Module, share: float, generator: Generator) -> None:
+    """That share of the neurons broken: half of them never fire, half fire at every step."""
+    for layer in _neurons(network).values():
+        pattern = _Pattern(generator)
+
+        def stick(
+            layer: nn.Module, _: Any, result: tuple[Tensor, Any], pattern: _Pattern = pattern
+        ) -> tuple[Tensor, Any]:
+            spikes, state = result
+            drawn = pattern.uniform(spikes)
+            always = torch.as_tensor(layer.threshold).to(spikes)
+            spikes = torch.where(drawn < share / 2, torch.zeros_like(always), spikes)
+            return torch.where((drawn >= share / 2) & (drawn < share), always, spikes), state
+
+        layer.register_forward_hook(stick)
+
+
+def membrane_noise(network: nn.Module, deviation: float, generator: Generator) -> None:
+    """Normal noise on every potential at every step, in thresholds."""
+    for layer in _neurons(network).values():
+        own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+        def shake(layer: nn.Module, given: tuple[Any, ...], own: Generator = own) -> tuple[Any, ...]:
+            current, timesteps, repeats, *rest = given
+            current = repeat_time(current, repeats)
+            drawn = torch.randn(current.shape, generator=own).to(current)
+            shaken = current + deviation * torch.as_tensor(layer.threshold).to(current) * drawn
+            return (shaken.contiguous(memory_format=_order(current)), timesteps, 1, *rest)
+
+        layer.register_forward_pre_hook(shake)
+
+
+def _order(x: Tensor) -> torch.memory_format:
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+Levels = tuple[float, float, float, float, float]
+FAULTS: dict[str, tuple[Callable[[nn.Module, float, Generator], None], Levels]] = {
+    "weight-noise": (weight_noise, (0.05, 0.10, 0.15, 0.20, 0.30)),
+    "threshold-mismatch": (threshold_mismatch, (0.05, 0.10, 0.15, 0.20, 0.30)),
+    "dropped-spikes": (dropped_spikes, (0.01, 0.02, 0.05, 0.10, 0.20)),
+    "stuck-neurons": (stuck_neurons, (0.001, 0.002, 0.005, 0.01, 0.02)),
+    "membrane-noise": (membrane_noise, (0.02, 0.05, 0.10, 0.15, 0.20)),
+}
+"""Fault -> what makes it, and its five levels."""
+ATTACKS: dict[str, tuple[int, Levels]] = {
+    "fgsm": (1, (0.5, 1.0, 2.0, 4.0, 8.0)),
+    "pgd": (10, (0.5, 1.0, 2.0, 4.0, 8.0)),
+}
+"""Attack -> gradient steps, and the largest change of a value in 255ths (l-infinity) at the five severities."""
+
+
+def attack(
+    network: nn.Module, images: Image, labels: Labels, *, reach: float, steps: int, generator: Generator
+) -> Image:
+    """Images changed by at most ``reach`` a value so that the network errs, through the surrogate gradient.
+
+    One step is FGSM (Goodfellow et al., arXiv 1412.6572); more are PGD from a random start, each of 2.5 reach / steps
+    (Madry et al., arXiv 1706.06083).
+    """
+    start = images
+    if steps > 1:
+        start = (images + reach * (2 * torch.rand(images.shape, generator=generator).to(images) - 1)).clamp(0, 1)
+    size = reach if steps == 1 else 2.5 * reach / steps
+    changed = start
+    for _ in range(steps):
+        changed = changed.detach().requires_grad_(True)
+        logits = network(changed)
+        logits = logits.float().mean(0) if logits.ndim == 3 else logits.float()
+        (slope,) = torch.autograd.grad(F.cross_entropy(logits, labels), changed)
+        moved = changed.detach() + size * slope.sign()
+        changed = torch.minimum(torch.maximum(moved, images - reach), images + reach).clamp(0, 1)
+    return changed.detach()
+
+
+def _attacked(
+    network: nn.Module,
+    images: Tensor,
+    labels: Labels,
+    name: str,
+    severity: int,
+    seed: int,
+    dtype: torch.dtype,
+    most: int,
+) -> float:
+    """Accuracy in percent under attack, on evenly spaced images."""
+    steps, levels = ATTACKS[name]
+    stride = max(1, len(images) // most)
+    images, labels = images[::stride][:most], labels[::stride][:most]
+    generator = Generator().manual_seed(seed)
+    place = next(network.parameters()).device
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    right = 0
+    for pixels, truth in zip(images.split(100), labels.split(100)):
+        clean, truth = to_unit(pixels).to(place), truth.to(place)
+        with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
+            reach = levels[severity - 1] / 255
+            changed = attack(network, clean, truth, reach=reach, steps=steps, generator=generator)
+            with torch.no_grad():
+                logits = network(changed)
+        logits = logits.float().mean(0) if logits.ndim == 3 else logits
+        right += int((logits.argmax(-1) == truth).sum())
+    for module, training in modes.items():
+        module.training = training
+    return 100.0 * right / len(labels)
