@@ -2,6 +2,7 @@
 
 One step: take a batch, ask the teacher, ask the student, let the objective name its terms, walk down their sum.
 Order and augmentation of step s in epoch e depend on (seed, e, s) alone, so a resumed run goes on with the same bits.
+With ``views`` the epochs repeat in turn, and the teacher's answers come from disk (``teacher/cache.py``).
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +28,7 @@ from spikedistill.objective.terms import Batch, Objective, Terms, total
 from spikedistill.shapes import Image, Labels, Logits
 from spikedistill.student.build import Student
 from spikedistill.student.fold import fold
+from spikedistill.teacher.cache import Answer, Cache, fingerprint, fingerprint_of
 from spikedistill.teacher.load import Teacher
 from spikedistill.teacher.taps import taps
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
@@ -68,7 +71,7 @@ def observe(student: Any, images: Image, objective: Objective) -> tuple[Logits, 
 
 
 @torch.no_grad()
-def ask(teacher: Teacher | None, images: Image, objective: Objective) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+def ask(teacher: Teacher | None, images: Image, objective: Objective) -> Answer:
     """The teacher's logits and the features that the objective compares, where it wants them."""
     if teacher is None:
         return None, {}
@@ -149,6 +152,15 @@ def step_seed(seed: int, epoch: int, step: int) -> int:
     return (seed * 1_000_003 + epoch) * 1_000_003 + step
 
 
+def view_of(epoch: int, views: int) -> int:
+    """The epoch whose order and augmentation an epoch has: its own, or with ``views`` one of the first ones in turn.
+
+    >>> [view_of(epoch, 2) for epoch in (1, 2, 3, 4, 5)]
+    [1, 2, 1, 2, 1]
+    """
+    return (epoch - 1) % views + 1 if views else epoch
+
+
 @torch.no_grad()
 def probe(
     student: nn.Module, teacher: Teacher | None, objective: Objective, images: Image, labels: Labels
@@ -226,8 +238,10 @@ class Trainer:
         for network in (student, self.teacher):
             if network is not None:
                 network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        batch, labels = self.fetch(self.order(1)[0], 0)
         with self.autocast():
-            adapters = probe(student, self.teacher, objective, *self.fetch(self.order(1)[0], 0))
+            adapters = probe(student, self.teacher, objective, batch, labels)
+            self.cache = self.open_cache(teacher, batch)
         self.lesson = Lesson(student, objective, adapters.to(self.device))
         self.optimiser = make_optimiser(self.lesson, config)
         self.averaged: AveragedModel | None = None
@@ -254,15 +268,46 @@ class Trainer:
         """The number format of the large operations."""
         return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision.dtype != torch.float32)
 
+    def open_cache(self, teacher: Teacher | None, images: Image) -> Cache | None:
+        """Where the teacher's answers are kept, if it is asked and batches come again; ``images`` are an example."""
+        config, processes = self.config, self.accelerator
+        if teacher is None or self.teacher is None or not config.views:
+            return None
+        samples = {"images": self.images.train_images, "indices": self.indices}
+        key = {
+            "teacher": fingerprint_of(teacher),
+            "data": self.images.name,
+            "samples": fingerprint(samples),
+            "augment": asdict(self.augment),
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "process": [processes.process_index, processes.num_processes],
+            "computed": [self.device.type, str(self.precision.dtype), str(self.layout)],
+        }
+        folder = self.run.path / "answers" if config.cache_dir is None else Path(config.cache_dir).expanduser()
+        cache = Cache(folder, key, ask(self.teacher, images, self.objective), config.views, self.steps)
+        self.progress.say(str(cache))
+        return cache
+
+    def answer(self, batch: Image, chosen: Tensor, view: int, step: int) -> Answer:
+        """The teacher's answer to a batch, asked now or kept from an earlier epoch."""
+        if self.cache is None:
+            return ask(self.teacher, batch, self.objective)
+        return self.cache.answer(view, step, self.mine(chosen), lambda: ask(self.teacher, batch, self.objective))
+
     def order(self, epoch: int) -> list[Tensor]:
         """The batches of an epoch."""
-        return epoch_order(self.indices, self.config.seed, epoch, self.config.batch_size)
+        view = view_of(epoch, self.config.views)
+        return epoch_order(self.indices, self.config.seed, view, self.config.batch_size)
+
+    def mine(self, chosen: Tensor) -> Tensor:
+        """This process's share of a batch."""
+        return chosen[self.accelerator.process_index * self.share :][: self.share]
 
     def fetch(self, chosen: Tensor, seed: int) -> tuple[Image, Labels]:
         """This process's share of a batch, augmented, on the device."""
-        rank = self.accelerator.process_index
-        mine = chosen[rank * self.share :][: self.share]
-        batch = self.augment(self.images.train_images[mine], seed + rank)
+        mine = self.mine(chosen)
+        batch = self.augment(self.images.train_images[mine], seed + self.accelerator.process_index)
         labels = self.images.train_labels[mine].to(self.device)
         return batch.to(self.device, memory_format=self.layout, non_blocking=True), labels
 
@@ -290,11 +335,12 @@ class Trainer:
 
     def step(self, chosen: Tensor, epoch: int, step: int, rate: float) -> tuple[dict[str, float], int, int]:
         """One step downhill; returns the terms, how many answers were right, and of how many."""
-        batch, labels = self.fetch(chosen, step_seed(self.config.seed, epoch, step))
+        view = view_of(epoch, self.config.views)
+        batch, labels = self.fetch(chosen, step_seed(self.config.seed, view, step))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with self.autocast(), self.watch.at(step):
-            logits, terms = self.trained(batch, labels, *ask(self.teacher, batch, self.objective))
+            logits, terms = self.trained(batch, labels, *self.answer(batch, chosen, view, step))
         loss = total(terms)
         values = {name: float(term.detach()) for name, term in terms.items()}
         if not math.isfinite(sum(values.values())):
@@ -317,6 +363,8 @@ class Trainer:
 
     def save(self, epoch: int, step: int, meters: Meters) -> None:
         """Write a checkpoint: so many epochs and steps lie behind."""
+        if self.cache is not None:
+            self.cache.flush()
         if self.accelerator.is_main_process:
             facts = {"epoch": epoch, "step": step, "meters": asdict(meters), "rate": self.watch.rate}
             save_checkpoint(self.run.checkpoint, self.kept(), self.optimiser, facts)
@@ -363,8 +411,9 @@ def fit(
         The last line of metrics.
 
     Raises:
-        ConfigError: if the training set is smaller than one batch, or the loss is no longer a number.
-        RunError: if a checkpoint of another run lies in the directory.
+        ConfigError: if the training set is smaller than one batch, the loss is no longer a number, or the disk is too
+            small for the teacher's answers.
+        RunError: if a checkpoint of another run lies in the directory, or the teacher's answers there are damaged.
     """
     progress, augment = progress or Progress.silent(), augment or Augment()
     trainer = Trainer(student, objective, images, config, run, augment, validation, teacher, progress)

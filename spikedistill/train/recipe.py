@@ -70,6 +70,10 @@ class Training:
     """Decay a step of the averaged weights that become the result (0: none; 0.999 is usual)."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
+    views: int = 0
+    """0: every epoch sees new augmentations; k: those of k epochs in turn, the teacher's answers kept on disk."""
+    cache_dir: str | None = None
+    """With views: where the teacher's answers lie, also those of other runs; by default the run's own directory."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the large operations; auto takes bf16 where the processor has it."""
     channels_last: bool = True
@@ -85,12 +89,17 @@ class Training:
 
     def faults(self) -> list[str]:
         """What cannot work, one sentence each."""
-        least = {"epochs": 1, "batch_size": 2, "lr": 0, "weight_decay": 0, "clip": 0, "checkpoint_minutes": 0}
+        least = {"epochs": 1, "batch_size": 2}
+        least |= dict.fromkeys(("lr", "weight_decay", "clip", "views", "checkpoint_minutes"), 0)
         faults = [
             f"{name} (={getattr(self, name)}) must be {low} or more"
             for name, low in least.items()
             if not getattr(self, name) >= low
         ]
+        if 1 <= self.epochs <= self.views and self.cache_dir is None:
+            faults.append(f"views (={self.views}) come again only in more epochs (={self.epochs}): lower it, or give 0")
+        if self.cache_dir is not None and not self.views:
+            faults.append(f"cache_dir (={self.cache_dir!r}) holds the answers to repeated views: give views, 1 or more")
         for name in ("momentum", "warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{name} (={getattr(self, name)}) must be 0 or more and below 1")

@@ -7,6 +7,7 @@ timing.jsonl            one line an epoch; seconds, which are never the same
 checkpoint.safetensors  all that the next step needs
 model.safetensors       the weights, when the run is done
 results.json            the measurements on the test set, when the run is done
+answers/                with views: the teacher's answers; may be deleted
 """
 
 import json

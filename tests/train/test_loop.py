@@ -1,5 +1,8 @@
+import dataclasses
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from spikedistill.objective.direct import Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
 from spikedistill.student.build import to_spiking
 from spikedistill.teacher.load import OneStep, Teacher
+from spikedistill.train import loop
 from spikedistill.train.loop import Trainer, epoch_order, fit, learning_rate, make_optimiser, step_seed
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
@@ -408,3 +412,137 @@ def test_augmentation_changes_what_is_learnt_and_depends_on_the_step_alone(blobs
         return fit(learner(flat()), Direct(), blobs, choices(epochs=1), begun(tmp_path / name), augment=augment)["loss"]
 
     assert line("a", Augment(crop=2)) == line("b", Augment(crop=2)) != line("c", None)
+
+
+class TestViews:
+    """Epochs whose batches come again, and the teacher's answers that are kept for them."""
+
+    objective = KDSNN((("2", "2"),))
+    augment = Augment(crop=1, flip=True)
+
+    def train(self, blobs, path, config, seed=2, augment=augment, objective=objective, resume=False):
+        """The student, the files, and how often the teacher was asked."""
+        student, teacher = learner(convolutional(6)), Teacher(convolutional(4, seed=seed), MEAN, STD)
+        calls, asked = [], loop.ask
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "ask", lambda *args: calls.append(len(args[1])) or asked(*args))
+            fit(student, objective, blobs, config, begun(path), augment=augment, teacher=teacher)
+        return student.state_dict(), (path / "metrics.jsonl").read_bytes(), len(calls)
+
+    def without_cache(self, *args, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "open_cache", lambda *_: None)
+            return self.train(*args, **options)
+
+    def assert_same_run(self, first, second):
+        assert same(first[0], second[0]) and first[1] == second[1]
+
+    @pytest.mark.parametrize("views, period", [(0, 5), (1, 1), (2, 2), (3, 3)])
+    def test_come_again_in_turn_and_none_does_without(self, views, period, blobs, tmp_path, monkeypatch):
+        seen, fetch = [], Trainer.fetch
+
+        def remember(trainer, chosen, seed):
+            images, labels = fetch(trainer, chosen, seed)
+            seen.append((chosen, images))
+            return images, labels
+
+        monkeypatch.setattr(Trainer, "fetch", remember)
+        config = choices(epochs=5, views=views)
+        fit(learner(flat()), Direct(), blobs, config, Run(tmp_path), augment=self.augment)
+        assert not (tmp_path / "answers").exists()
+        seen = seen[1:]  # the first is the probe's
+        epochs = [torch.cat([images for _, images in seen[5 * epoch :][:5]]) for epoch in range(5)]
+        for first in range(5):
+            for second in range(first + 1, 5):
+                assert torch.equal(epochs[first], epochs[second]) == ((second - first) % period == 0)
+
+    def test_begin_with_the_epochs_of_a_run_without_them(self, blobs, tmp_path):
+        def first_loss(name, views):
+            self.train(blobs, tmp_path / name, choices(epochs=3, views=views))
+            return [line["loss"] for line in Run(tmp_path / name).lines("metrics")]
+
+        fresh, repeated = first_loss("fresh", 0), first_loss("repeated", 2)
+        assert fresh[:2] == repeated[:2] and fresh[2] != repeated[2]
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"channels_last": True}, {"precision": "bf16", "channels_last": True}, {"precision": "bf16", "ema": 0.5}],
+    )
+    def test_with_kept_answers_are_the_same_run_bit_for_bit(self, changes, blobs, tmp_path):
+        config = choices(epochs=4, views=2, **changes)
+        kept = self.train(blobs, tmp_path / "kept", config)
+        fresh = self.without_cache(blobs, tmp_path / "fresh", config)
+        self.assert_same_run(kept, fresh)
+        assert fresh[2] - 1 == 4 * 5  # one is the probe
+        assert kept[2] - 2 == 2 * 5  # and one says how large the answers are
+
+    @pytest.mark.parametrize("objective", [KDSNNResponse(), KDSNNFeature((("2", "2"), ("0", "0")))])
+    def test_keep_what_the_objective_compares_alone(self, objective, blobs, tmp_path):
+        self.train(blobs, tmp_path, choices(views=1), objective=objective)
+        (cache,) = (tmp_path / "answers").iterdir()
+        kept = {f"features.{path}.npy" for path, _ in objective.pairs}
+        assert {file.name for file in cache.iterdir()} == {"key.json", "samples.npy", "logits.npy"} | kept
+
+    @pytest.mark.parametrize("minutes", [0.0, 60.0], ids=["checkpoint-every-step", "checkpoint-every-epoch"])
+    @pytest.mark.parametrize("steps", [3, 5, 7, 13])
+    def test_interrupted_and_resumed_are_the_same_run(self, steps, minutes, blobs, tmp_path):
+        config = choices(epochs=4, views=2, checkpoint_minutes=minutes)
+        whole = self.train(blobs, tmp_path / "whole", config)
+        step, left = Trainer.step, [steps]
+
+        def cut(trainer, *args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return step(trainer, *args)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "step", cut)
+            self.train(blobs, tmp_path / "cut", config)
+        self.assert_same_run(self.train(blobs, tmp_path / "cut", config), whole)
+
+    def test_are_shared_by_runs_that_ask_the_same(self, blobs, tmp_path):
+        config = choices(epochs=2, views=2, cache_dir=str(tmp_path / "shared"))
+        first, second = (self.train(blobs, tmp_path / name, config) for name in ("first", "second"))
+        self.assert_same_run(first, second)
+        assert second[2] == 3  # the probe, the size, and one comparison
+        assert len(list((tmp_path / "shared").iterdir())) == 1
+        assert not (tmp_path / "first" / "answers").exists()
+
+    def test_are_never_served_to_a_run_that_asks_something_else(self, blobs, tmp_path):
+        config = choices(views=1, cache_dir=str(tmp_path / "shared"))
+        pixels = blobs.train_images.clone()
+        pixels[0, 0, 0, 0] ^= 1
+        others = {
+            "first": (blobs, config, {}),
+            "teacher": (blobs, config, {"seed": 3}),
+            "augmentation": (blobs, config, {"augment": Augment(crop=1)}),
+            "objective": (blobs, config, {"objective": KDSNN((("0", "0"),))}),
+            "seed": (blobs, dataclasses.replace(config, seed=1), {}),
+            "batch": (blobs, dataclasses.replace(config, batch_size=17), {}),
+            "order": (blobs, dataclasses.replace(config, channels_last=True), {}),
+            "format": (blobs, dataclasses.replace(config, precision="bf16"), {}),
+            "views": (blobs, dataclasses.replace(config, views=2), {}),
+            "pixel": (dataclasses.replace(blobs, train_images=pixels), config, {}),
+        }
+        for number, (name, (images, changed, options)) in enumerate(others.items(), start=1):
+            shared = self.train(images, tmp_path / name, changed, **options)
+            assert len(list((tmp_path / "shared").iterdir())) == number, name
+            alone = dataclasses.replace(changed, cache_dir=None)
+            self.assert_same_run(shared, self.without_cache(images, tmp_path / f"{name}-alone", alone, **options))
+
+    def test_say_how_large_their_answers_are(self, blobs, tmp_path):
+        said = []
+        progress = loop.Progress.silent()
+        progress.say = said.append
+        teacher = Teacher(convolutional(4, seed=2), MEAN, STD)
+        config = choices(epochs=3, views=2)
+        fit(learner(convolutional(6)), self.objective, blobs, config, Run(tmp_path), teacher=teacher, progress=progress)
+        size = 2 * 5 * 16 * (4 * 3 + 4 * 4 * 64 + 8) / 1024
+        assert any(f"2 views of 5 steps: {size:.1f} KiB in" in line and "0 % of them" in line for line in said)
+
+    def test_are_refused_where_the_disk_is_too_small_before_anything_is_trained(self, blobs, tmp_path, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(ConfigError, match=r"answers to 2 views need 163\.1 KiB in '.*answers', where 1000 bytes"):
+            self.train(blobs, tmp_path, choices(epochs=3, views=2))
+        assert not list((tmp_path / "answers").iterdir()) and not Run(tmp_path).checkpoint.exists()

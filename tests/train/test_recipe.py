@@ -22,6 +22,9 @@ def test_what_is_given_by_default_has_no_fault():
         (Training(weight_decay=-0.5), "weight_decay (=-0.5) must be 0 or more"),
         (Training(clip=-1.0), "clip (=-1.0) must be 0 or more"),
         (Training(checkpoint_minutes=-2.0), "checkpoint_minutes (=-2.0) must be 0 or more"),
+        (Training(views=-1), "views (=-1) must be 0 or more"),
+        (Training(epochs=3, views=3), "views (=3) come again only in more epochs (=3): lower it, or give 0"),
+        (Training(cache_dir="x"), "cache_dir (='x') holds the answers to repeated views: give views, 1 or more"),
         (Training(momentum=1.0), "momentum (=1.0) must be 0 or more and below 1"),
         (Training(warmup=1.5), "warmup (=1.5) must be 0 or more and below 1"),
         (Training(ema=-0.1), "ema (=-0.1) must be 0 or more and below 1"),
@@ -51,6 +54,8 @@ def test_the_edges_of_the_ranges_are_allowed():
     check(
         Training(1, 2, lr=0.0, momentum=0.0, weight_decay=0.0, warmup=0.0, clip=0.0, ema=0.0, checkpoint_minutes=0.0),
         Training(momentum=0.999, warmup=0.999, ema=0.9999),
+        Training(epochs=3, views=2),
+        Training(epochs=3, views=3, cache_dir="x"),
         Data(validation=0.0, crop=0, cutout=0),
         StudentChoice(timesteps=1, calibration=1, percentile=100.0),
         StudentChoice(neuron="lif", leak=0.9),

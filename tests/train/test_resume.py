@@ -108,6 +108,7 @@ ADAMW = {"optimizer": "adamw", "lr": 0.01}
         ("an ANN", {}),
         ("an ANN", {"ema": 0.8}),
         ("an ANN", ADAMW),
+        ("an ANN", {"views": 1}),
         ("an ANN with dropout", {"channels_last": False}),
         ("an ANN with dropout", {**ADAMW, "ema": 0.5, "clip": 0.1}),
         ("a student", {}),
