@@ -88,6 +88,7 @@ class Own(Kit):
     """spikedistill: the ANN converted, gradient exact or rate-based."""
 
     gradient = "exact"
+    recompute = False
 
     def build(self) -> nn.Module:
         from spikedistill import Neuron, to_spiking
@@ -101,7 +102,7 @@ class Own(Kit):
             neuron=neuron,
             inherit=False,
         )
-        student.gradient = self.gradient
+        student.gradient, student.recompute = self.gradient, self.recompute
         return student
 
     def teacher(self, network: nn.Module) -> nn.Module:
@@ -114,7 +115,15 @@ class Own(Kit):
 
 
 class OwnRate(Own):
+    """spikedistill with the rate-based gradient."""
+
     gradient = "rate"
+
+
+class OwnRecompute(Own):
+    """spikedistill with the exact gradient and activation checkpointing."""
+
+    recompute = True
 
 
 class SpikingJelly(Kit):
@@ -139,6 +148,20 @@ class SpikingJelly(Kit):
 
         functional.reset_net(network)
         return network(images.expand(self.options.timesteps, *images.shape)).float().mean(0)
+
+
+class SpikingJellyMemopt(SpikingJelly):
+    """With ``memopt`` as its own ResNets use it: every block checkpointed, spikes that enter it packed into bits.
+
+    Level 1: levels 2 to 4 search by the peak of CUDA memory and refuse a CPU.
+    """
+
+    def build(self) -> nn.Module:
+        """The network, optimised on two images."""
+        from spikingjelly.activation_based import memopt
+
+        network, images = super().build(), torch.rand(2, 3, 32, 32)
+        return memopt.optimize_memory(network, Block, lambda current: self.run(current, images), level=1)
 
 
 class SnnTorch(Kit):
@@ -205,8 +228,10 @@ class Sinabs(Kit):
 KITS: dict[str, type[Kit]] = {
     "ann": Kit,
     "exact": Own,
+    "exact-recompute": OwnRecompute,
     "rate": OwnRate,
     "spikingjelly": SpikingJelly,
+    "spikingjelly-memopt": SpikingJellyMemopt,
     "snntorch": SnnTorch,
     "norse": Norse,
     "sinabs": Sinabs,

@@ -26,7 +26,11 @@ Row = dict[str, Any]
 
 
 def python_of(name: str) -> str:
-    """An interpreter that has the contender: this one, or that of the peer's environment with the same torch."""
+    """An interpreter that has the contender: this one, or that of the peer's environment with the same torch.
+
+    What follows a hyphen in a name is a way to use the same library.
+    """
+    name = name.split("-")[0]
     if name not in PEERS:
         return sys.executable
     home = ENVIRONMENTS / name

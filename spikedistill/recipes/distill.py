@@ -75,6 +75,8 @@ class StudentChoice:
     """Train each layer's threshold."""
     gradient: Literal["exact", "rate"] = "exact"
     """Through every time step, or through rates alone: half the time at T=4, and nearly constant in T."""
+    recompute: bool = False
+    """Compute activations again instead of keeping them: less memory, one more forward pass (gradient=exact)."""
     surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] = "triangle"
     """Stand-in for the derivative of a spike."""
     rule: Literal["least-squares", "max", "percentile"] = "least-squares"
@@ -283,7 +285,7 @@ def build_student(
         mean=mean,
         std=std,
     )
-    student.gradient = choice.gradient
+    student.gradient, student.recompute = choice.gradient, choice.recompute
     return student, report, architecture
 
 

@@ -15,6 +15,7 @@ from spikedistill.shapes import ClassLogits, Image, Logits
 from spikedistill.student.calibrate import Rule, record, thresholds
 from spikedistill.student.coding import Coding, Direct
 from spikedistill.student.rate import rate_run
+from spikedistill.student.recompute import recomputed_run
 from spikedistill.student.surgery import MaxPool, Place, find_places, insert_neurons, trace
 from spikedistill.teacher.load import Normalised
 from spikedistill.teacher.zoo import initialise
@@ -67,6 +68,11 @@ class Student(nn.Module):
 
     Made by ``to_spiking``. Ordinary in every other way: ``deepcopy``, ``state_dict``, ``SyncBatchNorm`` conversion and
     ``DistributedDataParallel`` treat it like any module.
+
+    Attributes:
+        gradient: how gradients are handed back in training.
+        recompute: whether activations are computed again for the exact gradient instead of kept: the same gradient from
+            less memory, for one more forward pass. The rate-based gradient keeps little and stays as it is.
     """
 
     mean: Tensor
@@ -86,6 +92,7 @@ class Student(nn.Module):
         self.coding = coding
         self.timesteps = timesteps
         self.gradient: Gradient = "exact"
+        self.recompute = False
         self.tapped: tuple[str, ...] = ()
         self._ends = ends
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -141,7 +148,7 @@ class Student(nn.Module):
             This step's logits ``[B, K]``, and the state after it.
         """
         none = (None,) * len(self.neurons)
-        logits, after, _ = self.core(self._normalised(images), 1, 1, none if state is None else state, True)
+        logits, after, _ = self._through(self._normalised(images), 1, 1, none if state is None else state, True)
         return logits, after
 
     def tap(self, paths: Sequence[str]) -> None:
@@ -162,8 +169,12 @@ class Student(nn.Module):
             logits, features = rate_run(self.core, self._normalised(rows), timesteps, repeats, len(self.neurons))
             return logits.unflatten(0, (timesteps, -1)), None, features
         states = (None,) * len(self.neurons)
-        logits, after, features = self.core(self._normalised(rows), timesteps, repeats, states, False)
+        logits, after, features = self._through(self._normalised(rows), timesteps, repeats, states, False)
         return logits.unflatten(0, (timesteps, -1)), after, features
+
+    def _through(self, *given: Any) -> Any:
+        """The graph's results, with what ``recompute`` asks for."""
+        return recomputed_run(self.core, *given) if self.recompute and torch.is_grad_enabled() else self.core(*given)
 
     def _normalised(self, images: Tensor) -> Tensor:
         if images.ndim < 2 or (images.shape[-3:-2] not in ((), (1,), (len(self.mean),)) and len(self.mean) > 1):

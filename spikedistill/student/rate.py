@@ -156,17 +156,17 @@ class _Spiking(_Pass):
 
 
 class _Means(_Pass):
-    """The second pass: one row a sample, on means, with graph."""
+    """The second pass: one row a sample, on means, with graph; what the first pass kept is let go as it is used."""
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
         if isinstance(layer, Spiking):
-            return _Through.apply(args[0], *self.kept[self.current]), None
+            return _Through.apply(args[0], *self.kept.pop(self.current)), None
         if isinstance(layer, NORMS) and layer.training:
-            mean, inverse = self.kept[self.current]
+            mean, inverse = self.kept.pop(self.current)
             return _Norm.apply(args[0], layer.weight, layer.bias, mean, inverse, layer.eps)
         if _is_plain(layer):
-            (mean,) = self.kept[self.current]
+            (mean,) = self.kept.pop(self.current)
             given = (args[0], layer.weight, layer.bias)
             x, weight, bias = (None if tensor is None else tensor.to(mean.dtype) for tensor in given)
             return _Convolution.apply(x, weight, bias, mean, layer)

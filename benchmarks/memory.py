@@ -1,0 +1,51 @@
+"""Memory of one training step: ours and SpikingJelly, each in its leanest form.
+
+    python benchmarks/memory.py [--check]           # ResNet-18 (64-128-256-512), T=4, batch 64, two threads; minutes
+
+Resident peak above the process before the model: what a contender's libraries, network, gradients and activations add
+to a process that has torch alone. Each runs alone in a process of its own, some steps in bfloat16 autocast and
+channels_last, without a teacher (the peer in an environment of its own, made at the first run). Ours keeps freed
+memory, as its training does; SpikingJelly leaves it to the C library, as a user's process does.
+"""
+
+import argparse
+
+from rivals import Contender, finish, median
+
+CONTENDERS = ("ann", "exact", "exact-recompute", "rate", "spikingjelly", "spikingjelly-memopt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="end with code 1 where a bound is missed")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--timesteps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    names = ("width", "batch", "timesteps", "threads")
+    size = [part for name in names for part in (f"--{name}", str(getattr(given, name)))]
+
+    rows, peaks = [], {}
+    for name in CONTENDERS:
+        contender = Contender.start(name, name, "--setting", "best", *size)
+        try:
+            seconds = contender.ask(f"step {given.steps}")
+            memory = contender.ask("memory")
+        finally:
+            contender.stop()
+        peaks[name] = (memory["most"] - memory["began"]) / 1e6
+        rows.append({"contender": name, "megabytes": peaks[name], "seconds": median(seconds)})
+
+    peer, lean = peaks["spikingjelly"], peaks["spikingjelly-memopt"]
+    figures = {
+        "exact / SpikingJelly": (-peaks["exact"] / peer, -0.4),
+        "rate / SpikingJelly": (-peaks["rate"] / peer, -0.2),
+        "exact with recompute / SpikingJelly with memopt": (-peaks["exact-recompute"] / lean, -0.8),
+    }
+    finish("memory", rows, figures, given.check)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Activation checkpointing: a stage of the graph keeps what goes into it, and runs again when its gradient is due.
+
+A stage is a few layers of neurons; the graph is cut where the fewest signals cross, in a residual network at the ends
+of its blocks. State is an argument and a result of the graph, so a stage that runs again repeats itself, with two
+exceptions that are made here: batch norms move their running statistics in the first run alone, and hooks on neurons
+(``evaluate.activity``) hear the first run alone. The last stage keeps what it computes: its gradient is due at once.
+
+This is for gradients through all time steps. The rate-based gradient keeps three tensors ``[B, ...]`` a layer, all of
+them results of the T steps; to compute them again from the spikes ``[T*B, ...]`` that enter a stage would save nothing.
+"""
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from spikedistill.neuron.layer import Spiking
+
+FEWEST, MOST = 2, 4
+"""Layers of neurons in a stage; between the two it ends where the fewest signals cross, and sooner where as few do."""
+IN_PLACE = {operator.iadd, operator.isub, operator.imul}
+
+
+def recomputed_run(core: fx.GraphModule, *given: Any) -> Any:
+    """What ``core(*given)`` returns, with the same gradients from less memory.
+
+    A network that cannot be cut, since it has three layers of neurons or fewer, keeps what it always did.
+    """
+    nodes = list(core.graph.nodes)
+    values: dict[fx.Node, Any] = dict(zip(nodes, given))
+    *before, last = stages(core)
+    for part in before:
+        stage = _Stage(core, part)
+        results = checkpoint(stage, *(values[node] for node in stage.reads), use_reentrant=False)
+        values.update(zip(stage.returns, results))
+        values = {node: value for node, value in values.items() if stage.end < max(node.users, default=node)}
+    stage = _Stage(core, last)
+    return stage(*(values[node] for node in stage.reads))[-1]
+
+
+def stages(core: fx.GraphModule) -> list[list[fx.Node]]:
+    """The nodes of the graph but its inputs, in order, cut into stages; one that cannot be cut is a single stage."""
+    nodes = list(core.graph.nodes)
+    neurons = [0, *accumulate(isinstance(_layer(core, node), Spiking) for node in nodes)]
+    crossing, closed = _crossings(core, nodes)
+    places = [place for place, node in enumerate(nodes) if _weighs(core, node) and place not in closed]
+    cuts = [sum(node.op == "placeholder" for node in nodes)]
+    while True:
+        passed = neurons[cuts[-1]]
+        near = [p for p in places if FEWEST <= neurons[p] - passed <= MOST and neurons[-1] - neurons[p] >= FEWEST]
+        if not near:
+            break
+        cuts.append(min(near, key=crossing.__getitem__))
+    return [nodes[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(nodes)])]
+
+
+def _crossings(core: fx.GraphModule, nodes: list[fx.Node]) -> tuple[list[int], set[int]]:
+    """How many signals cross the place before each node; and where none may, for one of them is changed in place."""
+    index = {node: place for place, node in enumerate(nodes)}
+    crossing = [0] * len(nodes)
+    closed: set[int] = set()
+    for node in nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        for user in node.users:
+            if _changes(core, user, node):
+                closed.update(range(index[node] + 1, index[user] + 1))
+        readers = (index[user] for user in node.users if user.op != "output")
+        for place in range(index[node] + 1, max(readers, default=0) + 1):
+            crossing[place] += 1
+    return crossing, closed
+
+
+def _layer(core: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return core.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _weighs(core: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node has weights: before such a node spikes have been pooled, and a stage may begin."""
+    layer = _layer(core, node)
+    if layer is None:
+        return node.op == "call_function" and any(source.op == "get_attr" for source in node.all_input_nodes)
+    return not isinstance(layer, Spiking) and any(True for _ in layer.parameters())
+
+
+def _changes(core: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
+    """Whether the user writes its result over the node's."""
+    if not user.args or user.args[0] is not node:
+        return False
+    named = user.op == "call_method" and str(user.target).endswith("_")
+    return named or user.target in IN_PLACE or bool(getattr(_layer(core, user), "inplace", False))
+
+
+class _Stage(fx.Interpreter):
+    """Some nodes of the graph as a function of the values that they read; it returns those that are read after them."""
+
+    def __init__(self, core: fx.GraphModule, nodes: list[fx.Node]) -> None:
+        super().__init__(core, garbage_collect_values=False)
+        own = set(nodes)
+        self.nodes, self.end = nodes, nodes[-1]
+        self.reads = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own))
+        self.returns = [node for node in nodes if node.op == "output" or any(user not in own for user in node.users)]
+        self.again = False
+
+    def __call__(self, *values: Any) -> tuple[Any, ...]:
+        self.env = dict(zip(self.reads, values))
+        try:
+            for node in self.nodes:
+                self.env[node] = self.run_node(node)
+                for source in node.all_input_nodes:
+                    if max(source.users) is node:
+                        del self.env[source]
+            return tuple(self.env[node] for node in self.returns)
+        finally:
+            self.env, self.again = {}, True
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        if self.again and isinstance(layer, Spiking):
+            return layer.forward(*args, **kwargs)
+        with _unmoved(layer) if self.again and isinstance(layer, _BatchNorm) else contextlib.nullcontext():
+            return layer(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _unmoved(layer: nn.Module) -> Iterator[None]:
+    """Let a layer write to copies of its buffers."""
+    kept = dict(layer._buffers)
+    layer._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in kept.items()})
+    try:
+        yield
+    finally:
+        layer._buffers.update(kept)
