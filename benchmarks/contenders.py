@@ -4,9 +4,9 @@ Reads one command a line, answers with one line of JSON:  ``step N`` (seconds of
 (seconds of N forward passes),  ``memory`` (bytes: what the process holds now, and the most it ever held).
 
 Every contender trains the same ResNet-18 for 32x32 images: direct coding, T steps, LIF with half of the potential left
-after a step and subtractive reset, mean of the outputs, an ANN of the same kind as teacher (its answers with temperature
-2 and weight 0.7 beside the labels), SGD. 'default' is what its users get (float32, the usual memory order), 'best' adds
-bfloat16 autocast and channels_last. spikingjelly, snntorch, norse and sinabs run as their documentation has it.
+after a step and subtractive reset, mean of the outputs, an ANN of the same kind as teacher (its answers with
+temperature 2 and weight 0.7 beside the labels), SGD. 'default' is what its users get (float32, the usual memory order),
+'best' adds bfloat16 autocast and channels_last. The peers run as their documentation has it.
 """
 
 import argparse

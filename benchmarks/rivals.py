@@ -57,7 +57,7 @@ class Contender:
     def start(cls, label: str, name: str, *options: str, environment: dict[str, str] | None = None) -> "Contender":
         """Start one: ``options`` are those of contenders.py."""
         call = [python_of(name), str(HERE / "contenders.py"), name, *options]
-        said = tempfile.TemporaryFile("w+", encoding="utf-8")
+        said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (lives as long as the process)
         process = subprocess.Popen(
             call,
             stdin=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """Batched, seeded augmentation: stored bytes in, images between 0 and 1 out."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ class Augment:
     """Random changes to a training batch; all off by default.
 
     Args:
-        crop: pixels of zero padding from which a window of the original size is cut (0: none).
+        crop: pixels of padding from which a window of the original size is cut (0: none).
+        border: what the padding is, zeros or the image mirrored about its outermost pixels.
         flip: mirror half of the images left to right.
         cutout: side in pixels of a square set to zero (0: none; DeVries and Taylor, arXiv 1708.04552).
         policy: ``none``, ``trivial`` (TrivialAugment, arXiv 2103.10158) or ``autoaugment`` (arXiv 1805.09501).
@@ -37,6 +39,7 @@ class Augment:
     flip: bool = False
     cutout: int = 0
     policy: str = "none"
+    border: Literal["zeros", "mirror"] = "zeros"
 
     def __post_init__(self) -> None:
         if self.crop < 0 or self.cutout < 0:
@@ -50,7 +53,7 @@ class Augment:
         if self.policy != "none":
             pixels = apply_policy(pixels, self.policy, generator)
         if self.crop:
-            pixels = random_crop(pixels, self.crop, generator)
+            pixels = random_crop(pixels, self.crop, generator, self.border == "mirror")
         images = to_unit(pixels)
         if self.flip:
             mirrored = torch.rand(len(images), generator=generator) < 0.5
@@ -65,16 +68,26 @@ def to_unit(pixels: Pixels) -> Image:
     return pixels.float().div_(255.0)
 
 
-def random_crop(pixels: Pixels, pad: int, generator: torch.Generator) -> Pixels:
-    """A window of the original size at a random place of each zero-padded image."""
+def random_crop(pixels: Pixels, pad: int, generator: torch.Generator, mirror: bool = False) -> Pixels:
+    """A window of the original size at a random place of each image, padded by zeros or by its mirror image."""
     count, _, height, width = pixels.shape
-    padded = F.pad(pixels, (pad, pad, pad, pad))
     top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-    rows = (top + torch.arange(height))[:, None, :, None]
-    columns = (left + torch.arange(width))[:, None, None, :]
+    if mirror:
+        rows = _mirrored(top + torch.arange(height) - pad, height)
+        columns = _mirrored(left + torch.arange(width) - pad, width)
+    else:
+        pixels = F.pad(pixels, (pad, pad, pad, pad))
+        rows, columns = top + torch.arange(height), left + torch.arange(width)
     samples = torch.arange(count)[:, None, None, None]
     channels = torch.arange(pixels.shape[1])[None, :, None, None]
-    return padded[samples, channels, rows, columns]
+    return pixels[samples, channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _mirrored(positions: Tensor, size: int) -> Tensor:
+    """Positions outside 0..size-1 mirrored about the first and the last."""
+    period = max(1, 2 * (size - 1))
+    positions = positions % period
+    return torch.minimum(positions, period - positions) if size > 1 else positions * 0
 
 
 def random_cutout(images: Image, side: int, generator: torch.Generator) -> Image:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:
     >>> fan_out(nn.Conv2d(1, 2, 3, padding=1), (1, 2, 3))[0].int().tolist()
     [[8, 12, 8], [8, 12, 8]]
     """
-    ones = copy.deepcopy(layer).to("cpu", torch.float64)
+    ones: Any = copy.deepcopy(layer).to("cpu", torch.float64)
     for parameter in ones.parameters():
         parameter.requires_grad_(False)
     ones.weight.copy_((ones.weight != 0).to(torch.float64))

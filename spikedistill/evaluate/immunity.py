@@ -8,7 +8,7 @@ drawn from the seed alone. The levels of faults and attacks are this project's c
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,7 @@ from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import Image, Labels
 from spikedistill.student.surgery import repeat_time
 
-Kind = Literal["noise", "natural", "hardware", "attack"]
-KINDS: tuple[Kind, ...] = ("noise", "natural", "hardware", "attack")
+KINDS = ("noise", "natural", "hardware", "attack")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def immunity(
     images: Tensor,
     labels: Labels,
     *,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[str] = KINDS,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     attacked: int = 500,
@@ -108,8 +107,8 @@ def area(scores: Sequence[Score], network: str, name: str) -> float:
     return float(torch.trapezoid(curve)) / len(SEVERITIES)
 
 
-def mean_corruption_error(scores: Sequence[Score], network: str, baseline: str, kind: Kind = "natural") -> float:
-    """mCE in percent: errors over all severities in relation to a baseline's, mean over troubles (arXiv 1903.12261).
+def mean_corruption_error(scores: Sequence[Score], network: str, baseline: str, kind: str = "natural") -> float:
+    """Errors over all severities in percent of a baseline's, mean over troubles: mCE of arXiv 1903.12261.
 
     Raises:
         ConfigError: if the scores hold nothing of that kind, or no such network.

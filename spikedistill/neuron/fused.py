@@ -11,7 +11,7 @@ surrogate, and r the gradient at the potential after the reset, from the last st
     to the past        r <- leak p
 
 One compilation serves every layer size: the length N is dynamic, leak and threshold are scalar tensors. Many steps run
-in chunks of ``CHUNK``, the potential handed from one to the next, so a change of T meets kernels that are there already.
+in chunks of ``CHUNK``, the potential handed from one to the next, so another T meets kernels that are there already.
 """
 
 import dataclasses
@@ -111,8 +111,8 @@ def _backward(
     timesteps: int,
     grad: Tensor,
     grad_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients to current ``[T or 1, N]``, state ``[N]``, leak and threshold (None where they are not learned)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients to current ``[T or 1, N]``, state ``[N]`` (None: fresh), leak and threshold (None: fixed)."""
     before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
     constant = current.shape[0] == 1
     gain = (1.0 - leak) if neuron.decay_input else torch.ones_like(leak)

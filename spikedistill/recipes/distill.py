@@ -201,7 +201,7 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     student, report, network = build_student(recipe, teacher, architecture, images)
     objective = recipe.what.objective(feature_pairs(recipe.what, teacher.network, student), report.inherited)
     run = Run(out)
-    run.start({"kind": "distill", **asdict(recipe)}, resume)
+    run.start({"kind": "distill", **asdict(recipe)}, resume, asdict(Distill()))
     progress.say(str(report).splitlines()[0])
     run.write("conversion", {"network": network.name, **asdict(report)})
     augment, held = recipe.data.augment(), recipe.data.validation

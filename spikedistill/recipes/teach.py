@@ -83,7 +83,7 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
     network = OneStep(architecture.build(), mean, std)
     check_answers(network, images, f"The network '{recipe.network}'")
     run = Run(out)
-    run.start({"kind": "teach", **asdict(recipe)}, resume)
+    run.start({"kind": "teach", **asdict(recipe)}, resume, asdict(Teach()))
     augment, held = recipe.data.augment(), recipe.data.validation
     with progress:
         fit(

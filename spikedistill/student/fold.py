@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
@@ -32,7 +32,7 @@ def fold(network: Network, keep: Sequence[str] = ()) -> Network:
         ConversionError: if torch.fx cannot trace the network.
     """
     copied = copy.deepcopy(network).eval()
-    core = copied.core if isinstance(copied, Student) else copied
+    core: nn.Module = copied.core if isinstance(copied, Student) else copied
     core = core.network if isinstance(core, Normalised) else core
     graph = core.graph if isinstance(core, fx.GraphModule) else trace(copy.deepcopy(core))[0].graph
     for layer, norm in _neighbours(core, graph):
@@ -58,7 +58,8 @@ def _neighbours(core: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
 
 
 def _merge(core: nn.Module, path: str, norm_path: str) -> None:
-    layer, norm = core.get_submodule(path), core.get_submodule(norm_path)
+    layer: Any = core.get_submodule(path)
+    norm: Any = core.get_submodule(norm_path)
     merge = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
     learns = layer.weight.requires_grad
     weight, bias = merge(

@@ -21,6 +21,8 @@ class Data:
     """Share of the training set held out for choosing (0: none)."""
     crop: int = 0
     """Augmentation: pixels of padding before a random crop."""
+    border: Literal["zeros", "mirror"] = "zeros"
+    """Augmentation: what that padding is, zeros or the image mirrored at its border."""
     flip: bool = False
     """Augmentation: mirror half of the images."""
     cutout: int = 0
@@ -30,7 +32,7 @@ class Data:
 
     def augment(self) -> Augment:
         """The augmentation that the fields describe."""
-        return Augment(self.crop, self.flip, self.cutout, self.policy)
+        return Augment(self.crop, self.flip, self.cutout, self.policy, self.border)
 
     def faults(self) -> list[str]:
         """What cannot work, one sentence each."""

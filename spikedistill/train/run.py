@@ -41,8 +41,13 @@ class Run:
         """The finished weights."""
         return self.path / "model.safetensors"
 
-    def start(self, recipe: Mapping[str, Any], resume: bool) -> None:
+    def start(self, recipe: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None) -> None:
         """Create the directory, or make sure that what lies there is the same run.
+
+        Args:
+            recipe: all choices of the run.
+            resume: whether a run should lie there.
+            defaults: values of choices that an older version of this package did not write down yet.
 
         Raises:
             RunError: if a run lies there already and is not to be resumed, or has another recipe.
@@ -52,7 +57,8 @@ class Run:
         if worth_keeping and not resume:
             raise RunError(f"'{self.path}' already holds a run: go on with it by --resume, or choose another --out.")
         if resume and begun:
-            changed = differences(self.read("recipe"), json.loads(json.dumps(recipe)))
+            now, usual = json.loads(json.dumps([recipe, defaults or {}]))
+            changed = differences(self.read("recipe"), now, usual)
             if changed:
                 raise RunError(
                     f"'{self.path}' was begun with another recipe ({'; '.join(changed[:3])}): give the same, or another"
@@ -116,19 +122,22 @@ class Run:
             write_text(self.path / f"{name}.jsonl", "".join(kept))
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """The fields in which two recipes differ, with both values.
 
-    >>> differences({"training": {"lr": 0.1, "seed": 0}}, {"training": {"lr": 0.2, "seed": 0}})
+    A field that the version which wrote ``before`` did not have yet counts as its value among ``defaults``.
+
+    >>> differences({"training": {"lr": 0.1, "seed": 0}}, {"training": {"lr": 0.2, "seed": 0}}, {})
     ['lr was 0.1, now 0.2']
     """
     if before.get("kind") != now.get("kind"):
         return [f"kind was {before.get('kind')!r}, now {now.get('kind')!r}"]
     found = []
     for name in [*before, *(name for name in now if name not in before)]:
-        old, new = before.get(name), now.get(name)
+        usual = defaults.get(name)
+        old, new = before.get(name, usual), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new)
+            found += differences(old, new, usual if isinstance(usual, dict) else {})
         elif old != new:
             found.append(f"{name} was {old!r}, now {new!r}")
     return found

@@ -94,6 +94,17 @@ class TestCrop:
             windows = [window(image, 2, top, left) for top in range(5) for left in range(5)]
             assert sum(torch.equal(output, candidate) for candidate in windows) == 1
 
+    def test_mirrored_borders_are_those_of_torch(self, pixels):
+        mirrored = torch.nn.functional.pad(pixels.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
+        for number, output in enumerate(random_crop(pixels, 2, seeded(), mirror=True)):
+            height, width = pixels.shape[-2:]
+            windows = [
+                mirrored[number, :, top : top + height, left : left + width] for top in range(5) for left in range(5)
+            ]
+            assert any(torch.equal(output, candidate) for candidate in windows)
+        one = torch.full((2, 1, 1, 1), 7, dtype=torch.uint8)
+        assert torch.equal(random_crop(one, 3, seeded(), mirror=True), one)
+
     def test_every_place_is_reached(self):
         image = torch.arange(1, 13, dtype=torch.uint8).view(1, 1, 3, 4)
         outputs = random_crop(image.expand(400, 1, 3, 4), 1, seeded())

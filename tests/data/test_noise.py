@@ -134,7 +134,7 @@ class TestClosedForms:
 
 
 def test_unknown_names_and_severities_are_refused():
-    with pytest.raises(ConfigError, match="'gausian'.*Did you mean 'gaussian'"):
+    with pytest.raises(ConfigError, match=r"'gausian'.*Did you mean 'gaussian'"):
         corrupt(scenes(1), "gausian", 1)
     with pytest.raises(ConfigError, match=r"severity \(=6\)"):
         corrupt(scenes(1), "gaussian", 6)

@@ -131,3 +131,12 @@ class TestRewind:
         run.append("metrics", {"epoch": 1})
         run.rewind(0)
         assert run.lines("metrics") == []
+
+
+def test_a_choice_that_an_older_version_did_not_know_counts_as_its_default(tmp_path):
+    run = Run(tmp_path / "old")
+    run.start({"kind": "teach", "training": {"lr": 0.1}}, resume=False)
+    now = {"kind": "teach", "training": {"lr": 0.1, "border": "zeros"}}
+    run.start(now, resume=True, defaults={"training": {"lr": 0.5, "border": "zeros"}})
+    with pytest.raises(RunError, match="border was 'zeros', now 'mirror'"):
+        run.start({"kind": "teach", "training": {"lr": 0.1, "border": "mirror"}}, resume=True, defaults=now)
