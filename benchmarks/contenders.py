@@ -1,12 +1,13 @@
 """One contender of a speed or memory comparison, in a process of its own; the other scripts here start it.
 
 Reads one command a line, answers with one line of JSON:  ``step N`` (seconds of N training steps),  ``infer N``
-(seconds of N forward passes),  ``memory`` (bytes: what the process holds now, and the most it ever held).
+(seconds of N forward passes, in evaluation mode and without graph),  ``timesteps N`` (T from now on),  ``memory``
+(bytes: what the process holds now, and the most it ever held).
 
 Every contender trains the same ResNet-18 for 32x32 images: direct coding, T steps, LIF with half of the potential left
 after a step and subtractive reset, mean of the outputs, an ANN of the same kind as teacher (its answers with
 temperature 2 and weight 0.7 beside the labels), SGD. 'default' is what its users get (float32, the usual memory order),
-'best' adds bfloat16 autocast and channels_last. The peers run as their documentation has it.
+'bf16' adds bfloat16 autocast, 'best' channels_last too. The peers run as their documentation has it.
 """
 
 import argparse
@@ -83,6 +84,10 @@ class Kit:
         """The teacher as the library prepares it."""
         return network
 
+    def inference(self, network: nn.Module) -> nn.Module:
+        """The trained network as the library prepares it for use."""
+        return network.eval()
+
 
 class Own(Kit):
     """spikedistill: the ANN converted, gradient exact or rate-based."""
@@ -110,7 +115,10 @@ class Own(Kit):
 
         return fold(network)
 
+    inference = teacher
+
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        network.set_timesteps(self.options.timesteps)
         return network(images).float().mean(0)
 
 
@@ -255,13 +263,15 @@ class Worker:
         if options.teacher:
             teacher = Kit(options).build().to(memory_format=layout).eval().requires_grad_(False)
             self.teacher = self.kit.teacher(teacher)
+        self.served: nn.Module | None = None
         self.optimiser = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.best)
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.kit.options.setting != "default")
 
     def step(self) -> None:
         self.network.train()
+        self.served = None
         with self.autocast():
             logits = self.kit.run(self.network, self.images).float()
             loss = F.cross_entropy(logits, self.labels)
@@ -274,15 +284,19 @@ class Worker:
         self.optimiser.step()
 
     def infer(self) -> None:
-        self.network.eval()
+        if self.served is None:
+            self.served = self.kit.inference(self.network)
         with torch.no_grad(), self.autocast():
-            self.kit.run(self.network, self.images)
+            self.kit.run(self.served, self.images)
 
     def answer(self, line: str) -> Any:
         what, _, count = line.partition(" ")
         if what == "memory":
             gc.collect()
             return {"began": self.began, "now": resident(), "most": 1024 * resource.getrusage(0).ru_maxrss}
+        if what == "timesteps":
+            self.kit.options.timesteps = int(count)
+            return int(count)
         work = {"step": self.step, "infer": self.infer}[what]
         times = []
         for _ in range(int(count)):
@@ -300,7 +314,7 @@ def resident() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=KITS)
-    parser.add_argument("--setting", choices=("default", "best"), default="best")
+    parser.add_argument("--setting", choices=("default", "bf16", "best"), default="best")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)

@@ -92,15 +92,15 @@ class Contender:
         self.process.wait()
 
 
-def in_turn(contenders: list[Contender], command: str, rounds: int) -> dict[str, list[float]]:
-    """One warm-up each, then rounds in which each contender works once; seconds by label."""
+def in_turn(contenders: list[Contender], command: str, rounds: int, count: int = 1) -> dict[str, list[float]]:
+    """One warm-up each, then rounds in which each contender works ``count`` times; seconds by label."""
     taken: dict[str, list[float]] = {}
     for contender in contenders:
         contender.ask(f"{command} 1")
         taken[contender.label] = []
     for _ in range(rounds):
         for contender in contenders:
-            taken[contender.label] += contender.ask(f"{command} 1")
+            taken[contender.label] += contender.ask(f"{command} {count}")
     return taken
 
 

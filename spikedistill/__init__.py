@@ -17,6 +17,7 @@ from spikedistill.errors import (
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
 from spikedistill.evaluate.activity import firing_rates
 from spikedistill.evaluate.agreement import agreement, divergence
+from spikedistill.evaluate.early_exit import EarlyExit, early_exit
 from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid, Triangle
@@ -51,6 +52,7 @@ __all__ = [
     "Direct",
     "DirectCoding",
     "Distill",
+    "EarlyExit",
     "Frames",
     "ImageSet",
     "KDSNNFeature",
@@ -79,6 +81,7 @@ __all__ = [
     "answers",
     "distill",
     "divergence",
+    "early_exit",
     "firing_rates",
     "fit",
     "load_images",

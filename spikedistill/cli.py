@@ -27,6 +27,9 @@ A trained ANN becomes a spiking student: deep spiking networks by knowledge dist
 'spikedistill COMMAND --help' lists the options of a command.
 Begin with: spikedistill demo"""
 
+PLAIN = {"divergence": ".4f", "early_exit_steps": ".2f"}
+"""Measures that are no percentages, and how they are printed."""
+
 
 @dataclass(frozen=True)
 class Where:
@@ -129,7 +132,10 @@ def _demo(arguments: Sequence[str]) -> None:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     def evaluate(
-        run: Annotated[Path, tyro.conf.Positional], timesteps: int | None = None, data_dir: str | None = None
+        run: Annotated[Path, tyro.conf.Positional],
+        timesteps: int | None = None,
+        data_dir: str | None = None,
+        confidence: float | None = None,
     ) -> None:
         """Measure a finished student again on its test set.
 
@@ -137,10 +143,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
             run: a run directory of 'distill'.
             timesteps: another number of steps than it was trained with.
             data_dir: another place of the data than it was trained with.
+            confidence: also measure early exit: a sample leaves once its likeliest class is above this, 0..1.
         """
         from spikedistill.recipes.runs import evaluate as measure
 
-        results = measure(run, timesteps, data_dir)
+        results = measure(run, timesteps, data_dir, confidence)
         shown = Table("measure", "value", box=None)
         for name, value in results.items():
             if isinstance(value, dict):
@@ -149,7 +156,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
             elif isinstance(value, list):
                 shown.add_row(name, "  ".join(f"{part:.2f}" for part in value))
             else:
-                shown.add_row(name, f"{value:.4f}" if name == "divergence" else f"{value:.2f} %")
+                shown.add_row(name, f"{value:{PLAIN[name]}}" if name in PLAIN else f"{value:.2f} %")
         Console(highlight=False).print(shown)
 
     tyro.cli(evaluate, prog="spikedistill evaluate", args=list(arguments))

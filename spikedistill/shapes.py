@@ -26,5 +26,7 @@ ClassLogits = Float[Tensor, "B K"]
 """An answer without time: the teacher's, or the student's mean over time."""
 Labels = Int[Tensor, " B"]
 """Class numbers, 0..K-1."""
+StepCounts = Int[Tensor, " B"]
+"""How many time steps a sample took."""
 Mask = Bool[Tensor, " B"]
 """One truth value a sample."""

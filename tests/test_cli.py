@@ -75,7 +75,7 @@ class TestHelp:
         [
             ("teach", {"--network", "--width", "--data", "--epochs", "--lr", "--resume", "--out", "--seed"}),
             ("distill", {"--timesteps", "--method", "--temperature", "--resume", "--teacher", "--neuron", "--pairs"}),
-            ("evaluate", {"run directory", "--timesteps", "--data-dir"}),
+            ("evaluate", {"run directory", "--timesteps", "--data-dir", "--confidence"}),
             ("compare", {"run directories"}),
             ("demo", {"--out"}),
             ("recipes", {"ready recipes"}),
@@ -191,6 +191,12 @@ class TestOutput:
         assert lines["teacher_accuracy"] == [f"{results['teacher_accuracy']:.2f}", "%"]
         assert len(lines["accuracy_by_step"]) == 3
         assert lines.keys() >= results.keys() - {"firing_rate_by_layer"}
+
+    def test_evaluate_prints_early_exit_where_it_is_asked_for(self, home, capsys):
+        assert call("evaluate", home / "student", "--confidence", 0) == 0
+        lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+        first = Run(home / "student").read("results")["accuracy_by_step"][0]
+        assert lines["early_exit_accuracy"] == [f"{first:.2f}", "%"] and lines["early_exit_steps"] == ["1.00"]
 
     def test_results_go_to_standard_output_and_the_work_to_standard_error(self, home, tmp_path, capsys):
         out = tmp_path / "run"

@@ -18,7 +18,7 @@ COMMANDS = [
 ]
 
 
-PAGES = {"README.md": 2, "docs/guide.md": 6}
+PAGES = {"README.md": 2, "docs/guide.md": 7}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -175,6 +175,12 @@ TABLE = {
     "evaluating an unfinished run": ("evaluate {home}/unfinished", r"unfinished/model\.safetensors' does not exist"),
     "evaluating broken weights": ("evaluate {home}/truncated.safetensors", r"truncated\.safetensors' cannot be read"),
     "evaluating without steps": ("evaluate {home}/run --timesteps 0", r"timesteps \(=0\)"),
+    "evaluating with more than certainty": ("evaluate {home}/run --confidence 1.5", r"confidence \(=1\.5\)"),
+    "evaluating with a negative confidence": ("evaluate {home}/run --confidence -0.1", r"confidence \(=-0\.1\)"),
+    "evaluating with a confidence that is no number": (
+        "evaluate {home}/run --confidence nan",
+        r"confidence \(=nan\)",
+    ),
     "comparing an unfinished run": (
         "compare {home}/run {home}/unfinished",
         r"unfinished/results\.json' cannot be read",

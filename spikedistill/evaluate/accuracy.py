@@ -1,13 +1,17 @@
 """How often the answer is right, at every time step."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from spikedistill.data.augment import to_unit
 from spikedistill.shapes import Labels, Logits
 
+Result = TypeVar("Result")
 
-@torch.no_grad()
+
 def answers(network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 250) -> Logits:
     """The logits of a network for a whole set, in evaluation mode, on the CPU.
 
@@ -20,18 +24,30 @@ def answers(network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float
     Returns:
         Logits ``[T, N, K]``; T = 1 for a network without time.
     """
+
+    def answer(batch: Tensor) -> Tensor:
+        logits = network(batch)
+        return (logits if logits.ndim == 3 else logits[None]).float().cpu()
+
+    return torch.cat(in_batches(network, answer, images, dtype, batch_size), dim=1)
+
+
+@torch.no_grad()
+def in_batches(
+    network: nn.Module, work: Callable[[Tensor], Result], images: Tensor, dtype: torch.dtype, batch_size: int
+) -> list[Result]:
+    """What ``work`` makes of each batch of a whole set, with the network in evaluation mode; see ``answers``."""
     first = next(network.parameters())
     layout = _layout(network)
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    parts = []
+    results = []
     for pixels in images.split(batch_size):
         with torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
-            logits = network(to_unit(pixels).to(first.device, memory_format=layout))
-        parts.append((logits if logits.ndim == 3 else logits[None]).float().cpu())
+            results.append(work(to_unit(pixels).to(first.device, memory_format=layout)))
     for module, training in modes.items():
         module.training = training
-    return torch.cat(parts, dim=1)
+    return results
 
 
 def _layout(network: nn.Module) -> torch.memory_format:

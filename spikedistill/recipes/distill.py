@@ -16,6 +16,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
 from spikedistill.evaluate.activity import firing_rates
 from spikedistill.evaluate.agreement import agreement, divergence
+from spikedistill.evaluate.early_exit import early_answers
 from spikedistill.files import write_tensors
 from spikedistill.neuron.dynamics import NEURONS, Neuron, Reset
 from spikedistill.neuron.surrogate import SURROGATES
@@ -305,9 +306,16 @@ def feature_pairs(method: Method, teacher: nn.Module, student: Student) -> Pairs
 
 
 def measure(
-    student: Student, teacher: Teacher | None, images: ImageSet, training: Training, limit: int | None = None
+    student: Student,
+    teacher: Teacher | None,
+    images: ImageSet,
+    training: Training,
+    limit: int | None = None,
+    confidence: float | None = None,
 ) -> dict[str, Any]:
     """Accuracy at every step, agreement with the teacher and firing rates on the test set.
+
+    Batch norm is not folded for it: folded weights round in another way, and a spike at its threshold may tip.
 
     Args:
         student: the network.
@@ -315,11 +323,12 @@ def measure(
         images: whose test part is used.
         training: names device and precision.
         limit: look at training images instead, so many, evenly spaced; nothing of the test part is then used.
+        confidence: measure early exit at this confidence too.
 
     Returns:
         ``accuracy_by_step`` and ``test_accuracy`` (percent), ``firing_rate`` and ``firing_rate_by_layer``
         (percent of all chances to spike); with a teacher also ``teacher_accuracy``, ``agreement`` (percent) and
-        ``divergence`` (nats).
+        ``divergence`` (nats); with a confidence ``early_exit_accuracy`` (percent) and ``early_exit_steps`` (mean).
     """
     pixels, labels = images.test_images, images.test_labels
     if limit is not None:
@@ -344,4 +353,8 @@ def measure(
         results["teacher_accuracy"] = accuracy_by_step(theirs, labels)[-1]
         results["agreement"] = agreement(logits, theirs[0])
         results["divergence"] = divergence(logits, theirs[0])
+    if confidence is not None:
+        early = early_answers(student, pixels, confidence, dtype)
+        results["early_exit_accuracy"] = accuracy_by_step(early.logits[None], labels)[-1]
+        results["early_exit_steps"] = early.mean_steps
     return results

@@ -6,6 +6,7 @@ from typing import Any
 
 from spikedistill.data.images import load_images
 from spikedistill.errors import RunError
+from spikedistill.evaluate.early_exit import check_confidence
 from spikedistill.files import read_tensors
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, find_teacher, measure
 from spikedistill.student.build import Student, to_spiking
@@ -62,19 +63,26 @@ def _tuple(value: Any) -> Any:
     return tuple(_tuple(part) for part in value) if isinstance(value, list) else value
 
 
-def evaluate(path: Path, timesteps: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
-    """Measure a finished student again on its test set, perhaps with another number of steps.
+def evaluate(
+    path: Path, timesteps: int | None = None, data_dir: str | None = None, confidence: float | None = None
+) -> dict[str, Any]:
+    """Measure a finished student again on its test set, perhaps with another number of steps, or with early exit.
 
     Returns:
         As ``distill.measure``; the teacher is left out where its files are gone.
+
+    Raises:
+        ConfigError: if the number of steps is below 1, or the confidence outside 0..1.
     """
+    if confidence is not None:
+        check_confidence(confidence)
     student, recipe = load_student(path)
     if timesteps is not None:
         student.set_timesteps(timesteps)
     data = recipe.data
     images = load_images(data.data, data_dir or data.data_dir, data.image_size)
     teacher = find_teacher(recipe.who, images)[0] if Path(recipe.who.teacher).exists() else None
-    return measure(student, teacher, images, recipe.training)
+    return measure(student, teacher, images, recipe.training, confidence=confidence)
 
 
 def table(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:

@@ -106,6 +106,17 @@ class TestEvaluate:
         with pytest.raises(ConfigError, match=r"timesteps \(=0\) must be 1 or more"):
             evaluate(home / "two", timesteps=0)
 
+    @pytest.mark.parametrize("confidence, steps", [(0.0, 1), (1.0, 2)])
+    def test_with_early_exit_adds_its_accuracy_and_steps(self, home, confidence, steps):
+        results = evaluate(home / "two", confidence=confidence)
+        assert results.pop("early_exit_steps") == steps
+        assert results.pop("early_exit_accuracy") == results["accuracy_by_step"][steps - 1]
+        assert results == Run(home / "two").read("results")
+
+    def test_with_a_confidence_that_is_none_is_refused_before_the_work(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"confidence \(=1\.5\)"):
+            evaluate(tmp_path / "nowhere", confidence=1.5)
+
     def test_leaves_the_teacher_out_where_it_is_gone(self, home):
         whole = evaluate(home / "two")
         shutil.move(home / "teacher", home / "moved")
