@@ -96,7 +96,8 @@ def in_turn(contenders: list[Contender], command: str, rounds: int, count: int =
     """One warm-up each, then rounds in which each contender works ``count`` times; seconds by label."""
     taken: dict[str, list[float]] = {}
     for contender in contenders:
-        contender.ask(f"{command} 1")
+        (first,) = contender.ask(f"{command} 1")
+        print(f"{contender.label}: warm-up {first:.2f} s", file=sys.stderr, flush=True)
         taken[contender.label] = []
     for _ in range(rounds):
         for contender in contenders:
