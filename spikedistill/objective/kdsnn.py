@@ -43,10 +43,9 @@ def feature_distance(student: Tensor, teacher: Tensor, partial: bool = False) ->
         teacher: the teacher's features ``[B, ...]``.
         partial: leave out places where the teacher is not positive and the student lies below it (Heo et al., eq. 2).
     """
-    difference = (student - teacher).square()
-    if partial:
-        difference = difference * ~((student <= teacher) & (teacher <= 0))
-    return difference.mean() / teacher.square().mean().clamp_min(1e-12)
+    size = torch.linalg.vector_norm(teacher).square() / teacher.numel()
+    wanted = torch.where((student <= teacher) & (teacher <= 0), student.detach(), teacher) if partial else teacher
+    return F.mse_loss(student, wanted) / size.clamp_min(1e-12)
 
 
 def margin_relu(teacher: Tensor) -> Tensor:
@@ -87,18 +86,32 @@ def compare(batch: Batch, pairs: Pairs, adapters: nn.ModuleDict, margin: bool, p
     for number, (theirs, ours) in enumerate(pairs):
         if theirs not in batch.teacher_features:
             raise ConfigError(NO_TEACHER)
-        student = adapters[str(number)](batch.features[ours].mean(0))
+        student = adapters[str(number)](over_time(batch.features[ours]))
         student, teacher = match_size(student, batch.teacher_features[theirs])
         teacher = teacher.float()
         distances.append(feature_distance(student.float(), margin_relu(teacher) if margin else teacher, partial))
     return torch.stack(distances).mean()
 
 
+def over_time(feature: Tensor) -> Tensor:
+    """The mean over time of ``[T, B, ...]`` in the order of memory that ``[B, ...]`` has.
+
+    What is the same at every step (a view with stride 0) is not summed; ``mean(0)`` would also change the order.
+    """
+    if feature.stride(0) == 0 or len(feature) == 1:
+        return feature[0]
+    steps = feature.unbind()
+    total = steps[0].to(torch.promote_types(feature.dtype, torch.float32))
+    for step in steps[1:]:
+        total = total + step
+    return (total / len(steps)).to(feature.dtype)
+
+
 def make_adapters(batch: Batch, pairs: Pairs, always: bool) -> nn.ModuleDict:
     """One adapter a pair, under its number."""
     return nn.ModuleDict(
         {
-            str(number): make_adapter(batch.features[ours].mean(0), batch.teacher_features[theirs], always)
+            str(number): make_adapter(over_time(batch.features[ours]), batch.teacher_features[theirs], always)
             for number, (theirs, ours) in enumerate(pairs)
         }
     )

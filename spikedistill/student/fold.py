@@ -9,11 +9,9 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spikedistill.student.build import Student
+from spikedistill.student.rate import CONVOLUTIONS, NORMS
 from spikedistill.student.surgery import trace
 from spikedistill.teacher.load import Normalised
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 Network = TypeVar("Network", bound=nn.Module)
 
