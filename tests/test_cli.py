@@ -105,7 +105,7 @@ class TestHelp:
     def test_of_a_recipe_shows_its_values(self, capsys):
         call("distill", "cifar10", "--help")
         shown = capsys.readouterr().out
-        assert "runs/cifar10-teacher" in shown and "(default: 0.03)" in shown
+        assert "runs/cifar10-teacher" in shown and "(default: 0.02)" in shown
 
 
 class TestOptions:
