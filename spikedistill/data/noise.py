@@ -57,8 +57,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     """
     if name not in CORRUPTIONS:
         raise ConfigError(unknown("corruption", name, CORRUPTIONS))
-    if severity not in SEVERITIES:
-        raise ConfigError(f"severity (={severity}) must be 1, 2, 3, 4 or 5.")
+    check_severity(severity)
     if not len(images):
         return images
     corruption = CORRUPTIONS[name]
@@ -68,6 +67,16 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
         changed = corruption.change(to_unit(part), corruption.levels[severity - 1], generator)
         parts.append((changed.clamp(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(parts)
+
+
+def check_severity(severity: int) -> None:
+    """Refuse a severity that is none.
+
+    Raises:
+        ConfigError: if it is not 1..5.
+    """
+    if severity not in SEVERITIES:
+        raise ConfigError(f"severity (={severity}) must be 1, 2, 3, 4 or 5.")
 
 
 def _normal(x: Tensor, generator: Generator) -> Tensor:

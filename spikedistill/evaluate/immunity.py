@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from spikedistill.data.augment import to_unit
-from spikedistill.data.noise import CORRUPTIONS, SEVERITIES, corrupt
+from spikedistill.data.noise import CORRUPTIONS, SEVERITIES, check_severity, corrupt
 from spikedistill.errors import ConfigError, unknown
-from spikedistill.evaluate.accuracy import accuracy_by_step, answers
-from spikedistill.neuron.layer import Spiking
+from spikedistill.evaluate.accuracy import accuracy_by_step, answers, in_batches
+from spikedistill.neuron.layer import Spiking, is_channels_last
 from spikedistill.shapes import Image, Labels
 from spikedistill.student.surgery import repeat_time
 
@@ -139,8 +138,7 @@ def fault(network: nn.Module, name: str, severity: int, seed: int = 0) -> nn.Mod
     """
     if name not in FAULTS:
         raise ConfigError(unknown("fault", name, FAULTS))
-    if severity not in SEVERITIES:
-        raise ConfigError(f"severity (={severity}) must be 1, 2, 3, 4 or 5.")
+    check_severity(severity)
     make, levels = FAULTS[name]
     faulty = copy.deepcopy(network)
     generator = Generator().manual_seed(seed)
@@ -160,20 +158,15 @@ def weight_noise(network: nn.Module, deviation: float, generator: Generator) -> 
 class _Pattern:
     """What is drawn once for each neuron of a layer, when its shape is first seen."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, draw: Callable[..., Tensor], generator: Generator) -> None:
+        self.draw = draw
         self.seed = int(torch.randint(2**62, (), generator=generator))
         self.drawn: Tensor | None = None
 
-    def uniform(self, like: Tensor) -> Tensor:
-        """Uniform numbers in 0..1, one a neuron."""
+    def __call__(self, like: Tensor) -> Tensor:
+        """One number a neuron."""
         if self.drawn is None or self.drawn.shape != like.shape[1:]:
-            self.drawn = torch.rand(like.shape[1:], generator=Generator().manual_seed(self.seed)).to(like.device)
-        return self.drawn
-
-    def normal(self, like: Tensor) -> Tensor:
-        """Normal numbers, one a neuron."""
-        if self.drawn is None or self.drawn.shape != like.shape[1:]:
-            self.drawn = torch.randn(like.shape[1:], generator=Generator().manual_seed(self.seed)).to(like.device)
+            self.drawn = self.draw(like.shape[1:], generator=Generator().manual_seed(self.seed)).to(like.device)
         return self.drawn
 
 
@@ -183,11 +176,11 @@ def threshold_mismatch(network: nn.Module, deviation: float, generator: Generato
     Potentials count in thresholds, so a higher threshold is a weaker current.
     """
     for layer in _neurons(network).values():
-        pattern = _Pattern(generator)
+        pattern = _Pattern(torch.randn, generator)
 
         def weaken(_: nn.Module, given: tuple[Any, ...], pattern: _Pattern = pattern) -> tuple[Any, ...]:
             current = given[0]
-            own = (1 + deviation * pattern.normal(current)).clamp_min(0.1)
+            own = (1 + deviation * pattern(current)).clamp_min(0.1)
             return ((current / own).to(current.dtype), *given[1:])
 
         layer.register_forward_pre_hook(weaken)
@@ -208,13 +201,13 @@ def dropped_spikes(network: nn.Module, share: float, generator: Generator) -> No
 def stuck_neurons(network: nn.Module, share: float, generator: Generator) -> None:
     """That share of the neurons broken: half of them never fire, half fire at every step."""
     for layer in _neurons(network).values():
-        pattern = _Pattern(generator)
+        pattern = _Pattern(torch.rand, generator)
 
         def stick(
             layer: nn.Module, _: Any, result: tuple[Tensor, Any], pattern: _Pattern = pattern
         ) -> tuple[Tensor, Any]:
             spikes, state = result
-            drawn = pattern.uniform(spikes)
+            drawn = pattern(spikes)
             always = torch.as_tensor(layer.threshold).to(spikes)
             spikes = torch.where(drawn < share / 2, torch.zeros_like(always), spikes)
             return torch.where((drawn >= share / 2) & (drawn < share), always, spikes), state
@@ -232,14 +225,10 @@ def membrane_noise(network: nn.Module, deviation: float, generator: Generator) -
             current = repeat_time(current, repeats)
             drawn = torch.randn(current.shape, generator=own).to(current)
             shaken = current + deviation * torch.as_tensor(layer.threshold).to(current) * drawn
-            return (shaken.contiguous(memory_format=_order(current)), timesteps, 1, *rest)
+            order = torch.channels_last if is_channels_last(current) else torch.contiguous_format
+            return (shaken.contiguous(memory_format=order), timesteps, 1, *rest)
 
         layer.register_forward_pre_hook(shake)
-
-
-def _order(x: Tensor) -> torch.memory_format:
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
 
 
 Levels = tuple[float, float, float, float, float]
@@ -251,6 +240,8 @@ FAULTS: dict[str, tuple[Callable[[nn.Module, float, Generator], None], Levels]] 
     "membrane-noise": (membrane_noise, (0.02, 0.05, 0.10, 0.15, 0.20)),
 }
 """Fault -> what makes it, and its five levels."""
+ATTACKED_AT_ONCE = 100
+"""Images of a batch under attack."""
 ATTACKS: dict[str, tuple[int, Levels]] = {
     "fgsm": (1, (0.5, 1.0, 2.0, 4.0, 8.0)),
     "pgd": (10, (0.5, 1.0, 2.0, 4.0, 8.0)),
@@ -273,12 +264,16 @@ def attack(
     changed = start
     for _ in range(steps):
         changed = changed.detach().requires_grad_(True)
-        logits = network(changed)
-        logits = logits.float().mean(0) if logits.ndim == 3 else logits.float()
-        (slope,) = torch.autograd.grad(F.cross_entropy(logits, labels), changed)
+        (slope,) = torch.autograd.grad(F.cross_entropy(_answer(network, changed), labels), changed)
         moved = changed.detach() + size * slope.sign()
         changed = torch.minimum(torch.maximum(moved, images - reach), images + reach).clamp(0, 1)
     return changed.detach()
+
+
+def _answer(network: nn.Module, images: Image) -> Tensor:
+    """Logits ``[B, K]`` of a network with time or without."""
+    logits = network(images).float()
+    return logits.mean(0) if logits.ndim == 3 else logits
 
 
 def _attacked(
@@ -296,19 +291,14 @@ def _attacked(
     stride = max(1, len(images) // most)
     images, labels = images[::stride][:most], labels[::stride][:most]
     generator = Generator().manual_seed(seed)
-    place = next(network.parameters()).device
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    right = 0
-    for pixels, truth in zip(images.split(100), labels.split(100)):
-        clean, truth = to_unit(pixels).to(place), truth.to(place)
-        with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
+    truths = iter(labels.split(ATTACKED_AT_ONCE))
+
+    def work(batch: Tensor) -> Tensor:
+        truth = next(truths).to(batch.device)
+        with torch.enable_grad():
             reach = levels[severity - 1] / 255
-            changed = attack(network, clean, truth, reach=reach, steps=steps, generator=generator)
-            with torch.no_grad():
-                logits = network(changed)
-        logits = logits.float().mean(0) if logits.ndim == 3 else logits
-        right += int((logits.argmax(-1) == truth).sum())
-    for module, training in modes.items():
-        module.training = training
-    return 100.0 * right / len(labels)
+            changed = attack(network, batch, truth, reach=reach, steps=steps, generator=generator)
+        return (_answer(network, changed).argmax(-1) == truth).sum().cpu()
+
+    right = in_batches(network, work, images, dtype, ATTACKED_AT_ONCE)
+    return 100.0 * float(torch.stack(right).sum()) / len(labels)
