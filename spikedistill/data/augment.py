@@ -27,7 +27,7 @@ class Augment:
     Args:
         crop: pixels of padding from which a window of the original size is cut (0: none).
         border: what the padding is, zeros or the image mirrored about its outermost pixels.
-        flip: mirror half of the images left to right.
+        flip: mirror half of the images left to right; where told whose turn it is, each every other time.
         cutout: side in pixels of a square set to zero (0: none; DeVries and Taylor, arXiv 1708.04552).
         policy: ``none``, ``trivial`` (TrivialAugment, arXiv 2103.10158) or ``autoaugment`` (arXiv 1805.09501).
 
@@ -47,8 +47,14 @@ class Augment:
         if self.policy not in POLICIES:
             raise ConfigError(unknown("augmentation policy", self.policy, POLICIES))
 
-    def __call__(self, pixels: Pixels, seed: int) -> Image:
-        """Change a batch; the same pixels and seed give the same bits."""
+    def __call__(self, pixels: Pixels, seed: int, turned: Tensor | None = None) -> Image:
+        """Change a batch; the same pixels and seed give the same bits.
+
+        Args:
+            pixels: ``[B, C, H, W]``.
+            seed: of all that is drawn.
+            turned: ``[B]`` booleans, which images ``flip`` mirrors (see ``alternate``); drawn where None.
+        """
         generator = torch.Generator().manual_seed(seed)
         if self.policy != "none":
             pixels = apply_policy(pixels, self.policy, generator)
@@ -56,11 +62,20 @@ class Augment:
             pixels = random_crop(pixels, self.crop, generator, self.border == "mirror")
         images = to_unit(pixels)
         if self.flip:
-            mirrored = torch.rand(len(images), generator=generator) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            turned = torch.rand(len(images), generator=generator) < 0.5 if turned is None else turned
+            images = torch.where(turned[:, None, None, None], images.flip(-1), images)
         if self.cutout:
             images = random_cutout(images, self.cutout, generator)
         return images
+
+
+def alternate(count: int, samples: Tensor, epoch: int) -> Tensor:
+    """Which of some samples out of ``count`` are mirrored in an epoch: half of them in the first, and so in turn.
+
+    In two epochs a network then sees every image both ways, not half of them twice the same (Jordan, arXiv 2404.00498).
+    """
+    begins = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.5
+    return begins[samples] ^ bool(epoch % 2)
 
 
 def to_unit(pixels: Pixels) -> Image:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from spikedistill.data.augment import Augment
+from spikedistill.data.augment import Augment, alternate
 from spikedistill.data.images import ImageSet, split
 from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
@@ -238,7 +238,7 @@ class Trainer:
         for network in (student, self.teacher):
             if network is not None:
                 network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
-        batch, labels = self.fetch(self.order(1)[0], 0)
+        batch, labels = self.fetch(self.order(1)[0], 0, 1)
         with self.autocast():
             adapters = probe(student, self.teacher, objective, batch, labels)
             self.cache = self.open_cache(teacher, batch)
@@ -304,10 +304,11 @@ class Trainer:
         """This process's share of a batch."""
         return chosen[self.accelerator.process_index * self.share :][: self.share]
 
-    def fetch(self, chosen: Tensor, seed: int) -> tuple[Image, Labels]:
+    def fetch(self, chosen: Tensor, seed: int, epoch: int) -> tuple[Image, Labels]:
         """This process's share of a batch, augmented, on the device."""
         mine = self.mine(chosen)
-        batch = self.augment(self.images.train_images[mine], seed + self.accelerator.process_index)
+        turned = alternate(len(self.images.train_images), mine, epoch)
+        batch = self.augment(self.images.train_images[mine], seed + self.accelerator.process_index, turned)
         labels = self.images.train_labels[mine].to(self.device)
         return batch.to(self.device, memory_format=self.layout, non_blocking=True), labels
 
@@ -336,7 +337,7 @@ class Trainer:
     def step(self, chosen: Tensor, epoch: int, step: int, rate: float) -> tuple[dict[str, float], int, int]:
         """One step downhill; returns the terms, how many answers were right, and of how many."""
         view = view_of(epoch, self.config.views)
-        batch, labels = self.fetch(chosen, step_seed(self.config.seed, view, step))
+        batch, labels = self.fetch(chosen, step_seed(self.config.seed, view, step), view)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with self.autocast(), self.watch.at(step):

@@ -24,7 +24,7 @@ class Data:
     border: Literal["zeros", "mirror"] = "zeros"
     """Augmentation: what that padding is, zeros or the image mirrored at its border."""
     flip: bool = False
-    """Augmentation: mirror half of the images."""
+    """Augmentation: mirror every image in every other epoch, half of them in each."""
     cutout: int = 0
     """Augmentation: side in pixels of an erased square."""
     policy: Literal["none", "trivial", "autoaugment"] = "none"

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from spikedistill.data.augment import Augment, random_crop, random_cutout, to_unit
+from spikedistill.data.augment import Augment, alternate, random_crop, random_cutout, to_unit
 from spikedistill.errors import ConfigError
 
 EVERYTHING = Augment(crop=2, flip=True, cutout=3, policy="trivial")
@@ -122,6 +122,15 @@ class TestFlip:
         mirrored = [torch.equal(output, image.flip(-1)) for output, image in zip(flipped, images)]
         assert [not value for value in same] == mirrored
         assert 8 <= sum(mirrored) <= 24
+
+    def test_in_two_epochs_in_turn_every_image_is_seen_both_ways(self, pixels):
+        samples = torch.arange(100, 100 + len(pixels))
+        seen = [Augment(flip=True)(pixels, 0, alternate(400, samples, epoch)) for epoch in (1, 2, 3)]
+        assert torch.equal(seen[0], seen[1].flip(-1)) and torch.equal(seen[0], seen[2])
+        turned = alternate(400, samples, 1)
+        assert torch.equal(seen[0][turned], to_unit(pixels)[turned].flip(-1))
+        assert torch.equal(seen[0][~turned], to_unit(pixels)[~turned])
+        assert 150 < alternate(400, torch.arange(400), 1).sum() < 250
 
 
 class TestCutout:

@@ -441,8 +441,8 @@ class TestViews:
     def test_come_again_in_turn_and_none_does_without(self, views, period, blobs, tmp_path, monkeypatch):
         seen, fetch = [], Trainer.fetch
 
-        def remember(trainer, chosen, seed):
-            images, labels = fetch(trainer, chosen, seed)
+        def remember(trainer, chosen, seed, epoch):
+            images, labels = fetch(trainer, chosen, seed, epoch)
             seen.append((chosen, images))
             return images, labels
 
