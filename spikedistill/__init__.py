@@ -15,9 +15,10 @@ from spikedistill.errors import (
     WeightsError,
 )
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
-from spikedistill.evaluate.activity import firing_rates
+from spikedistill.evaluate.activity import firing_rates, operations
 from spikedistill.evaluate.agreement import agreement, divergence
 from spikedistill.evaluate.early_exit import EarlyExit, early_exit
+from spikedistill.evaluate.immunity import immunity
 from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid, Triangle
@@ -84,9 +85,11 @@ __all__ = [
     "early_exit",
     "firing_rates",
     "fit",
+    "immunity",
     "load_images",
     "load_student",
     "load_teacher",
+    "operations",
     "split",
     "teach",
     "to_spiking",

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,9 @@ A trained ANN becomes a spiking student: deep spiking networks by knowledge dist
   distill [RECIPE]     teacher -> spiking student -> measured
   evaluate RUN         measure a finished student again
   compare RUN...       finished runs in one table
+  immunity RUN...      finished runs under noise, corruptions, faults and attacks
+  energy RUN...        their spikes, synaptic operations and estimated energy
+  reproduce STUDY      a published comparison, measured here: table, figure, CSV
   recipes              the ready recipes
 
 'spikedistill COMMAND --help' lists the options of a command.
@@ -55,10 +58,8 @@ def main() -> None:
         Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"spikedistill: {error}", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "\nspikedistill: interrupted; the same command with --resume goes on from the last checkpoint.",
-            file=sys.stderr,
-        )
+        again = "the same command" + ("" if arguments[0] in ("demo", "reproduce") else " with --resume")
+        print(f"\nspikedistill: interrupted; {again} goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -176,6 +177,112 @@ def _compare(arguments: Sequence[str]) -> None:
     tyro.cli(compare, prog="spikedistill compare", args=list(arguments))
 
 
+def _immunity(arguments: Sequence[str]) -> None:
+    from spikedistill.evaluate.immunity import KINDS
+
+    def immunity(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+        kinds: tuple[str, ...] = KINDS,
+        images: int | None = None,
+        attacked: int = 500,
+        seed: int = 0,
+        baseline: str | None = None,
+        data_dir: str | None = None,
+        out: Path = Path("runs/immunity"),
+        resume: bool = False,
+    ) -> None:
+        """Measure how immune finished runs are to noise: accuracy at five severities, curves, corruption error.
+
+        Args:
+            runs: run directories of 'teach' and 'distill' on one data set.
+            kinds: noise (7, on pixels), natural (14 corruptions), hardware (5 faults), attack (FGSM, PGD).
+            images: so many test images, evenly spaced, instead of all.
+            attacked: so many of them are attacked.
+            seed: of all that is drawn.
+            baseline: the run, by the name of its directory, that others are compared to; by default the first.
+            data_dir: another place of the data than the runs were trained with.
+            out: where scores.csv, immunity.md and a picture for each kind go.
+            resume: go on with what lies there.
+        """
+        from spikedistill.recipes.immunity import measure_immunity
+        from spikedistill.train.progress import Progress
+
+        options = {"kinds": kinds, "images": images, "attacked": attacked, "seed": seed, "baseline": baseline}
+        progress = Progress.stderr("immunity")
+        columns, rows = measure_immunity(
+            runs,
+            out,
+            **options,  # type: ignore[arg-type]
+            data_dir=data_dir,
+            resume=resume,
+            say=progress.say,
+        )
+        _show(columns, rows)
+        print(f"scores, table and curves are in {out}")
+
+    tyro.cli(immunity, prog="spikedistill immunity", args=list(arguments))
+
+
+def _energy(arguments: Sequence[str]) -> None:
+    def energy(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+        images: int = 1000,
+        data_dir: str | None = None,
+        out: Path | None = None,
+    ) -> None:
+        """Count spikes and synaptic operations, and estimate energy against a quantised ANN of equal information.
+
+        Args:
+            runs: run directories of 'teach' and 'distill' on one data set.
+            images: so many test images, evenly spaced.
+            data_dir: another place of the data than the runs were trained with.
+            out: a CSV file to write.
+        """
+        from spikedistill.files import write_text
+        from spikedistill.recipes.energy import measure_energy, table, to_csv
+
+        bills = measure_energy(runs, images, data_dir)
+        _show(*table(bills))
+        for warning in (line for bill in bills for line in bill.warnings):
+            print(warning)
+        if out is not None:
+            write_text(out, to_csv(bills))
+
+    tyro.cli(energy, prog="spikedistill energy", args=list(arguments))
+
+
+def _reproduce(arguments: Sequence[str]) -> None:
+    from spikedistill.recipes.studies import STUDIES
+
+    def reproduce(
+        study: Annotated[str, tyro.conf.Positional],
+        budget: Literal["full", "small"] = "full",
+        data_dir: str | None = None,
+        runs: Path = Path("runs/studies"),
+        out: Path = Path("docs/results"),
+        seeds: int | None = None,
+    ) -> None:
+        """Measure a published comparison: trains what is missing, skips what is finished, writes table, figure, CSV.
+
+        Args:
+            study: kdsnn-pairs, kdsnn-timesteps, kdsnn-mnist, kdsnn-noise or kdsnn-energy.
+            budget: full is the paper's scale, for a GPU; small is for two cores and some hours.
+            data_dir: where named data sets lie.
+            runs: where run directories go; the same command goes on with what lies there.
+            out: where STUDY.csv, STUDY.md and pictures go.
+            seeds: another number of seeds than the study's own.
+        """
+        from spikedistill.recipes.reproduce import reproduce as run
+        from spikedistill.train.progress import Progress
+
+        if study not in STUDIES:
+            raise ConfigError(unknown("study", study, STUDIES))
+        made = STUDIES[study](budget, data_dir, runs)
+        print(run(made, out, seeds, Progress.stderr(study)))
+
+    tyro.cli(reproduce, prog="spikedistill reproduce", args=list(arguments))
+
+
 def _recipes(arguments: Sequence[str]) -> None:
     def recipes() -> None:
         """List the ready recipes."""
@@ -191,7 +298,10 @@ def _recipes(arguments: Sequence[str]) -> None:
 def _print_table(paths: Sequence[Path]) -> None:
     from spikedistill.recipes.runs import table
 
-    columns, rows = table(paths)
+    _show(*table(paths))
+
+
+def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     shown = Table(*columns, box=None)
     for row in rows:
         shown.add_row(*row)
@@ -203,7 +313,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "demo": _demo,
     "distill": _distill,
+    "energy": _energy,
     "evaluate": _evaluate,
+    "immunity": _immunity,
     "recipes": _recipes,
+    "reproduce": _reproduce,
     "teach": _teach,
 }

@@ -32,6 +32,11 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` write a file of any other kind, atomically."""
+    _replace(path, write)
+
+
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(path.name + ".part")
     try:

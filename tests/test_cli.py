@@ -78,6 +78,9 @@ class TestHelp:
             ("evaluate", {"run directory", "--timesteps", "--data-dir", "--confidence"}),
             ("compare", {"run directories"}),
             ("demo", {"--out"}),
+            ("energy", {"run directories", "--images", "--out"}),
+            ("immunity", {"run directories", "--kinds", "--images", "--baseline", "--resume", "--out"}),
+            ("reproduce", {"--budget", "--runs", "--seeds", "--out"}),
             ("recipes", {"ready recipes"}),
         ],
     )

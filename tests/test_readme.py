@@ -18,7 +18,7 @@ COMMANDS = [
 ]
 
 
-PAGES = {"README.md": 2, "docs/guide.md": 7}
+PAGES = {"README.md": 2, "docs/guide.md": 8}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -44,6 +44,9 @@ def test_the_commands_are_understood(line, monkeypatch):
         monkeypatch.setattr(name, lambda *given, **_: reached.append(given) or {"test_accuracy": 0.0})
     monkeypatch.setattr("spikedistill.recipes.runs.evaluate", lambda *given: reached.append(given) or {})
     monkeypatch.setattr("spikedistill.recipes.demo.demo", lambda *given: reached.append(given) or [])
+    monkeypatch.setattr("spikedistill.recipes.immunity.measure_immunity", lambda *a, **_: reached.append(a) or ([], []))
+    monkeypatch.setattr("spikedistill.recipes.energy.measure_energy", lambda *given: reached.append(given) or [])
+    monkeypatch.setattr("spikedistill.recipes.reproduce.reproduce", lambda *given: reached.append(given) or "")
     monkeypatch.setattr(cli, "_print_table", reached.append)
     cli.COMMANDS[command](arguments)
     assert reached or command == "recipes"

@@ -8,18 +8,25 @@ from torch import Tensor, nn
 
 from spikedistill.data.augment import to_unit
 from spikedistill.shapes import Labels, Logits
+from spikedistill.student.build import Student
 
 Result = TypeVar("Result")
 
 
-def answers(network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32, batch_size: int = 250) -> Logits:
+ROWS = 1000
+"""Time steps times images that a student is given at once."""
+
+
+def answers(
+    network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32, batch_size: int | None = None
+) -> Logits:
     """The logits of a network for a whole set, in evaluation mode, on the CPU.
 
     Args:
         network: from images in 0..1 ``[B, C, H, W]`` to logits ``[T, B, K]`` or ``[B, K]``; left in the mode it was in.
         images: bytes ``[N, C, H, W]``.
         dtype: number format of the large operations.
-        batch_size: images at a time.
+        batch_size: images at a time; by default 250, fewer for a student of more than four time steps.
 
     Returns:
         Logits ``[T, N, K]``; T = 1 for a network without time.
@@ -29,6 +36,8 @@ def answers(network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float
         logits = network(batch)
         return (logits if logits.ndim == 3 else logits[None]).float().cpu()
 
+    if batch_size is None:
+        batch_size = max(1, ROWS // max(4, network.timesteps)) if isinstance(network, Student) else ROWS // 4
     return torch.cat(in_batches(network, answer, images, dtype, batch_size), dim=1)
 
 

@@ -59,16 +59,24 @@ class Operations:
 
     An operation is one non-zero input value meeting one non-zero weight: an accumulate (``acs``) where the inputs are
     spikes, that is zero or one height, else a multiply-accumulate (``macs``). ``dense`` counts zeros too. Biases do not
-    count. These are the rules of NeuroBench (arXiv 2304.04640): effective ACs and MACs, and dense operations.
+    count. These are the rules of NeuroBench (arXiv 2304.04640): effective ACs and MACs, and dense operations. Beside
+    them, for a network that would run once: ``once``, all connections of a layer, and ``active``, those whose input is
+    not zero at some time step, summed over images.
     """
 
     acs: dict[str, float] = field(default_factory=dict)
     macs: dict[str, float] = field(default_factory=dict)
     dense: dict[str, float] = field(default_factory=dict)
+    once: dict[str, float] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
     images: int = 0
+    batch: int = 1
 
     def add(self, layer: str, inputs: Tensor, fan: Tensor) -> None:
         """Count what a layer did with its inputs; ``fan`` holds the connections of each input value."""
+        ever = (inputs != 0).unflatten(0, (-1, self.batch)).any(0)
+        self.once[layer] = float(fan.sum())
+        self.active[layer] = self.active.get(layer, 0.0) + float((ever.sum(0) * fan).sum())
         active = (inputs != 0).to(torch.float64)
         done = float((active.sum(0) * fan).sum())
         heights = inputs[inputs != 0]
@@ -105,7 +113,8 @@ def operations(network: nn.Module) -> Iterator[Operations]:
 
     def seen(_: nn.Module, given: tuple[Tensor, ...]) -> None:
         frames = given[0].ndim == 5
-        counts.images += given[0].shape[1 if frames else 0]
+        counts.batch = given[0].shape[1 if frames else 0]
+        counts.images += counts.batch
 
     chosen = {name: layer for name, layer in network.named_modules() if isinstance(layer, LAYERS)}
     handles = [layer.register_forward_hook(listen(name)) for name, layer in chosen.items()]

@@ -6,8 +6,9 @@ drawn from the seed alone. The levels of faults and attacks are this project's c
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def immunity(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     attacked: int = 500,
-    say: Callable[[str], None] = lambda line: None,
+    known: Iterable[Score] = (),
+    keep: Callable[[Score], None] = lambda score: None,
 ) -> list[Score]:
     """Measure every network under every trouble.
 
@@ -56,7 +58,8 @@ def immunity(
         seed: of all that is drawn.
         dtype: number format of the large operations.
         attacked: how many of the images, evenly spaced, are attacked: it takes a gradient each.
-        say: told what is being measured.
+        known: scores of an interrupted call with the same arguments; they are not measured again.
+        keep: told every score that was measured.
 
     Returns:
         One score a network, trouble and severity; faults of neurons only for networks that have some.
@@ -67,31 +70,37 @@ def immunity(
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(unknown("kind of trouble", kind, KINDS))
-    scores = [
-        Score(name, "clean", "clean", 0, _accuracy(network, images, labels, dtype))
-        for name, network in networks.items()
-    ]
-    for name, corruption in CORRUPTIONS.items():
-        if corruption.kind in kinds:
-            say(name)
-            for severity in SEVERITIES:
-                changed = corrupt(images, name, severity, seed)
-                for who, network in networks.items():
-                    accuracy = _accuracy(network, changed, labels, dtype)
-                    scores.append(Score(who, corruption.kind, name, severity, accuracy))
-    for kind, troubles in (("hardware", FAULTS), ("attack", ATTACKS)):
-        for name in troubles if kind in kinds else ():
-            say(name)
+    found = {(score.network, score.name, score.severity): score for score in known}
+    scores: list[Score] = []
+
+    def add(who: str, kind: str, name: str, severity: int, measure: Callable[[], float]) -> None:
+        if (who, name, severity) not in found:
+            found[who, name, severity] = Score(who, kind, name, severity, measure())
+            keep(found[who, name, severity])
+        scores.append(found[who, name, severity])
+
+    for who, network in networks.items():
+        add(who, "clean", "clean", 0, partial(_accuracy, network, images, labels, dtype))
+    for kind, name in troubles(kinds):
+        for severity in SEVERITIES:
+            changed = cache(partial(corrupt, images, name, severity, seed))
             for who, network in networks.items():
-                for severity in SEVERITIES:
-                    if kind == "attack":
-                        accuracy = _attacked(network, images, labels, name, severity, seed, dtype, attacked)
-                    elif name == "weight-noise" or _neurons(network):
-                        accuracy = _accuracy(fault(network, name, severity, seed), images, labels, dtype)
-                    else:
-                        continue
-                    scores.append(Score(who, kind, name, severity, accuracy))
+                if kind in ("noise", "natural"):
+                    add(who, kind, name, severity, lambda: _accuracy(network, changed(), labels, dtype))  # noqa: B023
+                elif kind == "attack":
+                    given = (network, images, labels, name, severity, seed, dtype, attacked)
+                    add(who, kind, name, severity, partial(_attacked, *given))
+                elif name == "weight-noise" or _neurons(network):
+                    faulty = partial(fault, network, name, severity, seed)
+                    add(who, kind, name, severity, lambda: _accuracy(faulty(), images, labels, dtype))  # noqa: B023
     return scores
+
+
+def troubles(kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """Kind and name of every trouble of these kinds."""
+    pixels = [(corruption.kind, name) for name, corruption in CORRUPTIONS.items()]
+    others = [("hardware", name) for name in FAULTS] + [("attack", name) for name in ATTACKS]
+    return [(kind, name) for kind, name in [*pixels, *others] if kind in kinds]
 
 
 def _accuracy(network: nn.Module, images: Tensor, labels: Labels, dtype: torch.dtype) -> float:

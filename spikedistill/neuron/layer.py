@@ -78,7 +78,7 @@ class Spiking(nn.Module):
                 " state only between calls of one batch."
             )
         kept = None if state is None else flatten_rows(state, 1, order)[0]
-        threshold = self._threshold(flat.shape[1])
+        threshold = self.used_threshold(flat.shape[1])
         if self._compiles(flat):
             spikes, after = fused.fused_run(flat, kept, self.neuron, self.leak, threshold, timesteps, keep)
         else:
@@ -95,12 +95,13 @@ class Spiking(nn.Module):
         """
         flat, order, batch = self._rows(current, timesteps, repeats)
         run_all = fused.fused_measure if self._compiles(flat) else measure
-        spikes, rate, slope = run_all(flat, self.neuron, self.leak, self._threshold(flat.shape[1]), timesteps)
+        spikes, rate, slope = run_all(flat, self.neuron, self.leak, self.used_threshold(flat.shape[1]), timesteps)
         shape = (batch, *current.shape[1:])
         trains = restore_rows(spikes, (timesteps * batch, *shape[1:]), order)
         return trains, restore_rows(rate, shape, order), restore_rows(slope, shape, order)
 
-    def _threshold(self, neurons: int) -> Tensor:
+    def used_threshold(self, neurons: int) -> Tensor:
+        """The threshold as a call on so many neurons uses it: a learned one above 0, its gradient damped."""
         if not self.neuron.learn_threshold:
             return self.threshold
         return _damped(self.threshold.clamp_min(SMALLEST), neurons)

@@ -25,6 +25,7 @@ from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse, Pai
 from spikedistill.objective.terms import Objective
 from spikedistill.recipes.teach import check_answers
 from spikedistill.student.build import Report, Student, to_spiking
+from spikedistill.student.calibrate import Rule
 from spikedistill.student.coding import CODINGS
 from spikedistill.teacher.load import Architecture, Normalised, Teacher, load_teacher
 from spikedistill.train.device import choose_device, choose_precision
@@ -32,6 +33,13 @@ from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
 from spikedistill.train.run import Run
+
+CONVERSIONS: dict[str, Rule] = {
+    "conversion-max": "max",
+    "conversion-percentile": "percentile",
+    "conversion-least-squares": "least-squares",
+}
+"""Methods without training, and how they choose thresholds."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,9 @@ class StudentChoice:
     """Potential at the first step in thresholds; at 0.5 the mean of T steps rounds the activation."""
     learn_threshold: bool = False
     """Train each layer's threshold."""
-    gradient: Literal["exact", "rate"] = "exact"
-    """Through every time step, or through rates alone: half the time at T=4, and nearly constant in T."""
+    gradient: Literal["exact", "rate", "quantised"] = "exact"
+    """Through every time step; through rates alone: half the time at T=4, and nearly constant in T; or of the quantised
+    stand-in of T levels, which has no time and costs what an ANN costs."""
     recompute: bool = False
     """Compute activations again instead of keeping them: less memory, one more forward pass (gradient=exact)."""
     surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] = "triangle"
@@ -86,6 +95,8 @@ class StudentChoice:
     """For the rule of that name."""
     calibration: int = 512
     """Training images from which thresholds are chosen."""
+    correct_bias: bool = False
+    """Shift biases so that every layer's channels answer as the ANN's do on average (for methods without training)."""
     max_pool: Literal["keep", "average"] = "keep"
     """Keep max pooling, or exchange it for average pooling."""
     coding: Literal["direct", "latency", "rate"] = "direct"
@@ -95,6 +106,12 @@ class StudentChoice:
     def inherits(self) -> bool:
         """Whether the student starts from the teacher's weights."""
         return self.student == "same" if self.inherit is None else self.inherit
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its neurons round, so that they have a quantised stand-in."""
+        subtracts = self.neuron == "if" and self.reset in (None, "subtract")
+        return subtracts and self.initial == 0.5 and self.coding == "direct"
 
     def make_neuron(self) -> Neuron:
         """The neuron model that the fields describe."""
@@ -120,6 +137,8 @@ class StudentChoice:
             faults.append(f"percentile (={self.percentile}) must be above 0 and at most 100")
         if self.neuron == "if" and self.leak is not None:
             faults.append(f"leak (={self.leak}) is for lif and plif; the neuron is 'if'")
+        if self.correct_bias and not self.inherits:
+            faults.append("correct_bias needs inherited weights: leave it away, or inherit=True")
         if self.gradient == "rate" and (self.learn_threshold or self.neuron == "plif"):
             faults.append("the rate-based gradient does not reach learned thresholds and leaks: take gradient=exact")
         if self.inherit and self.student != "same":
@@ -131,8 +150,19 @@ class StudentChoice:
 class Method:
     """What the student is taught."""
 
-    method: Literal["direct", "tet", "kdsnn-response", "kdsnn-feature", "kdsnn"] = "kdsnn"
-    """Labels alone (direct, tet), or with the teacher's answers, its inner features, or both (kdsnn)."""
+    method: Literal[
+        "direct",
+        "tet",
+        "kdsnn-response",
+        "kdsnn-feature",
+        "kdsnn",
+        "conversion-max",
+        "conversion-percentile",
+        "conversion-least-squares",
+        "conversion-qcfs",
+    ] = "kdsnn"
+    """Labels alone (direct, tet), or with the teacher's answers, its inner features, or both (kdsnn). Conversion: no
+    training, thresholds by that rule; or training of the quantised stand-in on labels, then conversion (qcfs)."""
     temperature: float = 2.0
     """Temperature of the soft labels."""
     alpha: float = 0.7
@@ -150,6 +180,17 @@ class Method:
     label_smoothing: float = 0.0
     """Share of probability spread over all classes."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return self.method not in CONVERSIONS
+
+    def settle(self, student: "StudentChoice") -> "StudentChoice":
+        """The student that the method is about: a conversion decides on the rule, or on the stand-in."""
+        if self.method == "conversion-qcfs":
+            return dataclasses.replace(student, gradient="quantised", learn_threshold=True)
+        return dataclasses.replace(student, rule=CONVERSIONS[self.method]) if not self.trains else student
+
     def objective(self, pairs: Pairs, inherits: bool) -> Objective:
         """The objective that the fields describe."""
         smoothing = self.label_smoothing
@@ -160,11 +201,12 @@ class Method:
         methods: dict[str, Callable[[], Objective]] = {
             "direct": lambda: Direct(smoothing),
             "tet": lambda: TET(smoothing),
+            "conversion-qcfs": lambda: Direct(smoothing),
             "kdsnn-response": lambda: KDSNNResponse(**soft, label_smoothing=smoothing),
             "kdsnn-feature": lambda: KDSNNFeature(**features, label_smoothing=smoothing),  # type: ignore[arg-type]
             "kdsnn": lambda: KDSNN(**features, **soft, label_smoothing=smoothing),  # type: ignore[arg-type]
         }
-        return methods[self.method]()
+        return methods.get(self.method, methods["direct"])()
 
 
 @dataclass(frozen=True)
@@ -182,6 +224,19 @@ class Distill:
     training: Training = field(default_factory=Training)
     """How it is trained."""
 
+    def faults(self) -> list[str]:
+        """What cannot work together, one sentence each."""
+        faults = []
+        if not self.what.trains and not self.student.inherits:
+            faults.append(f"method (={self.what.method}) keeps the teacher's weights: leave student and inherit alone")
+        stands_in = self.student.gradient == "quantised" or self.training.quantised_epochs
+        if stands_in and not self.student.rounds:
+            faults.append(
+                "the quantised stand-in is for neuron=if with reset=subtract, initial=0.5 and coding=direct: leave"
+                " those as they are, or take gradient=exact and quantised_epochs=0"
+            )
+        return faults
+
 
 def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Build a student, train it into a run directory, and measure it once on the test set.
@@ -196,7 +251,8 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
         What results.json holds: see ``measure``.
     """
     progress = progress or Progress.silent()
-    check(recipe.student, recipe.data, recipe.training)
+    recipe = dataclasses.replace(recipe, student=recipe.what.settle(recipe.student))
+    check(recipe, recipe.student, recipe.data, recipe.training)
     images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
     teacher, architecture = find_teacher(recipe.who, images)
     student, report, network = build_student(recipe, teacher, architecture, images)
@@ -209,17 +265,18 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     with progress:
         if not (out / "before.json").exists():
             run.write("before", measure(student, teacher, images, recipe.training, 1000))
-        fit(
-            student,
-            objective,
-            images,
-            recipe.training,
-            run,
-            teacher=teacher,
-            augment=augment,
-            validation=held,
-            progress=progress,
-        )
+        if recipe.what.trains:
+            fit(
+                student,
+                objective,
+                images,
+                recipe.training,
+                run,
+                teacher=teacher,
+                augment=augment,
+                validation=held,
+                progress=progress,
+            )
         results = measure(student, teacher, images, recipe.training)
     facts = {"kind": "student", "architecture": network.facts(), "recipe": asdict(recipe), "data": images.name}
     facts |= {"mean": student.mean.flatten().tolist(), "std": student.std.flatten().tolist(), "results": results}
@@ -281,6 +338,7 @@ def build_student(
         inherit=inherits,
         rule=choice.rule,
         percentile=choice.percentile,
+        correct_bias=choice.correct_bias,
         max_pool=choice.max_pool,
         coding=CODINGS[choice.coding](),
         mean=mean,

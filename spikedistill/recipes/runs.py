@@ -1,17 +1,21 @@
 """Finished runs, read back: evaluate one, compare many."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikedistill.data.images import load_images
-from spikedistill.errors import RunError
+import torch
+from torch import Tensor
+
+from spikedistill.data.images import ImageSet, load_images
+from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.early_exit import check_confidence
 from spikedistill.files import read_tensors
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, find_teacher, measure
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.coding import CODINGS
-from spikedistill.teacher.load import Architecture, load_weights
+from spikedistill.teacher.load import Architecture, Teacher, load_teacher, load_weights
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run
 
@@ -47,6 +51,67 @@ def load_student(path: str | Path) -> tuple[Student, Distill]:
     )
     load_weights(student, tensors, f"'{file}'")
     return student.eval(), recipe
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The network of a finished run, and on what it was trained."""
+
+    name: str
+    network: Student | Teacher
+    data: Data
+    training: Training
+
+
+def load_run(path: str | Path) -> Finished:
+    """The trained network of a run of ``teach`` or ``distill``.
+
+    Raises:
+        RunError: if the directory holds no finished run.
+        WeightsError: if its weights cannot be read.
+    """
+    run = Run(Path(path))
+    recipe = run.read("recipe")
+    if not run.model.exists():
+        raise RunError(f"'{path}' holds no finished run: end it by the same command with --resume.")
+    name = run.path.resolve().name
+    if recipe.get("kind") == "distill":
+        student, made = load_student(path)
+        return Finished(name, student, made.data, made.training)
+    if recipe.get("kind") == "teach":
+        return Finished(name, load_teacher(path)[0], Data(**recipe["data"]), Training(**recipe["training"]))
+    raise RunError(f"'{path}' holds a run of kind {recipe.get('kind')!r}: give runs of 'teach' or 'distill'.")
+
+
+def load_runs(paths: Sequence[Path], data_dir: str | None = None) -> tuple[list[Finished], ImageSet]:
+    """Several runs on one data set, and that set.
+
+    Raises:
+        ConfigError: if none is given, two have one name, or they were trained on different data.
+    """
+    if not paths:
+        raise ConfigError("No runs were given: name one or more run directories.")
+    runs = [load_run(path) for path in paths]
+    names, sets = [run.name for run in runs], [run.data.data for run in runs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"Two of the runs have one name ({', '.join(names)}): give directories of other names.")
+    if len(set(sets)) > 1:
+        raise ConfigError(f"The runs were trained on different data ({', '.join(sets)}): compare runs of one set.")
+    data = runs[0].data
+    return runs, load_images(data.data, data_dir or data.data_dir, data.image_size)
+
+
+def some(images: ImageSet, count: int | None) -> tuple[Tensor, Tensor]:
+    """So many test images, evenly spaced, and their labels; all by default.
+
+    Raises:
+        ConfigError: if the count is below 1.
+    """
+    if count is not None and count < 1:
+        raise ConfigError(f"images (={count}) must be 1 or more; leave it away for the whole test set.")
+    everything = len(images.test_images)
+    chosen = torch.arange(everything) if count is None else torch.linspace(0, everything - 1, min(count, everything))
+    return images.test_images[chosen.long()], images.test_labels[chosen.long()]
 
 
 def to_recipe(content: Mapping[str, Any]) -> Distill:

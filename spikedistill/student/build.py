@@ -12,16 +12,18 @@ from spikedistill.errors import ConfigError, ConversionError, ShapeError, unknow
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import ClassLogits, Image, Logits
-from spikedistill.student.calibrate import Rule, record, thresholds
+from spikedistill.student.calibrate import Rule, channel_means, correct_biases, record, thresholds
 from spikedistill.student.coding import Coding, Direct
+from spikedistill.student.quantised import quantised_run
 from spikedistill.student.rate import rate_run
 from spikedistill.student.recompute import recomputed_run
 from spikedistill.student.surgery import MaxPool, Place, find_places, insert_neurons, trace
 from spikedistill.teacher.load import Normalised
 from spikedistill.teacher.zoo import initialise
 
-Gradient = Literal["exact", "rate"]
-"""How a student in training hands gradients back: through every step and its state, or through rates alone."""
+Gradient = Literal["exact", "rate", "quantised"]
+"""How a student in training hands gradients back: through every step and its state, through rates alone, or not as a
+spiking network at all but as its quantised stand-in (``student/quantised.py``), whose logits have one time step."""
 State = tuple[Tensor, ...]
 """The potentials of all layers after a step, ``[B, ...]`` each, in units of their thresholds."""
 
@@ -165,7 +167,13 @@ class Student(nn.Module):
 
     def _run(self, images: Tensor, timesteps: int) -> tuple[Logits, Any, dict[str, Tensor]]:
         rows, repeats = self.coding.encode(images, timesteps)
-        if self.gradient == "rate" and self.training and torch.is_grad_enabled():
+        learns = self.training and torch.is_grad_enabled()
+        if self.gradient == "quantised" and learns:
+            if repeats != timesteps:
+                raise ConfigError("The quantised stand-in has no time: give images (no frames) and direct coding.")
+            logits, features = quantised_run(self.core, self._normalised(rows), timesteps, len(self.neurons))
+            return logits[None], None, features
+        if self.gradient == "rate" and learns:
             logits, features = rate_run(self.core, self._normalised(rows), timesteps, repeats, len(self.neurons))
             return logits.unflatten(0, (timesteps, -1)), None, features
         states = (None,) * len(self.neurons)
@@ -194,6 +202,7 @@ def to_spiking(
     inherit: bool = True,
     rule: Rule = "least-squares",
     percentile: float = 99.9,
+    correct_bias: bool = False,
     max_pool: MaxPool = "keep",
     coding: Coding | None = None,
     mean: Sequence[float] | None = None,
@@ -211,6 +220,8 @@ def to_spiking(
             ``neuron.threshold``, for which no calibration is needed.
         rule: how a threshold is chosen from activations; see ``calibrate.choose_threshold``.
         percentile: for the rule of that name.
+        correct_bias: shift biases so that every layer's channels have the ANN's means over the calibration images (see
+            ``calibrate.correct_biases``): for a student that is not trained.
         max_pool: keep max pooling (over spikes it is a logical or), or exchange it for average pooling.
         coding: what the student sees at each step; the image itself by default.
         mean: input normalisation of a network that is no ``Teacher``; none by default.
@@ -229,6 +240,8 @@ def to_spiking(
         raise ConfigError(
             "Inherited weights need thresholds: give some hundred images as calibrate=..., or inherit=False."
         )
+    if correct_bias and not inherit:
+        raise ConfigError("correct_bias is for inherited weights: leave it away, or inherit=True.")
     if not 0 <= percentile <= 100:
         raise ConfigError(f"percentile (={percentile}) must be between 0 and 100.")
     if isinstance(ann, Normalised):
@@ -241,39 +254,47 @@ def to_spiking(
     module, ends = trace(copied)
     places = find_places(module)
     chosen: Mapping[str, tuple[float, float | None]]
+    wanted: dict[str, Tensor] = {}
     if inherit and calibrate is not None:
-        chosen = _calibrated(module, places, calibrate, neuron, timesteps, rule, percentile, mean, std)
+        inputs = _normalised(calibrate, mean, std, module)
+        chosen = _calibrated(module, places, inputs, neuron, timesteps, rule, percentile)
+        if correct_bias:
+            wanted = channel_means(module, {place.node for place in places}, inputs)
     else:
         initialise_fresh(module)
         chosen = dict.fromkeys((place.node for place in places), (neuron.threshold, None))
     neurons = {place.name: Spiking(neuron, chosen[place.node][0]) for place in places}
     static = insert_neurons(module, places, neurons, max_pool)
     student = Student(module, _feature_nodes(module, ends, static), timesteps, coding or Direct(), mean, std)
+    student.to(next(ann.parameters()).device)
+    if wanted and calibrate is not None:
+        ordered = {name: wanted[place.node] for name, place in zip(student.neurons, places)}
+        correct_biases(student, module, student.neurons, ordered, calibrate)
     sites = tuple(Site(p.name, p.kind, p.source, *chosen[p.node], p.note) for p in places)
-    return student.to(next(ann.parameters()).device), Report(sites, timesteps, inherit)
+    return student, Report(sites, timesteps, inherit)
+
+
+@torch.no_grad()
+def _normalised(images: Image, mean: Sequence[float], std: Sequence[float], module: nn.Module) -> Image:
+    device = next(module.parameters()).device
+    return Normalised(nn.Identity(), mean, std).to(device).normalise(images.to(device))
 
 
 def _calibrated(
     module: fx.GraphModule,
     places: list[Place],
-    images: Image,
+    inputs: Image,
     neuron: Neuron,
     timesteps: int,
     rule: Rule,
     percentile: float,
-    mean: Sequence[float],
-    std: Sequence[float],
 ) -> dict[str, tuple[float, float]]:
-    device = next(module.parameters()).device
-    owner = Normalised(nn.Identity(), mean, std).to(device)
-    with torch.no_grad():
-        inputs = owner.normalise(images.to(device))
     try:
         activations = record(module, {place.node for place in places}, inputs)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
-            f"The network does not accept the calibration images of shape {tuple(images.shape)} ({reason}): give images"
+            f"The network does not accept the calibration images of shape {tuple(inputs.shape)} ({reason}): give images"
             " as it was trained on."
         ) from error
     return thresholds(activations, neuron, timesteps, rule, percentile)

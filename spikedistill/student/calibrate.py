@@ -5,16 +5,19 @@ or a reset to zero. The staircase is taken from the neuron itself, by running th
 currents, so the rules below hold for any neuron.
 """
 
+import operator
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConversionError
 from spikedistill.neuron.dynamics import Neuron, run
+from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import Image
+from spikedistill.student.surgery import repeat_time
 
 Rule = Literal["least-squares", "max", "percentile"]
 
@@ -28,31 +31,53 @@ CANDIDATES = 100
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a traced network and keeps a thinned sample of what chosen nodes return."""
+    """Runs a traced network and keeps what ``look`` makes of what chosen nodes return."""
 
-    def __init__(self, module: fx.GraphModule, nodes: set[str]) -> None:
+    def __init__(self, module: fx.GraphModule, nodes: set[str], look: Callable[[Tensor], Tensor]) -> None:
         super().__init__(module)
-        self.nodes = nodes
+        self.nodes, self.look = nodes, look
         self.seen: dict[str, list[Tensor]] = {name: [] for name in nodes}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.nodes:
-            flat = value.detach().flatten()
-            self.seen[n.name].append(flat[:: max(1, flat.numel() // RESERVOIR)].float().cpu())
+            self.seen[n.name].append(self.look(value.detach()).float().cpu())
         return value
 
 
 @torch.no_grad()
-def record(module: fx.GraphModule, nodes: set[str], images: Image, batch_size: int = 100) -> dict[str, Tensor]:
-    """A sample of the activations at each node over the images (already normalised), one flat tensor each."""
+def _look(
+    module: fx.GraphModule, nodes: set[str], images: Image, batch_size: int, look: Callable[[Tensor], Tensor]
+) -> dict[str, list[Tensor]]:
     training = module.training
     module.eval()
-    recorder = _Recorder(module, nodes)
+    recorder = _Recorder(module, nodes, look)
     for part in images.split(batch_size):
         recorder.run(part)
     module.train(training)
-    return {name: _thin(torch.cat(parts)) for name, parts in recorder.seen.items()}
+    return recorder.seen
+
+
+def record(module: fx.GraphModule, nodes: set[str], images: Image, batch_size: int = 100) -> dict[str, Tensor]:
+    """A sample of the activations at each node over the images (already normalised), one flat tensor each."""
+    seen = _look(module, nodes, images, batch_size, _every_so_many)
+    return {name: _thin(torch.cat(parts)) for name, parts in seen.items()}
+
+
+def _every_so_many(value: Tensor) -> Tensor:
+    flat = value.flatten()
+    return flat[:: max(1, flat.numel() // RESERVOIR)]
+
+
+def channel_means(module: fx.GraphModule, nodes: set[str], images: Image, batch_size: int = 100) -> dict[str, Tensor]:
+    """The mean activation of every channel at each node over the images (already normalised), ``[C]`` each."""
+    seen = _look(module, nodes, images, batch_size, lambda value: _by_channel(value)[None] * len(value))
+    return {name: torch.cat(parts).sum(0) / len(images) for name, parts in seen.items()}
+
+
+def _by_channel(value: Tensor) -> Tensor:
+    """``[B, C, ...]`` to its means ``[C]``."""
+    return value.float().transpose(0, 1).flatten(1).mean(1)
 
 
 def _thin(values: Tensor) -> Tensor:
@@ -117,3 +142,70 @@ def thresholds(
         threshold = choose_threshold(values, stairs, rule, percentile)
         result[name] = (threshold, float(response(values, threshold, stairs).mean()))
     return result
+
+
+@torch.no_grad()
+def correct_biases(
+    student: nn.Module,
+    core: fx.GraphModule,
+    neurons: Mapping[str, Spiking],
+    wanted: Mapping[str, Tensor],
+    images: Image,
+    batch_size: int = 50,
+) -> None:
+    """Shift the biases before every layer of neurons so that its channels answer as the ANN's do on average.
+
+    The bias correction of Li et al. (ICML 2021, arXiv 2106.06984, section 4.2), layer after layer: what a layer still
+    lacks after the ones before it are corrected is added to the batch norm, convolution or linear layer that feeds it.
+    A layer fed by nothing that has a bias of its own stays as it is.
+
+    Args:
+        student: in place.
+        core: its graph.
+        neurons: its layers of neurons by name, in order of execution.
+        wanted: the ANN's mean activation, by layer, ``[C]`` each.
+        images: raw images in 0..1.
+        batch_size: images at a time.
+    """
+    training = student.training
+    student.eval()
+    calls = {str(node.target): node for node in core.graph.nodes if node.op == "call_module"}
+    device = next(student.parameters()).device
+    for name, layer in neurons.items():
+        feeder = _feeder(core, calls[f"{core.meta['neurons']}.{name}"].args[0])
+        if feeder is None:
+            continue
+        sums: list[Tensor] = []
+
+        def listen(_: nn.Module, given: Any, result: tuple[Tensor, Any], sums: list[Tensor] = sums) -> None:
+            sums.append(_by_channel(result[0]))
+
+        handle = layer.register_forward_hook(listen)
+        parts = images.split(batch_size)
+        for part in parts:
+            student(part.to(device))
+        handle.remove()
+        weights = torch.tensor([len(part) / len(images) for part in parts], device=device)
+        lacking = wanted[name].to(device) - (torch.stack(sums) * weights[:, None]).sum(0)
+        feeder.bias += lacking.to(feeder.bias)
+    student.train(training)
+
+
+SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def _feeder(core: fx.GraphModule, node: Any) -> Any:
+    """The layer whose bias a node's value ends in and nothing else reads, if there is one; of a sum any one part's."""
+    if not isinstance(node, fx.Node) or len(node.users) > 1:
+        return None
+    if node.op == "call_module":
+        layer = core.get_submodule(str(node.target))
+        if isinstance(layer, PASSING):
+            return _feeder(core, node.args[0])
+        calls = sum(other.op == "call_module" and other.target == node.target for other in core.graph.nodes)
+        return layer if calls == 1 and getattr(layer, "bias", None) is not None else None
+    if node.target in SUMS or node.target is repeat_time:
+        found = (_feeder(core, part) for part in node.args)
+        return next((layer for layer in found if layer is not None), None)
+    return None

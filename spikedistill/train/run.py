@@ -7,6 +7,7 @@ timing.jsonl            one line an epoch; seconds, which are never the same
 checkpoint.safetensors  all that the next step needs
 model.safetensors       the weights, when the run is done
 results.json            the measurements on the test set, when the run is done
+scores.jsonl            of 'immunity': one line a score
 answers/                with views: the teacher's answers; may be deleted
 """
 
@@ -53,7 +54,8 @@ class Run:
             RunError: if a run lies there already and is not to be resumed, or has another recipe.
         """
         begun = (self.path / "recipe.json").exists()
-        worth_keeping = any(file.exists() for file in (self.checkpoint, self.model, self.path / "results.json"))
+        results = (self.path / "results.json", self.path / "scores.jsonl")
+        worth_keeping = any(file.exists() for file in (self.checkpoint, self.model, *results))
         if worth_keeping and not resume:
             raise RunError(f"'{self.path}' already holds a run: go on with it by --resume, or choose another --out.")
         if resume and begun:

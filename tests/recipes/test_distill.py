@@ -81,6 +81,64 @@ class TestEveryMethod:
         assert run.read("before").keys() == results.keys() - {"test_accuracy"} | {"train_accuracy"}
 
 
+class TestConversion:
+    @pytest.mark.parametrize("method", ["conversion-max", "conversion-percentile", "conversion-least-squares"])
+    def test_trains_nothing_and_takes_the_rule_of_its_name(self, home, method, tmp_path):
+        distill(recipe(home, method), tmp_path)
+        assert not (tmp_path / "metrics.jsonl").exists()
+        student, made = load_student(tmp_path)
+        assert made.student.rule == method.removeprefix("conversion-")
+        teacher = load_teacher(home / "teacher")[0].network.state_dict()
+        ours = {name.removeprefix("core."): value for name, value in student.state_dict().items()}
+        assert all(torch.equal(ours[name], value) for name, value in teacher.items())
+        assert len({float(layer.threshold) for layer in student.neurons.values()}) > 1
+
+    def test_corrects_biases_where_asked(self, home, tmp_path):
+        made = recipe(home, "conversion-max")
+        corrected = dataclasses.replace(made, student=dataclasses.replace(made.student, correct_bias=True))
+        distill(made, tmp_path / "plain")
+        distill(corrected, tmp_path / "corrected")
+        plain, changed = (load_student(tmp_path / name)[0].state_dict() for name in ("plain", "corrected"))
+        names = {name for name in plain if not torch.equal(plain[name], changed[name])}
+        assert names and all(name.endswith("bias") for name in names)
+
+    def test_qcfs_trains_the_quantised_stand_in_and_answers_in_spikes(self, home, tmp_path):
+        results = distill(recipe(home, "conversion-qcfs"), tmp_path)
+        (line,) = Run(tmp_path).lines("metrics")
+        assert "labels" in line and "firing_rate" not in line and results["firing_rate"] > 0
+        _, made = load_student(tmp_path)
+        assert made.student.gradient == "quantised" and made.student.learn_threshold
+        longer = evaluate(tmp_path, timesteps=9)["accuracy_by_step"]
+        assert len(longer) == 9 and longer[:2] == results["accuracy_by_step"]
+
+    def test_needs_the_weights_of_the_teacher(self, home, tmp_path):
+        with pytest.raises(ConfigError, match=r"method \(=conversion-max\) keeps the teacher's weights"):
+            distill(recipe(home, "conversion-max", "vgg9"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"gradient": "quantised", "neuron": "lif"}, "the quantised stand-in is for neuron=if"),
+        ({"gradient": "quantised", "initial": 0.0}, "the quantised stand-in is for neuron=if"),
+        ({"gradient": "quantised", "coding": "rate"}, "the quantised stand-in is for neuron=if"),
+        ({"correct_bias": True, "student": "vgg9"}, "correct_bias needs inherited weights"),
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused(changes, message):
+    choice = StudentChoice(**changes)
+    assert message in "; ".join(choice.faults() + Distill(student=choice).faults())
+
+
+def test_a_student_may_begin_as_its_stand_in(home, tmp_path):
+    made = recipe(home, training=dataclasses.replace(TRAINING, epochs=2, quantised_epochs=1))
+    distill(made, tmp_path / "whole")
+    first, second = Run(tmp_path / "whole").lines("metrics")
+    assert "firing_rate" not in first and second["firing_rate"] > 0
+    lif = dataclasses.replace(made, student=StudentChoice(neuron="lif"))
+    assert "the quantised stand-in is for neuron=if" in "; ".join(lif.faults())
+
+
 @pytest.fixture(scope="module")
 def finished(home):
     return home / "finished", distill(recipe(home), home / "finished")

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from spikedistill.errors import ConversionError
+from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.neuron.dynamics import IF, LIF, Neuron, Reset
+from spikedistill.student.build import to_spiking
 from spikedistill.student.calibrate import (
     CANDIDATES,
     GRID,
@@ -148,3 +149,69 @@ class TestRecord:
         found = record(module, {"_2"}, images)["_2"]
         assert len(found) == 10
         assert all(min(abs(value - other) for other in whole) < 1e-6 for value in found.tolist())
+
+
+class TestBiases:
+    """After the correction every channel's mean over time and images is the ANN's."""
+
+    def lacking(self, ann, images, **options):
+        """The largest difference of a channel's mean from the ANN's, over the layers of neurons."""
+        student, _ = to_spiking(ann, calibrate=images, timesteps=3, neuron=IF, rule="max", **options)
+        seen = []
+        for layer in student.neurons.values():
+            layer.backend = "reference"
+            layer.register_forward_hook(lambda _, __, result: seen.append(result[0].transpose(0, 1).flatten(1).mean(1)))
+        wanted = []
+        handles = [
+            layer.register_forward_hook(lambda _, __, result: wanted.append(result.transpose(0, 1).flatten(1).mean(1)))
+            for layer in ann.modules()
+            if isinstance(layer, nn.ReLU)
+        ]
+        with torch.no_grad():
+            student.eval()(images)
+            ann.eval()(images)
+        for handle in handles:
+            handle.remove()
+        return [float((one - other).abs().max()) for one, other in zip(seen, wanted)], student
+
+    def network(self, norm=True):
+        norms = [nn.BatchNorm2d(6), nn.BatchNorm2d(5)] if norm else [nn.Identity(), nn.Identity()]
+        first, second = nn.Conv2d(1, 6, 3, bias=not norm), nn.Conv2d(6, 5, 3, bias=not norm)
+        layers = first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU(), nn.Flatten(), nn.Linear(5 * 16, 3)
+        return nn.Sequential(*layers)
+
+    @pytest.mark.parametrize("norm", [True, False])
+    def test_make_up_for_what_rounding_down_loses(self, norm):
+        ann, images = self.network(norm), torch.rand(64, 1, 8, 8)
+        plain, _ = self.lacking(ann, images)
+        corrected, _ = self.lacking(ann, images, correct_bias=True)
+        assert max(corrected) < 0.35 * max(plain)
+
+    def test_change_nothing_but_biases(self):
+        ann, images = self.network(), torch.rand(64, 1, 8, 8)
+        _, plain = self.lacking(ann, images)
+        _, corrected = self.lacking(ann, images, correct_bias=True)
+        before = plain.state_dict()
+        changed = {name for name, value in corrected.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed == {"core.1.bias", "core.4.bias"}
+
+    def test_reach_the_last_norm_before_a_sum(self):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.conv = nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+                self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4 * 36, 3)
+
+            def forward(self, x):
+                x = torch.relu(self.stem(x))
+                return self.head(torch.relu(self.norm(self.conv(x)) + x).flatten(1))
+
+        images = torch.rand(32, 1, 8, 8)
+        ann, options = Block(), {"calibrate": images, "neuron": IF, "rule": "max"}
+        plain = to_spiking(ann, **options)[0].state_dict()
+        corrected = to_spiking(ann, **options, correct_bias=True)[0].state_dict()
+        assert {name for name in plain if not torch.equal(plain[name], corrected[name])} == {"core.norm.bias"}
+
+    def test_of_fresh_weights_are_refused(self):
+        with pytest.raises(ConfigError, match="correct_bias is for inherited weights"):
+            to_spiking(self.network(), inherit=False, correct_bias=True)

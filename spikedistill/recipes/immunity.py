@@ -1,0 +1,156 @@
+"""How immune finished networks are to noise: scores of each, kept as they come, a table and curves."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, fields
+from pathlib import Path
+
+import torch
+
+from spikedistill.data.noise import SEVERITIES
+from spikedistill.errors import ConfigError, unknown
+from spikedistill.evaluate.immunity import KINDS, Score, area, immunity, mean_corruption_error, troubles
+from spikedistill.files import write_text
+from spikedistill.recipes.figures import curves
+from spikedistill.recipes.runs import load_runs, some
+from spikedistill.train.device import choose_device, choose_precision
+from spikedistill.train.run import Run
+
+
+def measure_immunity(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    kinds: Sequence[str] = KINDS,
+    images: int | None = None,
+    attacked: int = 500,
+    seed: int = 0,
+    baseline: str | None = None,
+    data_dir: str | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[list[str], list[list[str]]]:
+    """Measure finished runs under noise, corruptions, faults and attacks.
+
+    Args:
+        paths: run directories of ``teach`` and ``distill`` on one data set.
+        out: where scores.csv, immunity.md and a picture for each kind go.
+        kinds: which kinds of trouble.
+        images: how many test images, evenly spaced; all by default.
+        attacked: how many of them are attacked.
+        seed: of all that is drawn.
+        baseline: the run that the others are compared to; by default the first.
+        data_dir: another place of the data than the first run was trained with.
+        resume: go on with what lies in ``out``.
+        say: told what was measured.
+
+    Returns:
+        Columns and rows of a table, one row a network.
+
+    Raises:
+        ConfigError: if the baseline is none of the runs, or there is no such kind.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(unknown("kind of trouble", kind, KINDS))
+    if attacked < 1:
+        raise ConfigError(f"attacked (={attacked}) must be 1 image or more; to leave attacks away name other kinds.")
+    runs, data = load_runs(paths, data_dir)
+    names = [run.name for run in runs]
+    baseline = names[0] if baseline is None else baseline
+    if baseline not in names:
+        raise ConfigError(unknown("run to compare with", baseline, names))
+    pixels, labels = some(data, images)
+    run = Run(out)
+    asked = {"runs": [str(path) for path in paths], "kinds": list(kinds), "images": len(pixels)}
+    run.start({"kind": "immunity", **asked, "attacked": attacked, "seed": seed}, resume)
+    device = choose_device("auto")
+    precision = choose_precision(runs[0].training, device)
+    known = [Score(**line) for line in run.lines("scores")]
+    total = len(names) * (1 + len(SEVERITIES) * len(troubles(kinds)))
+
+    def keep(score: Score) -> None:
+        run.append("scores", asdict(score))
+        known.append(score)
+        place = f"{score.name} {score.severity}" if score.severity else "clean"
+        say(f"{len(known)} of at most {total}: {score.network}, {place}: {score.accuracy:.2f} %")
+
+    networks = {found.name: found.network.to(device, memory_format=torch.channels_last) for found in runs}  # type: ignore[call-overload]
+    scores = immunity(
+        networks,
+        pixels,
+        labels,
+        kinds=kinds,
+        seed=seed,
+        dtype=precision.dtype,
+        attacked=attacked,
+        known=tuple(known),
+        keep=keep,
+    )
+    columns, rows = summary(scores, names, kinds, baseline)
+    write_text(out / "scores.csv", to_csv(scores))
+    write_text(out / "immunity.md", markdown(columns, rows))
+    for kind in kinds:
+        curves(out / f"{kind}.png", panels(scores, names, kind), "severity", "accuracy (%)")
+    run.write("results", {"baseline": baseline, "table": [columns, *rows]})
+    return columns, rows
+
+
+def summary(
+    scores: Sequence[Score], names: Sequence[str], kinds: Sequence[str], baseline: str
+) -> tuple[list[str], list[list[str]]]:
+    """A row a network: accuracy clean and as a mean over each kind, and where it stands against the baseline."""
+    columns = ["network", "clean", *kinds, f"mCE ({baseline} = 100)", f"better than {baseline}"]
+    rows = []
+    for name in names:
+        clean = next(score.accuracy for score in scores if score.network == name and score.kind == "clean")
+        means = [_mean([s.accuracy for s in scores if s.network == name and s.kind == kind]) for kind in kinds]
+        error = mean_corruption_error(scores, name, baseline, "natural") if "natural" in kinds else None
+        cells = [f"{value:.2f}" if value is not None else "" for value in (clean, *means, error)]
+        rows.append([name, *cells, "" if name == baseline else _wins(scores, name, baseline, kinds)])
+    return columns, rows
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _wins(scores: Sequence[Score], name: str, baseline: str, kinds: Sequence[str]) -> str:
+    """Under how many troubles of each kind the area under the curve is larger than the baseline's."""
+    parts = []
+    for kind in kinds:
+        shared = [what for found, what in troubles([kind]) if _has(scores, name, what) and _has(scores, baseline, what)]
+        won = sum(area(scores, name, what) > area(scores, baseline, what) for what in shared)
+        parts += [f"{won} of {len(shared)} {kind}"] if shared else []
+    return ", ".join(parts)
+
+
+def _has(scores: Sequence[Score], network: str, name: str) -> bool:
+    return any(score.network == network and score.name == name for score in scores)
+
+
+def panels(scores: Sequence[Score], names: Sequence[str], kind: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """For every trouble of a kind the curve of each network over severity 0..5."""
+    drawn: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for _, what in troubles([kind]):
+        for name in names:
+            points = [(s.severity, s.accuracy) for s in scores if s.network == name and s.name in ("clean", what)]
+            if len(points) > 1:
+                drawn.setdefault(what, {})[name] = [(float(x), y) for x, y in sorted(points)]
+    return drawn
+
+
+def to_csv(scores: Sequence[Score]) -> str:
+    """All scores, one a line, under the names of their fields."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Score)])
+    writer.writerows(astuple(score) for score in scores)
+    return file.getvalue()
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

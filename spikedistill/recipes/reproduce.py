@@ -1,0 +1,266 @@
+"""``reproduce``: a study is trained, cell by cell, measured, and written down as CSV, Markdown and pictures."""
+
+import csv
+import datetime
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from spikedistill.errors import ConfigError
+from spikedistill.evaluate.immunity import Score
+from spikedistill.files import write_text
+from spikedistill.recipes.distill import distill
+from spikedistill.recipes.energy import measure_energy
+from spikedistill.recipes.energy import table as energy_table
+from spikedistill.recipes.figures import bars, curves
+from spikedistill.recipes.immunity import markdown, measure_immunity
+from spikedistill.recipes.immunity import panels as immunity_panels
+from spikedistill.recipes.runs import evaluate
+from spikedistill.recipes.studies import LONGEST, Cell, Study
+from spikedistill.recipes.teach import teach
+from spikedistill.train.progress import Progress
+from spikedistill.train.run import Run, environment
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of a study, a line of its CSV file."""
+
+    study: str
+    teacher: str
+    student: str
+    method: str
+    setting: str
+    seed: int
+    timesteps: int
+    metric: str
+    value: float
+
+
+def reproduce(study: Study, out: Path, seeds: int | None = None, progress: Progress | None = None) -> str:
+    """Train what is missing of a study, measure it, and write ``NAME.csv``, ``NAME.md`` and ``NAME.png`` to ``out``.
+
+    Args:
+        study: of ``studies.STUDIES``.
+        out: where the files go.
+        seeds: only the first so many seeds.
+        progress: what shows the work.
+
+    Returns:
+        The report in Markdown.
+
+    Raises:
+        ConfigError: if ``seeds`` is below 1.
+    """
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"seeds (={seeds}) must be 1 or more.")
+    progress = progress or Progress.silent()
+    cells = [cell for cell in study.cells if cell.seed < (seeds or study.seeds)]
+    todo = len(study.teachers) + len(cells)
+    work: list[tuple[Path, Callable[[bool], object]]] = [
+        (path, lambda resume, made=made, path=path: teach(made, path, resume, Progress.stderr(path.name)))  # type: ignore[misc]
+        for made, path in study.teachers.values()
+    ]
+    work += [
+        (cell.path, lambda resume, cell=cell: distill(cell.recipe, cell.path, resume, Progress.stderr(cell.path.name)))  # type: ignore[misc]
+        for cell in cells
+    ]
+    for number, (path, run) in enumerate(work, 1):
+        if (path / "results.json").exists():
+            continue
+        progress.say(f"{number} of {todo}: {path.name}")
+        run((path / "recipe.json").exists())
+    rows, shown = MEASURES[study.kind](study, cells, out, progress)
+    write_text(out / f"{study.name}.csv", to_csv(rows))
+    report = _report(study, cells, shown)
+    write_text(out / f"{study.name}.md", report)
+    write_text(out.with_suffix(".md"), _page(out))
+    return report
+
+
+def _accuracies(study: Study, cells: Sequence[Cell]) -> list[Row]:
+    """The last-epoch test accuracy of every teacher and student."""
+    rows = [
+        Row(study.name, name, name, "teacher", "", made.training.seed, 1, "accuracy", _result(path, "test_accuracy"))
+        for name, (made, path) in study.teachers.items()
+    ]
+    for cell in cells:
+        steps = cell.recipe.student.timesteps
+        rows.append(_row(study, cell, "", steps, "accuracy", _result(cell.path, "test_accuracy")))
+    return rows
+
+
+def _row(study: Study, cell: Cell, setting: str, steps: int, metric: str, value: float) -> Row:
+    return Row(study.name, cell.teacher, cell.student, cell.method, setting, cell.seed, steps, metric, value)
+
+
+def _result(path: Path, name: str) -> float:
+    return float(Run(path).read("results")[name])
+
+
+def measure_pairs(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
+    """Accuracy, mean and deviation over seeds, and the gain over direct training."""
+    rows = _accuracies(study, cells)
+    pairs = list(dict.fromkeys((cell.teacher, cell.student) for cell in cells))
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    lines = []
+    for teacher, student in pairs:
+        found = {
+            method: [row.value for row in rows if (row.teacher, row.student, row.method) == (teacher, student, method)]
+            for method in methods
+        }
+        means = {method: (statistics.mean(values), _deviation(values)) for method, values in found.items() if values}
+        groups[f"{teacher}\n-> {student}"] = means
+        ann = next(row.value for row in rows if row.method == "teacher" and row.teacher == teacher)
+        cells_ = [f"{mean:.2f} ± {spread:.2f}" for mean, spread in means.values()]
+        direct = means.get("direct", (float("nan"), 0.0))[0]
+        gains = [f"{mean - direct:+.2f}" for method, (mean, _) in means.items() if method != "direct"]
+        lines.append([f"{teacher} -> {student}", f"{ann:.2f}", *cells_, ", ".join(gains)])
+    bars(out / f"{study.name}.png", groups, "test accuracy (%)")
+    rest = ", ".join(method for method in methods if method != "direct")
+    columns = ["teacher -> student", "teacher (ANN)", *methods, f"gain over direct: {rest}"]
+    return rows, markdown(columns, lines) + f"\n![{study.title}]({study.name}.png)\n"
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
+    """Accuracy of students at their T, of conversions at every T up to 256, and where conversion catches up."""
+    converted = [cell for cell in cells if cell.method.startswith("conversion")]
+    trained = [cell for cell in cells if cell not in converted]
+    rows = _accuracies(study, trained)
+    powers = [2**power for power in range(LONGEST.bit_length())]
+    for cell in converted:
+        steps = _followed(cell, progress)
+        rows += [_row(study, cell, "", T, "accuracy", steps[T - 1]) for T in powers]
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    drawn = {method: [(float(row.timesteps), row.value) for row in rows if row.method == method] for method in methods}
+    ann = next(row.value for row in rows if row.method == "teacher")
+    drawn["teacher (ANN)"] = [(1.0, ann), (float(LONGEST), ann)]
+    curves(out / f"{study.name}.png", {study.title: drawn}, "time steps", "test accuracy (%)", doubling=True)
+    every = sorted({row.timesteps for row in rows if row.method != "teacher"})
+    lines = []
+    for method in methods:
+        at = {int(T): f"{value:.2f}" for T, value in drawn[method]}
+        lines.append([method, *(at.get(T, "") for T in every)])
+    caught = []
+    for cell in trained:
+        goal = _result(cell.path, "test_accuracy")
+        for method in dict.fromkeys(other.method for other in converted):
+            reached = [int(T) for T, value in drawn[method] if value >= goal]
+            when = f"first at T={min(reached)}" if reached else f"not up to T={LONGEST}"
+            caught.append(f"- {method} reaches the T={cell.recipe.student.timesteps} student ({goal:.2f} %): {when}.\n")
+    columns = ["method, T =", *map(str, every)]
+    return rows, markdown(columns, lines) + "\n" + "".join(caught) + f"\n![{study.title}]({study.name}.png)\n"
+
+
+def _followed(cell: Cell, progress: Progress) -> list[float]:
+    """Accuracy of a converted student after every step up to the longest, measured once and kept."""
+    run = Run(cell.path)
+    name = f"results-t{LONGEST}"
+    if not (cell.path / f"{name}.json").exists():
+        progress.say(f"{cell.path.name}: {LONGEST} time steps")
+        run.write(name, evaluate(cell.path, LONGEST))
+    return [float(value) for value in run.read(name)["accuracy_by_step"]]
+
+
+def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
+    """Accuracy under every noise and natural corruption at five severities."""
+    teachers = list(study.teachers.items())
+    paths = [path for _, (_, path) in teachers] + [cell.path for cell in cells]
+    folder = cells[0].path.parent / study.name
+    direct = next(cell.path.name for cell in cells if cell.method == "direct")
+    columns, lines = measure_immunity(
+        paths,
+        folder,
+        kinds=("noise", "natural"),
+        baseline=direct,
+        resume=(folder / "recipe.json").exists(),
+        say=progress.say,
+    )
+    scores = [Score(**line) for line in Run(folder).lines("scores")]
+    rows = []
+    for score in scores:
+        setting = f"{score.name}:{score.severity}" if score.severity else "clean"
+        for name, (_, path) in teachers:
+            if score.network == path.name:
+                rows.append(Row(study.name, name, name, "teacher", setting, 0, 1, "accuracy", score.accuracy))
+        for cell in cells:
+            if score.network == cell.path.name:
+                steps = cell.recipe.student.timesteps
+                rows.append(_row(study, cell, setting, steps, "accuracy", score.accuracy))
+    names = [path.name for path in paths]
+    pictures = ""
+    for kind in ("noise", "natural"):
+        curves(out / f"{study.name}-{kind}.png", immunity_panels(scores, names, kind), "severity", "test accuracy (%)")
+        pictures += f"\n![{kind}]({study.name}-{kind}.png)\n"
+    return rows, markdown(columns, lines) + pictures
+
+
+def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
+    """Spikes, synaptic operations and energies of one image, from the whole test set."""
+    teachers = list(study.teachers.items())
+    bills = measure_energy([path for _, (_, path) in teachers] + [cell.path for cell in cells], None)
+    rows = []
+    for (name, _), bill in zip(teachers, bills):
+        found = {"synops": bill.cost.dense, "accuracy": bill.accuracy}
+        found |= {f"energy_{model}": kinds["ann"] for model, kinds in bill.energy.items()}
+        rows += [Row(study.name, name, name, "teacher", "", 0, 1, metric, value) for metric, value in found.items()]
+    for cell, bill in zip(cells, bills[len(teachers) :]):
+        steps = cell.recipe.student.timesteps
+        found = {"accuracy": bill.accuracy, "spikes": bill.cost.spikes, "synops": bill.cost.acs + bill.cost.macs}
+        found |= {f"energy_{model}": kinds["student"] for model, kinds in bill.energy.items()}
+        rows += [_row(study, cell, "", steps, metric, value) for metric, value in found.items()]
+        for model, kinds in bill.energy.items():
+            for kind in ("quantised", "quantised-sparse"):
+                rows.append(_row(study, cell, f"{kind}-ann", steps, f"energy_{model}", kinds[kind]))
+    groups = {bill.network: {kind: (energy, 0.0) for kind, energy in bill.energy["memory"].items()} for bill in bills}
+    bars(out / f"{study.name}.png", groups, "nJ an image, with memory traffic")
+    warned = "".join(f"- {line}\n" for bill in bills for line in bill.warnings)
+    return rows, markdown(*energy_table(bills)) + f"\n{warned}\n![{study.title}]({study.name}.png)\n"
+
+
+Measure = Callable[[Study, Sequence[Cell], Path, Progress], tuple[list[Row], str]]
+MEASURES: dict[str, Measure] = {
+    "pairs": measure_pairs,
+    "timesteps": measure_timesteps,
+    "noise": measure_noise,
+    "energy": measure_energies,
+}
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """All numbers, one a line, under the names of ``Row``'s fields."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Row)])
+    writer.writerows(astuple(row) for row in rows)
+    return file.getvalue()
+
+
+def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
+    machine = environment()
+    hardware = machine["cuda"] or f"{machine['processor']}, {machine['cores']} cores"
+    epochs = {f"{made.training.epochs} ({name}, teacher)": None for name, (made, _) in study.teachers.items()}
+    for cell in cells:
+        if cell.recipe.what.trains:
+            epochs[f"{cell.recipe.training.epochs} ({cell.teacher} -> {cell.student})"] = None
+    seeds = ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))
+    return (
+        f"## {study.title}\n\n"
+        f"`spikedistill reproduce {study.name} --budget {study.budget}`, {datetime.date.today().isoformat()}, on"
+        f" {hardware}, torch {machine['versions']['torch']}. Test set, last epoch. Seeds: {seeds}. Epochs:"
+        f" {', '.join(epochs)}.\nThe paper's claim: {study.claim}.\n\n{shown}"
+    )
+
+
+def _page(out: Path) -> str:
+    """The page that joins the reports of all studies in a folder."""
+    parts = [file.read_text(encoding="utf-8") for file in sorted(out.glob("*.md"))]
+    joined = "\n".join(parts).replace("](", f"]({out.name}/")
+    return f"# Results\n\nWritten by `spikedistill reproduce`; every number is in `{out.name}/*.csv`.\n\n{joined}"

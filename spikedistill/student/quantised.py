@@ -1,0 +1,61 @@
+"""The quantised stand-in of a student: each layer of neurons as its answer to a constant current, without time.
+
+Under a constant current ``x`` for L steps, an IF neuron that starts at half of its threshold and resets by subtraction
+fires ``clip(floor(x L / threshold + 1/2), 0, L)`` times. Networks with that activation, floor passed straight through
+backwards (QCFS: Bu et al., ICLR 2022, arXiv 2303.04347), cost no more than an ANN to train; run with neurons they
+differ from themselves only where spikes arrive unevenly. As a baseline it is called conversion: nothing is trained on
+spikes.
+"""
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from spikedistill.neuron.layer import Spiking
+from spikedistill.student.surgery import repeat_time
+
+
+def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
+    """``threshold * clip(floor(x L / threshold + 1/2) / L, 0, 1)``, its floor handing gradients straight through.
+
+    Args:
+        x: currents of any shape.
+        threshold: a scalar above 0.
+        levels: L, 1 or more.
+
+    >>> clip_floor_shift(torch.tensor([-1.0, 0.2, 0.9, 5.0]), torch.tensor(2.0), 4).tolist()
+    [0.0, 0.0, 1.0, 2.0]
+    """
+    counts = (x / threshold).clamp(0, 1) * levels
+    whole = counts + ((counts + 0.5).floor() - counts).detach()
+    return (whole * (threshold / levels)).to(x.dtype)
+
+
+class _Quantised(fx.Interpreter):
+    """Runs a student's graph once, its neurons exchanged for their closed form."""
+
+    def __init__(self, core: fx.GraphModule, levels: int) -> None:
+        super().__init__(core)
+        self.levels = levels
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        if isinstance(layer, Spiking):
+            return clip_floor_shift(args[0], layer.used_threshold(args[0].numel()), self.levels), None
+        return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return args[0] if target is repeat_time else super().call_function(target, args, kwargs)
+
+
+def quantised_run(core: fx.GraphModule, rows: Tensor, levels: int, layers: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits ``[B, K]`` and features ``[B, ...]`` of the stand-in with L levels, with graph.
+
+    Args:
+        core: a student's graph.
+        rows: normalised images ``[B, ...]``.
+        levels: L.
+        layers: how many layers of neurons there are.
+    """
+    logits, _, features = _Quantised(core, levels).run(rows, 1, 1, (None,) * layers, False)
+    return logits, features

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import nn
+
+from spikedistill.evaluate.activity import firing_rates, operations
+from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, verdicts
+from spikedistill.neuron.dynamics import IF
+from spikedistill.student.build import to_spiking
+
+COST = Cost(acs=100.0, macs=10.0, spikes=20.0, updates=40.0, dense=60.0, active=30.0, timesteps=4)
+BIT = 10 / 64
+
+
+def test_operations_alone_cost_what_horowitz_says():
+    found = energies(COST)
+    assert found["float32"]["student"] == pytest.approx((100 * 0.9 + 10 * 4.6) / 1000)
+    assert found["float32"]["quantised"] == pytest.approx(60 * 4.6 / 1000)
+    # four steps tell five values apart: three bits
+    assert COST.bits == 3
+    assert found["int8"]["student"] == pytest.approx((100 * 0.1 + 10 * 0.3) / 1000)
+    assert found["int8"]["quantised"] == pytest.approx(60 * (0.2 * 3 / 8 + 0.1) / 1000)
+    assert found["int8"]["quantised-sparse"] == pytest.approx(found["int8"]["quantised"] / 2)
+
+
+def test_memory_is_paid_by_the_bit():
+    found = energies(COST)["memory"]
+    accumulate, multiply = 0.1 + BIT * (8 + 32), 0.3 + BIT * 16
+    assert found["student"] == pytest.approx((100 * accumulate + 10 * multiply + 40 * 32 * BIT) / 1000)
+    one = 0.2 * 3 / 8 + 0.1 + BIT * 11
+    assert found["quantised"] == pytest.approx((60 * one + 10 * 3 * BIT) / 1000)
+
+
+def test_an_ann_is_paid_at_eight_bits():
+    found = ann_energies(Cost(0.0, 60.0, 0.0, 40.0, 60.0, 60.0, 1))
+    assert found["float32"] == pytest.approx(60 * 4.6 / 1000)
+    assert found["memory"] == pytest.approx((60 * (0.3 + BIT * 16) + 40 * 8 * BIT) / 1000)
+
+
+@pytest.mark.parametrize("timesteps, bits", [(1, 1), (2, 2), (3, 2), (4, 3), (7, 3), (8, 4), (255, 8)])
+def test_bits_tell_so_many_counts_apart(timesteps, bits):
+    assert Cost(*[0.0] * 6, timesteps).bits == bits and 2**bits >= timesteps + 1 > 2 ** (bits - 1)
+
+
+def test_where_a_student_loses_it_is_said_with_both_figures():
+    lines = verdicts("mine", energies(COST))
+    assert lines and all(line.startswith("mine does not win under 'memory'") for line in lines if "memory" in line)
+    idle = Cost(acs=1.0, macs=0.0, spikes=1.0, updates=4.0, dense=1000.0, active=900.0, timesteps=4)
+    assert verdicts("idle", energies(idle)) == []
+
+
+def test_costs_are_counted_as_by_hand():
+    """Two neurons that see one and a half of a pixel, then three classes."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(2, 3))
+    student, _ = to_spiking(network, timesteps=4, neuron=IF, inherit=False)
+    for layer in student.neurons.values():
+        layer.backend = "reference"
+    student.core.get_submodule("0").weight.data = torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)
+    student.core.get_submodule("3").weight.data.fill_(1.0)
+    images = torch.tensor([1.0, 0.25, 0.0]).view(3, 1, 1, 1)
+    with torch.no_grad(), firing_rates(student.eval()) as rates, operations(student) as counted:
+        student(images[:2])
+        student(images[2:])
+    cost = cost_of(counted, 4, sum(rates.spikes.values()), float(sum(rates.chances.values())))
+    # spikes: 4 and 2; 1 and 0 (half a threshold after four steps); 0 and 0
+    assert cost.spikes == 7 / 3 and cost.updates == 8
+    assert cost.acs == pytest.approx(7 * 3 / 3)
+    assert cost.macs == pytest.approx(2 * 2 / 3)  # two bright pixels meet two weights, once for all steps
+    assert cost.dense == 2 + 6
+    assert cost.active == pytest.approx((2 * 2 + 3 * 3) / 3)  # of the six neurons three ever fired
+
+
+def test_every_model_says_what_it_is():
+    assert len({model.name for model in MODELS}) == len(MODELS) and all("," in model.what for model in MODELS)

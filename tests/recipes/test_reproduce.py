@@ -1,0 +1,144 @@
+import csv
+import dataclasses
+import re
+from collections import Counter
+
+import PIL.Image
+import pytest
+
+from spikedistill.errors import ConfigError
+from spikedistill.neuron import fused
+from spikedistill.recipes import reproduce as module
+from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.reproduce import reproduce
+from spikedistill.recipes.studies import STUDIES, Cell, Study
+from spikedistill.recipes.teach import Teach
+from spikedistill.train.recipe import Data, Training, check
+
+TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="cpu")
+COLUMNS = ["study", "teacher", "student", "method", "setting", "seed", "timesteps", "metric", "value"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_compiler():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "works", lambda device: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, write_blobs):
+    path = tmp_path_factory.mktemp("studies")
+    write_blobs(path, 48, 24)
+    return path
+
+
+def study(folder, kind, methods, seeds=1, timesteps=(2,)):
+    """A study of one like pair on blobs, its runs below ``folder/runs``."""
+    data, runs = Data(str(folder / "blobs.npz")), folder / "runs"
+    cells = [
+        Cell(
+            "vgg9",
+            "vgg9",
+            method,
+            seed,
+            Distill(
+                TeacherChoice(str(runs / "teacher")),
+                StudentChoice(timesteps=steps),
+                Method(method),
+                data,
+                dataclasses.replace(TRAINING, seed=seed),
+            ),
+            runs / f"{method}-t{steps}-s{seed}",
+        )
+        for method in methods
+        for seed in range(seeds)
+        for steps in timesteps
+    ]
+    teachers = {"vgg9": (Teach("vgg9", width=4, data=data, training=TRAINING), runs / "teacher")}
+    return Study("kdsnn-test", "A test", "none", kind, "small", teachers, tuple(cells), seeds)
+
+
+def read(out, name="kdsnn-test"):
+    with (out / f"{name}.csv").open() as file:
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    assert reader.fieldnames == COLUMNS
+    return lines
+
+
+def test_pairs_give_every_seed_and_a_table_of_means(folder):
+    out = folder / "pairs"
+    report = reproduce(study(folder, "pairs", ("direct", "kdsnn-response"), seeds=2), out)
+    lines = read(out)
+    assert Counter(line["method"] for line in lines) == {"teacher": 1, "direct": 2, "kdsnn-response": 2}
+    assert all(line["metric"] == "accuracy" and 0 <= float(line["value"]) <= 100 for line in lines)
+    direct = [float(line["value"]) for line in lines if line["method"] == "direct"]
+    assert f"{sum(direct) / 2:.2f} ± " in report
+    assert (out / "kdsnn-test.md").read_text() == report
+    assert "](pairs/kdsnn-test.png)" in (folder / "pairs.md").read_text()
+    with PIL.Image.open(out / "kdsnn-test.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_what_is_finished_is_not_trained_again(folder, monkeypatch):
+    whole = study(folder, "pairs", ("direct", "kdsnn-response"), seeds=2)
+    first = reproduce(whole, folder / "pairs")
+    for name in ("teach", "distill"):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("trained again"))
+    assert reproduce(whole, folder / "pairs") == first
+
+
+def test_time_steps_say_where_conversion_catches_up(folder):
+    out = folder / "steps"
+    methods = ("kdsnn", "conversion-max", "conversion-percentile", "conversion-qcfs")
+    report = reproduce(study(folder, "timesteps", methods), out)
+    lines = read(out)
+    for method in methods[1:]:
+        found = [int(line["timesteps"]) for line in lines if line["method"] == method]
+        assert found == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert [line["timesteps"] for line in lines if line["method"] == "kdsnn"] == ["2"]
+    assert len(re.findall(r"conversion-\S+ reaches the T=2 student", report)) == 3
+
+
+def test_noise_is_written_as_settings(folder):
+    out = folder / "noise"
+    report = reproduce(study(folder, "noise", ("direct", "kdsnn")), out)
+    settings = {line["setting"] for line in read(out)}
+    assert "clean" in settings and {f"gaussian:{severity}" for severity in range(1, 6)} <= settings
+    assert len(settings) == 1 + 21 * 5
+    assert Counter(line["method"] for line in read(out)) == dict.fromkeys(("teacher", "direct", "kdsnn"), 106)
+    assert "better than direct-t2-s0" in report and (out / "kdsnn-test-natural.png").exists()
+
+
+def test_energy_is_written_with_its_quantised_ann(folder):
+    out = folder / "energy"
+    reproduce(study(folder, "energy", ("kdsnn",)), out)
+    lines = read(out)
+    metrics = {line["metric"] for line in lines if line["method"] == "kdsnn" and not line["setting"]}
+    assert metrics == {"accuracy", "spikes", "synops", "energy_float32", "energy_int8", "energy_memory"}
+    assert {line["setting"] for line in lines} == {"", "quantised-ann", "quantised-sparse-ann"}
+
+
+def test_fewer_seeds_can_be_asked_for_but_not_none(folder):
+    with pytest.raises(ConfigError, match=r"seeds \(=0\) must be 1 or more"):
+        reproduce(study(folder, "pairs", ("direct",)), folder / "x", seeds=0)
+
+
+@pytest.mark.parametrize("budget", ["full", "small"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_are_recipes_that_can_work(name, budget, tmp_path):
+    made = STUDIES[name](budget, "data", tmp_path)
+    assert made.name == name and made.cells
+    assert len({cell.path for cell in made.cells}) == len(made.cells)
+    for cell in made.cells:
+        recipe = dataclasses.replace(cell.recipe, student=cell.recipe.what.settle(cell.recipe.student))
+        check(recipe, recipe.student, recipe.data, recipe.training)
+        assert recipe.who.teacher == str(made.teachers[cell.teacher][1])
+        assert recipe.training.seed == cell.seed < made.seeds
+
+
+def test_equal_cells_of_two_studies_are_one_run(tmp_path):
+    pairs, noise = (STUDIES[name]("small", None, tmp_path) for name in ("kdsnn-pairs", "kdsnn-noise"))
+    runs = {cell.path: cell.recipe for cell in pairs.cells}
+    assert all(runs[cell.path] == cell.recipe for cell in noise.cells)
