@@ -96,8 +96,6 @@ TABLE = {
         r"method \(=conversion-max\) keeps the teacher's weights",
     ),
     "stand-in of a leaky neuron": (f"{SAME} --gradient quantised --neuron lif", r"the quantised stand-in is for"),
-    "more quantised epochs than epochs": (f"{SAME} --quantised-epochs 2", r"quantised_epochs \(=2\) are the first"),
-    "quantised epochs of a teacher": (f"{TEACH} --quantised-epochs 1", r"quantised_epochs is for students"),
     "teacher of other classes": (f"{DISTILL} --data {{home}}/four.npz", r"knows 3 classes, 'four' has 4"),
     "teacher of other channels": (f"{DISTILL} --data {{home}}/grey.npz", r"normalises 3 channels, 'grey' has 1"),
     "teacher that is missing": (f"{DISTILL} --teacher {{home}}/nobody", r"no teacher at '.*nobody'"),

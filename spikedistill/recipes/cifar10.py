@@ -8,7 +8,7 @@ DATA = Data(data="cifar10", validation=0.02, crop=4, border="mirror", flip=True,
 
 
 def teacher() -> Teach:
-    """ResNet-18 of width 32, 29 epochs: ``spikedistill teach cifar10``, about 72 minutes; accuracy in LOG.md."""
+    """ResNet-18 of width 32, 29 epochs: ``spikedistill teach cifar10``, 72 minutes, 93.26 percent."""
     training = Training(epochs=29, batch_size=128, lr=0.15, warmup=0.15, ema=0.999, compile=True)
     return Teach("resnet18", width=32, label_smoothing=0.1, data=DATA, training=training)
 

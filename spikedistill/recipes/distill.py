@@ -229,11 +229,10 @@ class Distill:
         faults = []
         if not self.what.trains and not self.student.inherits:
             faults.append(f"method (={self.what.method}) keeps the teacher's weights: leave student and inherit alone")
-        stands_in = self.student.gradient == "quantised" or self.training.quantised_epochs
-        if stands_in and not self.student.rounds:
+        if self.student.gradient == "quantised" and not self.student.rounds:
             faults.append(
                 "the quantised stand-in is for neuron=if with reset=subtract, initial=0.5 and coding=direct: leave"
-                " those as they are, or take gradient=exact and quantised_epochs=0"
+                " those as they are, or take gradient=exact"
             )
         return faults
 

@@ -34,10 +34,6 @@ class Teach:
     training: Training = field(default_factory=Training)
     """How it is trained."""
 
-    def faults(self) -> list[str]:
-        """What cannot work together, one sentence each."""
-        return ["quantised_epochs is for students: leave it away"] if self.training.quantised_epochs else []
-
 
 def check_answers(network: Normalised, images: ImageSet, name: str) -> None:
     """Ask a network about two images.
@@ -79,7 +75,7 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
         What results.json holds; ``test_accuracy`` is in percent.
     """
     progress = progress or Progress.silent()
-    check(recipe, recipe.data, recipe.training)
+    check(recipe.data, recipe.training)
     images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
     architecture = Architecture(recipe.network, images.classes, images.channels, recipe.width)
     torch.manual_seed(recipe.training.seed)

@@ -26,7 +26,7 @@ from spikedistill.evaluate.activity import firing_rates
 from spikedistill.neuron.fused import works
 from spikedistill.objective.terms import Batch, Objective, Terms, total
 from spikedistill.shapes import Image, Labels, Logits
-from spikedistill.student.build import Gradient, Student
+from spikedistill.student.build import Student
 from spikedistill.student.fold import fold
 from spikedistill.teacher.cache import Answer, Cache, fingerprint, fingerprint_of
 from spikedistill.teacher.load import Teacher
@@ -249,7 +249,6 @@ class Trainer:
         if config.ema:
             self.averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         self.watch = Watch(student)
-        self.gradient: Gradient = student.gradient if isinstance(student, Student) else "exact"
         several = self.accelerator.num_processes > 1
         self.trained: Any = self.accelerator.prepare(self.lesson) if several else self.lesson
         if config.compile and works(self.device.type):
@@ -321,8 +320,6 @@ class Trainer:
     def epoch(self, epoch: int, done: int, meters: Meters) -> dict[str, Any]:
         """Train from step ``done`` to the end of an epoch; return its line for metrics.jsonl."""
         self.progress.epoch(epoch, self.config.epochs, self.steps, done)
-        if isinstance(self.student, Student):
-            self.student.gradient = "quantised" if epoch <= self.config.quantised_epochs else self.gradient
         self.trained.train()
         for step, chosen in enumerate(self.order(epoch)):
             if step < done:

@@ -54,8 +54,6 @@ class Training:
     """Passes over the training set."""
     batch_size: int = 128
     """Images a step, over all processes."""
-    quantised_epochs: int = 0
-    """The first so many of the epochs train a student as its quantised stand-in, at the cost of an ANN."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum, or AdamW."""
     lr: float = 0.1
@@ -94,14 +92,12 @@ class Training:
     def faults(self) -> list[str]:
         """What cannot work, one sentence each."""
         least = {"epochs": 1, "batch_size": 2}
-        least |= dict.fromkeys(("lr", "weight_decay", "clip", "views", "checkpoint_minutes", "quantised_epochs"), 0)
+        least |= dict.fromkeys(("lr", "weight_decay", "clip", "views", "checkpoint_minutes"), 0)
         faults = [
             f"{name} (={getattr(self, name)}) must be {low} or more"
             for name, low in least.items()
             if not getattr(self, name) >= low
         ]
-        if self.quantised_epochs > self.epochs:
-            faults.append(f"quantised_epochs (={self.quantised_epochs}) are the first of all epochs (={self.epochs})")
         if 1 <= self.epochs <= self.views and self.cache_dir is None:
             faults.append(f"views (={self.views}) come again only in more epochs (={self.epochs}): lower it, or give 0")
         if self.cache_dir is not None and not self.views:

@@ -130,15 +130,6 @@ def test_choices_that_exclude_each_other_are_refused(changes, message):
     assert message in "; ".join(choice.faults() + Distill(student=choice).faults())
 
 
-def test_a_student_may_begin_as_its_stand_in(home, tmp_path):
-    made = recipe(home, training=dataclasses.replace(TRAINING, epochs=2, quantised_epochs=1))
-    distill(made, tmp_path / "whole")
-    first, second = Run(tmp_path / "whole").lines("metrics")
-    assert "firing_rate" not in first and second["firing_rate"] > 0
-    lif = dataclasses.replace(made, student=StudentChoice(neuron="lif"))
-    assert "the quantised stand-in is for neuron=if" in "; ".join(lif.faults())
-
-
 @pytest.fixture(scope="module")
 def finished(home):
     return home / "finished", distill(recipe(home), home / "finished")

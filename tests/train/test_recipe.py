@@ -55,7 +55,6 @@ def test_the_edges_of_the_ranges_are_allowed():
         Training(1, 2, lr=0.0, momentum=0.0, weight_decay=0.0, warmup=0.0, clip=0.0, ema=0.0, checkpoint_minutes=0.0),
         Training(momentum=0.999, warmup=0.999, ema=0.9999),
         Training(epochs=3, views=2),
-        Training(epochs=3, quantised_epochs=3),
         Training(epochs=3, views=3, cache_dir="x"),
         Data(validation=0.0, crop=0, cutout=0),
         StudentChoice(timesteps=1, calibration=1, percentile=100.0),
