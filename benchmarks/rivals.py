@@ -20,6 +20,8 @@ PEERS = {
     "norse": "norse==1.1.0",
     "sinabs": "sinabs==3.1.3",
 }
+TOOLS = {"neurobench": "neurobench==2.2.0"}
+"""What else has an environment of its own."""
 ENVIRONMENTS = Path(os.environ.get("SPIKEDISTILL_PEERS", "runs/peers"))
 """Where the peers' environments lie; made at the first use, kept for the next."""
 Row = dict[str, Any]
@@ -31,16 +33,17 @@ def python_of(name: str) -> str:
     What follows a hyphen in a name is a way to use the same library.
     """
     name = name.split("-")[0]
-    if name not in PEERS:
+    package = {**PEERS, **TOOLS}.get(name)
+    if package is None:
         return sys.executable
     home = ENVIRONMENTS / name
     python = home / "bin" / "python"
     if not (home / "ready").exists():
-        print(f"setting up {PEERS[name]} in {home}", file=sys.stderr, flush=True)
+        print(f"setting up {package} in {home}", file=sys.stderr, flush=True)
         venv.create(home, with_pip=True, clear=True)
         packages = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
         (packages / "host.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", PEERS[name]], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
         (home / "ready").touch()
     return str(python)
 
