@@ -43,11 +43,11 @@ def main() -> int:
         model.cleanup_hooks()
         ours = counted.per_image()
         for what, key in (("acs", "Effective_ACs"), ("macs", "Effective_MACs"), ("dense", "Dense")):
-            same = abs(ours[what] - float(theirs[key])) <= 1e-5 * float(theirs[key])
+            counted_there = float(theirs[key])
+            same = abs(ours[what] - counted_there) <= 1e-5 * counted_there
             agreed &= same
-            print(
-                f"{name:10} {what:6} ours {ours[what]:14.1f}  NeuroBench {float(theirs[key]):14.1f}  {'' if same else 'DIFFERS'}"
-            )
+            verdict = "" if same else "DIFFERS"
+            print(f"{name:10} {what:6} ours {ours[what]:14.1f}  NeuroBench {counted_there:14.1f}  {verdict}")
     return 0 if agreed else 1
 
 
