@@ -23,6 +23,7 @@ def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
         threshold: a scalar above 0.
         levels: L, 1 or more.
 
+    >>> import torch
     >>> clip_floor_shift(torch.tensor([-1.0, 0.2, 0.9, 5.0]), torch.tensor(2.0), 4).tolist()
     [0.0, 0.0, 1.0, 2.0]
     """
