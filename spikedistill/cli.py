@@ -58,7 +58,7 @@ def main() -> None:
         Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"spikedistill: {error}", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        again = "the same command" + ("" if arguments[0] in ("demo", "reproduce") else " with --resume")
+        again = "the same command" + (" with --resume" if arguments[0] in ("distill", "immunity", "teach") else "")
         print(f"\nspikedistill: interrupted; {again} goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
 
@@ -207,17 +207,19 @@ def _immunity(arguments: Sequence[str]) -> None:
         from spikedistill.recipes.immunity import measure_immunity
         from spikedistill.train.progress import Progress
 
-        options = {"kinds": kinds, "images": images, "attacked": attacked, "seed": seed, "baseline": baseline}
-        progress = Progress.stderr("immunity")
-        columns, rows = measure_immunity(
+        shown = measure_immunity(
             runs,
             out,
-            **options,  # type: ignore[arg-type]
+            kinds=kinds,
+            images=images,
+            attacked=attacked,
+            seed=seed,
+            baseline=baseline,
             data_dir=data_dir,
             resume=resume,
-            say=progress.say,
+            say=Progress.stderr("immunity").say,
         )
-        _show(columns, rows)
+        _show(*shown)
         print(f"scores, table and curves are in {out}")
 
     tyro.cli(immunity, prog="spikedistill immunity", args=list(arguments))
@@ -238,15 +240,15 @@ def _energy(arguments: Sequence[str]) -> None:
             data_dir: another place of the data than the runs were trained with.
             out: a CSV file to write.
         """
-        from spikedistill.files import write_text
-        from spikedistill.recipes.energy import measure_energy, table, to_csv
+        from spikedistill.files import write_csv
+        from spikedistill.recipes.energy import lines, measure_energy, table
 
         bills = measure_energy(runs, images, data_dir)
         _show(*table(bills))
         for warning in (line for bill in bills for line in bill.warnings):
             print(warning)
         if out is not None:
-            write_text(out, to_csv(bills))
+            write_csv(out, ("network", "metric", "value"), lines(bills))
 
     tyro.cli(energy, prog="spikedistill energy", args=list(arguments))
 

@@ -5,9 +5,11 @@ Nothing is ever pickled.
 """
 
 import contextlib
+import csv
+import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
     _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, columns: Iterable[str], lines: Iterable[Iterable[Any]]) -> None:
+    """Write a table as comma-separated values, its columns named in the first line, atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(lines)
+    write_text(path, text.getvalue())
 
 
 def write_bytes(path: Path, write: Callable[[Path], object]) -> None:

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from spikedistill.data.images import ImageSet
+from spikedistill.neuron import fused
 
 
 @pytest.fixture(autouse=True)
@@ -10,6 +11,14 @@ def _repeatable():
     """Every test begins with the same random numbers, on one thread, so that results do not depend on the order."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def without_compiler():
+    """Neurons run step by step in a whole module of tests, which spares their compilation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "works", lambda device: False)
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from spikedistill.cli import COMMANDS, main
-from spikedistill.neuron import fused
 from spikedistill.recipes import STUDENTS, TEACHERS, demo, digits, distill, teach
 from spikedistill.recipes.distill import Distill, TeacherChoice
 from spikedistill.recipes.teach import Teach
@@ -18,11 +17,7 @@ from spikedistill.train.run import Run
 QUICK = "--epochs 1 --batch-size 16 --lr 0.05 --device cpu --precision fp32"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_compiler():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "works", lambda device: False)
-        yield
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 def call(*arguments):

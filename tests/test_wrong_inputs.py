@@ -17,7 +17,6 @@ from PIL import Image
 from spikedistill import files
 from spikedistill.cli import main
 from spikedistill.files import read_tensors, write_tensors
-from spikedistill.neuron import fused
 from spikedistill.teacher.load import Architecture
 
 OWN = """
@@ -213,11 +212,7 @@ TABLE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_compiler():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "works", lambda device: False)
-        yield
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Batched, seeded augmentation: stored bytes in, images between 0 and 1 out."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,8 +75,12 @@ def alternate(count: int, samples: Tensor, epoch: int) -> Tensor:
 
     In two epochs a network then sees every image both ways, not half of them twice the same (Jordan, arXiv 2404.00498).
     """
-    begins = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.5
-    return begins[samples] ^ bool(epoch % 2)
+    return _turned_first(count)[samples] ^ bool(epoch % 2)
+
+
+@functools.cache
+def _turned_first(count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.5
 
 
 def to_unit(pixels: Pixels) -> Image:

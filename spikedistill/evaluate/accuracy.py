@@ -37,7 +37,8 @@ def answers(
         return (logits if logits.ndim == 3 else logits[None]).float().cpu()
 
     if batch_size is None:
-        batch_size = max(1, ROWS // max(4, network.timesteps)) if isinstance(network, Student) else ROWS // 4
+        timesteps = network.timesteps if isinstance(network, Student) else 1
+        batch_size = max(1, ROWS // max(4, timesteps))
     return torch.cat(in_batches(network, answer, images, dtype, batch_size), dim=1)
 
 

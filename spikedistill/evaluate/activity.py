@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.build import Student
+from spikedistill.student.surgery import ACTIVATIONS
 
 
 @dataclass
@@ -35,16 +37,29 @@ class FiringRates:
 
 
 @contextmanager
-def firing_rates(student: Student) -> Iterator[FiringRates]:
-    """Count the spikes of every call while the context is open."""
+def firing_rates(network: nn.Module) -> Iterator[FiringRates]:
+    """Count the spikes of every call of a student, or an ANN's activations that are not zero, while it is open."""
     rates = FiringRates()
 
-    def listen(name: str, layer: Spiking) -> torch.utils.hooks.RemovableHandle:
-        return layer.register_forward_hook(lambda _, __, output: rates.add(name, output[0].detach()))
+    def listen(name: str, layer: nn.Module) -> RemovableHandle:
+        def count(_: nn.Module, __: Any, output: Any) -> None:
+            rates.add(name, (output[0] if isinstance(layer, Spiking) else output).detach())
 
-    handles = [listen(name, layer) for name, layer in student.neurons.items()]
-    try:
+        return layer.register_forward_hook(count)
+
+    if isinstance(network, Student):
+        layers: dict[str, nn.Module] = {**network.neurons}
+    else:
+        layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, ACTIVATIONS)}
+    with _removed([listen(name, layer) for name, layer in layers.items()]):
         yield rates
+
+
+@contextmanager
+def _removed(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Let hooks listen while the context is open."""
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -119,11 +134,8 @@ def operations(network: nn.Module) -> Iterator[Operations]:
     chosen = {name: layer for name, layer in network.named_modules() if isinstance(layer, LAYERS)}
     handles = [layer.register_forward_hook(listen(name)) for name, layer in chosen.items()]
     handles.append(network.register_forward_pre_hook(seen))
-    try:
+    with _removed(handles):
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:

@@ -67,9 +67,7 @@ def immunity(
     Raises:
         ConfigError: if there is no such kind.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ConfigError(unknown("kind of trouble", kind, KINDS))
+    measured = troubles(kinds)
     found = {(score.network, score.name, score.severity): score for score in known}
     scores: list[Score] = []
 
@@ -81,7 +79,7 @@ def immunity(
 
     for who, network in networks.items():
         add(who, "clean", "clean", 0, partial(_accuracy, network, images, labels, dtype))
-    for kind, name in troubles(kinds):
+    for kind, name in measured:
         for severity in SEVERITIES:
             changed = cache(partial(corrupt, images, name, severity, seed))
             for who, network in networks.items():
@@ -97,7 +95,14 @@ def immunity(
 
 
 def troubles(kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """Kind and name of every trouble of these kinds."""
+    """Kind and name of every trouble of these kinds.
+
+    Raises:
+        ConfigError: if there is no such kind.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(unknown("kind of trouble", kind, KINDS))
     pixels = [(corruption.kind, name) for name, corruption in CORRUPTIONS.items()]
     others = [("hardware", name) for name in FAULTS] + [("attack", name) for name in ATTACKS]
     return [(kind, name) for kind, name in [*pixels, *others] if kind in kinds]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spikedistill.recipes import digits
 from spikedistill.recipes.distill import Distill, TeacherChoice, distill
+from spikedistill.recipes.runs import unless_done
 from spikedistill.recipes.teach import teach
 from spikedistill.train.progress import Progress
 
@@ -17,13 +18,13 @@ def demo(out: Path) -> list[Path]:
     with the teacher's weights, trained on labels; ``kdsnn`` that student, distilled. All students have the same epochs.
     """
     teacher, (scratch, direct, kdsnn) = out / "teacher", (out / name for name in ("scratch", "direct", "kdsnn"))
-    _unless_done(teacher, lambda resume: teach(digits.teacher(), teacher, resume, Progress.stderr("teacher")))
+    unless_done(teacher, lambda resume: teach(digits.teacher(), teacher, resume, Progress.stderr("teacher")))
     for path, method, inherit, rate in (
         (scratch, "direct", False, 0.1),
         (direct, "direct", True, 0.02),
         (kdsnn, "kdsnn", True, 0.02),
     ):
-        _unless_done(path, _work(_recipe(teacher, method, inherit, rate), path))
+        unless_done(path, _work(_recipe(teacher, method, inherit, rate), path))
     return [teacher, scratch, direct, kdsnn]
 
 
@@ -40,8 +41,3 @@ def _recipe(teacher: Path, method: str, inherit: bool, rate: float) -> Distill:
 
 def _work(recipe: Distill, path: Path) -> Callable[[bool], object]:
     return lambda resume: distill(recipe, path, resume, Progress.stderr(path.name))
-
-
-def _unless_done(path: Path, work: Callable[[bool], object]) -> None:
-    if not (path / "results.json").exists():
-        work((path / "recipe.json").exists())

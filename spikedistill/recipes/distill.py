@@ -206,7 +206,7 @@ class Method:
             "kdsnn-feature": lambda: KDSNNFeature(**features, label_smoothing=smoothing),  # type: ignore[arg-type]
             "kdsnn": lambda: KDSNN(**features, **soft, label_smoothing=smoothing),  # type: ignore[arg-type]
         }
-        return methods.get(self.method, methods["direct"])()
+        return methods[self.method]()
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,9 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
     teacher, architecture = find_teacher(recipe.who, images)
     student, report, network = build_student(recipe, teacher, architecture, images)
-    objective = recipe.what.objective(feature_pairs(recipe.what, teacher.network, student), report.inherited)
+    objective = None
+    if recipe.what.trains:
+        objective = recipe.what.objective(feature_pairs(recipe.what, teacher.network, student), report.inherited)
     run = Run(out)
     run.start({"kind": "distill", **asdict(recipe)}, resume, asdict(Distill()))
     progress.say(str(report).splitlines()[0])
@@ -264,7 +266,7 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     with progress:
         if not (out / "before.json").exists():
             run.write("before", measure(student, teacher, images, recipe.training, 1000))
-        if recipe.what.trains:
+        if objective is not None:
             fit(
                 student,
                 objective,

@@ -1,7 +1,5 @@
 """Spikes, synaptic operations and estimated energy of finished networks, side by side, with their quantised ANNs."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
-from spikedistill.evaluate.activity import FiringRates, firing_rates, operations
+from spikedistill.evaluate.activity import firing_rates, operations
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, verdicts
 from spikedistill.recipes.runs import load_runs, some
 from spikedistill.shapes import Labels
 from spikedistill.student.build import Student
-from spikedistill.student.surgery import ACTIVATIONS
 from spikedistill.train.device import choose_device, choose_precision
 
 
@@ -27,7 +24,16 @@ class Bill:
     accuracy: float
     cost: Cost
     energy: dict[str, dict[str, float]]
-    warnings: list[str]
+
+    @property
+    def kinds(self) -> list[str]:
+        """What its energies are of: ``ann``; or ``student``, ``quantised`` and ``quantised-sparse``."""
+        return list(next(iter(self.energy.values())))
+
+    @property
+    def warnings(self) -> list[str]:
+        """Where a student does not win."""
+        return verdicts(self.network, self.energy) if "student" in self.kinds else []
 
 
 def measure_energy(paths: Sequence[Path], images: int | None = 1000, data_dir: str | None = None) -> list[Bill]:
@@ -55,26 +61,14 @@ def measure_energy(paths: Sequence[Path], images: int | None = 1000, data_dir: s
 
 def bill_of(name: str, network: nn.Module, pixels: Tensor, labels: Labels, dtype: torch.dtype) -> Bill:
     """What a student or an ANN takes for these images (bytes)."""
-    if isinstance(network, Student):
-        with firing_rates(network) as rates, operations(network) as counted:
-            logits = answers(network, pixels, dtype)
-        spikes, chances = sum(rates.spikes.values()), float(sum(rates.chances.values()))
-        cost = cost_of(counted, network.timesteps, spikes, chances)
-        found = energies(cost)
-        return Bill(name, accuracy_by_step(logits, labels)[-1], cost, found, verdicts(name, found))
-    values = FiringRates()
-    handles = [
-        layer.register_forward_hook(lambda _, __, output, path=path: values.add(path, output))
-        for path, layer in network.named_modules()
-        if isinstance(layer, ACTIVATIONS)
-    ]
-    with operations(network) as counted:
+    with firing_rates(network) as rates, operations(network) as counted:
         logits = answers(network, pixels, dtype)
-    for handle in handles:
-        handle.remove()
-    cost = cost_of(counted, 1, 0.0, float(sum(values.chances.values())))
-    energy = {model: {"ann": value} for model, value in ann_energies(cost).items()}
-    return Bill(name, accuracy_by_step(logits, labels)[-1], cost, energy, [])
+    accuracy, updates = accuracy_by_step(logits, labels)[-1], float(sum(rates.chances.values()))
+    if isinstance(network, Student):
+        cost = cost_of(counted, network.timesteps, sum(rates.spikes.values()), updates)
+        return Bill(name, accuracy, cost, energies(cost))
+    cost = cost_of(counted, 1, 0.0, updates)
+    return Bill(name, accuracy, cost, {model: {"ann": value} for model, value in ann_energies(cost).items()})
 
 
 def table(bills: Sequence[Bill]) -> tuple[list[str], list[list[str]]]:
@@ -82,12 +76,11 @@ def table(bills: Sequence[Bill]) -> tuple[list[str], list[list[str]]]:
     columns = ["network", "accuracy", "spikes", "ACs (M)", "MACs (M)", *(f"nJ, {model.name}" for model in MODELS)]
     rows = []
     for bill in bills:
-        cost, ann = bill.cost, "ann" in next(iter(bill.energy.values()))
+        cost = bill.cost
         counts = ["", "", f"{cost.dense / 1e6:.2f}"]
-        if not ann:
+        if "student" in bill.kinds:
             counts = [f"{cost.spikes:.0f}", f"{cost.acs / 1e6:.2f}", f"{cost.macs / 1e6:.2f}"]
-        kinds = ["ann"] if ann else ["student", "quantised", "quantised-sparse"]
-        for kind in kinds:
+        for kind in bill.kinds:
             nanojoules = [f"{bill.energy[model.name][kind]:.0f}" for model in MODELS]
             if kind in ("ann", "student"):
                 rows.append([bill.network, f"{bill.accuracy:.2f} %", *counts, *nanojoules])
@@ -98,14 +91,12 @@ def table(bills: Sequence[Bill]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def to_csv(bills: Sequence[Bill]) -> str:
-    """``network, metric, value``, one a line; counts and nJ are of one image."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["network", "metric", "value"])
+def lines(bills: Sequence[Bill]) -> list[tuple[str, str, float]]:
+    """Network, metric and value, for a file; counts and nJ are of one image."""
+    found = []
     for bill in bills:
-        for metric in ("spikes", "acs", "macs", "updates", "dense", "active"):
-            writer.writerow([bill.network, metric, getattr(bill.cost, metric)])
+        counts = ("spikes", "acs", "macs", "updates", "dense", "active")
+        found += [(bill.network, metric, getattr(bill.cost, metric)) for metric in counts]
         for model, kinds in bill.energy.items():
-            writer.writerows([bill.network, f"energy_{model}_{kind}", value] for kind, value in kinds.items())
-    return file.getvalue()
+            found += [(bill.network, f"energy_{model}_{kind}", value) for kind, value in kinds.items()]
+    return found

@@ -1,7 +1,6 @@
 """How immune finished networks are to noise: scores of each, kept as they come, a table and curves."""
 
-import csv
-import io
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from spikedistill.data.noise import SEVERITIES
 from spikedistill.errors import ConfigError, unknown
 from spikedistill.evaluate.immunity import KINDS, Score, area, immunity, mean_corruption_error, troubles
-from spikedistill.files import write_text
+from spikedistill.files import write_csv, write_text
 from spikedistill.recipes.figures import curves
 from spikedistill.recipes.runs import load_runs, some
 from spikedistill.train.device import choose_device, choose_precision
@@ -51,9 +50,7 @@ def measure_immunity(
     Raises:
         ConfigError: if the baseline is none of the runs, or there is no such kind.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ConfigError(unknown("kind of trouble", kind, KINDS))
+    most = 1 + len(SEVERITIES) * len(troubles(kinds))
     if attacked < 1:
         raise ConfigError(f"attacked (={attacked}) must be 1 image or more; to leave attacks away name other kinds.")
     runs, data = load_runs(paths, data_dir)
@@ -68,13 +65,12 @@ def measure_immunity(
     device = choose_device("auto")
     precision = choose_precision(runs[0].training, device)
     known = [Score(**line) for line in run.lines("scores")]
-    total = len(names) * (1 + len(SEVERITIES) * len(troubles(kinds)))
 
     def keep(score: Score) -> None:
         run.append("scores", asdict(score))
         known.append(score)
         place = f"{score.name} {score.severity}" if score.severity else "clean"
-        say(f"{len(known)} of at most {total}: {score.network}, {place}: {score.accuracy:.2f} %")
+        say(f"{len(known)} of at most {most * len(names)}: {score.network}, {place}: {score.accuracy:.2f} %")
 
     networks = {found.name: found.network.to(device, memory_format=torch.channels_last) for found in runs}  # type: ignore[call-overload]
     scores = immunity(
@@ -89,7 +85,7 @@ def measure_immunity(
         keep=keep,
     )
     columns, rows = summary(scores, names, kinds, baseline)
-    write_text(out / "scores.csv", to_csv(scores))
+    write_csv(out / "scores.csv", [field.name for field in fields(Score)], map(astuple, scores))
     write_text(out / "immunity.md", markdown(columns, rows))
     for kind in kinds:
         curves(out / f"{kind}.png", panels(scores, names, kind), "severity", "accuracy (%)")
@@ -105,15 +101,12 @@ def summary(
     rows = []
     for name in names:
         clean = next(score.accuracy for score in scores if score.network == name and score.kind == "clean")
-        means = [_mean([s.accuracy for s in scores if s.network == name and s.kind == kind]) for kind in kinds]
+        found = [[s.accuracy for s in scores if s.network == name and s.kind == kind] for kind in kinds]
+        means = [statistics.fmean(values) if values else None for values in found]
         error = mean_corruption_error(scores, name, baseline, "natural") if "natural" in kinds else None
         cells = [f"{value:.2f}" if value is not None else "" for value in (clean, *means, error)]
         rows.append([name, *cells, "" if name == baseline else _wins(scores, name, baseline, kinds)])
     return columns, rows
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _wins(scores: Sequence[Score], name: str, baseline: str, kinds: Sequence[str]) -> str:
@@ -139,15 +132,6 @@ def panels(scores: Sequence[Score], names: Sequence[str], kind: str) -> dict[str
             if len(points) > 1:
                 drawn.setdefault(what, {})[name] = [(float(x), y) for x, y in sorted(points)]
     return drawn
-
-
-def to_csv(scores: Sequence[Score]) -> str:
-    """All scores, one a line, under the names of their fields."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Score)])
-    writer.writerows(astuple(score) for score in scores)
-    return file.getvalue()
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,23 +1,22 @@
 """``reproduce``: a study is trained, cell by cell, measured, and written down as CSV, Markdown and pictures."""
 
-import csv
 import datetime
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.immunity import Score
-from spikedistill.files import write_text
+from spikedistill.files import write_csv, write_text
 from spikedistill.recipes.distill import distill
 from spikedistill.recipes.energy import measure_energy
 from spikedistill.recipes.energy import table as energy_table
 from spikedistill.recipes.figures import bars, curves
 from spikedistill.recipes.immunity import markdown, measure_immunity
 from spikedistill.recipes.immunity import panels as immunity_panels
-from spikedistill.recipes.runs import evaluate
+from spikedistill.recipes.runs import evaluate, unless_done
 from spikedistill.recipes.studies import LONGEST, Cell, Study
 from spikedistill.recipes.teach import teach
 from spikedistill.train.progress import Progress
@@ -58,42 +57,44 @@ def reproduce(study: Study, out: Path, seeds: int | None = None, progress: Progr
         raise ConfigError(f"seeds (={seeds}) must be 1 or more.")
     progress = progress or Progress.silent()
     cells = [cell for cell in study.cells if cell.seed < (seeds or study.seeds)]
-    todo = len(study.teachers) + len(cells)
-    work: list[tuple[Path, Callable[[bool], object]]] = [
-        (path, lambda resume, made=made, path=path: teach(made, path, resume, Progress.stderr(path.name)))  # type: ignore[misc]
-        for made, path in study.teachers.values()
-    ]
-    work += [
-        (cell.path, lambda resume, cell=cell: distill(cell.recipe, cell.path, resume, Progress.stderr(cell.path.name)))  # type: ignore[misc]
-        for cell in cells
-    ]
-    for number, (path, run) in enumerate(work, 1):
-        if (path / "results.json").exists():
-            continue
-        progress.say(f"{number} of {todo}: {path.name}")
-        run((path / "recipe.json").exists())
+    work: dict[Path, Callable[[bool], object]] = {}
+    for made, path in study.teachers.values():
+        work[path] = partial(teach, made, path, progress=Progress.stderr(path.name))
+    for cell in cells:
+        work[cell.path] = partial(distill, cell.recipe, cell.path, progress=Progress.stderr(cell.path.name))
+    for number, (path, job) in enumerate(work.items(), 1):
+        unless_done(path, job, partial(progress.say, f"{number} of {len(work)}: {path.name}"))
     rows, shown = MEASURES[study.kind](study, cells, out, progress)
-    write_text(out / f"{study.name}.csv", to_csv(rows))
+    write_csv(out / f"{study.name}.csv", [field.name for field in fields(Row)], map(astuple, rows))
     report = _report(study, cells, shown)
     write_text(out / f"{study.name}.md", report)
-    write_text(out.with_suffix(".md"), _page(out))
+    write_text(out.parent / f"{out.name}.md", _page(out))
     return report
 
 
 def _accuracies(study: Study, cells: Sequence[Cell]) -> list[Row]:
     """The last-epoch test accuracy of every teacher and student."""
     rows = [
-        Row(study.name, name, name, "teacher", "", made.training.seed, 1, "accuracy", _result(path, "test_accuracy"))
-        for name, (made, path) in study.teachers.items()
+        _teacher_row(study, name, "accuracy", _result(path, "test_accuracy"))
+        for name, (_, path) in study.teachers.items()
     ]
-    for cell in cells:
-        steps = cell.recipe.student.timesteps
-        rows.append(_row(study, cell, "", steps, "accuracy", _result(cell.path, "test_accuracy")))
-    return rows
+    return rows + [_row(study, cell, "accuracy", _result(cell.path, "test_accuracy")) for cell in cells]
 
 
-def _row(study: Study, cell: Cell, setting: str, steps: int, metric: str, value: float) -> Row:
+def _row(study: Study, cell: Cell, metric: str, value: float, setting: str = "", timesteps: int | None = None) -> Row:
+    """A number of a student, at its own T unless another is named."""
+    steps = timesteps or cell.recipe.student.timesteps
     return Row(study.name, cell.teacher, cell.student, cell.method, setting, cell.seed, steps, metric, value)
+
+
+def _teacher_row(study: Study, name: str, metric: str, value: float, setting: str = "") -> Row:
+    made, _ = study.teachers[name]
+    return Row(study.name, name, name, "teacher", setting, made.training.seed, 1, metric, value)
+
+
+def _paths(study: Study, cells: Sequence[Cell]) -> list[Path]:
+    """The runs of teachers and students, in this order."""
+    return [path for _, path in study.teachers.values()] + [cell.path for cell in cells]
 
 
 def _result(path: Path, name: str) -> float:
@@ -137,7 +138,7 @@ def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: 
     powers = [2**power for power in range(LONGEST.bit_length())]
     for cell in converted:
         steps = _followed(cell, progress)
-        rows += [_row(study, cell, "", T, "accuracy", steps[T - 1]) for T in powers]
+        rows += [_row(study, cell, "accuracy", steps[T - 1], timesteps=T) for T in powers]
     methods = list(dict.fromkeys(cell.method for cell in cells))
     drawn = {method: [(float(row.timesteps), row.value) for row in rows if row.method == method] for method in methods}
     ann = next(row.value for row in rows if row.method == "teacher")
@@ -171,8 +172,7 @@ def _followed(cell: Cell, progress: Progress) -> list[float]:
 
 def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
     """Accuracy under every noise and natural corruption at five severities."""
-    teachers = list(study.teachers.items())
-    paths = [path for _, (_, path) in teachers] + [cell.path for cell in cells]
+    paths = _paths(study, cells)
     folder = cells[0].path.parent / study.name
     direct = next(cell.path.name for cell in cells if cell.method == "direct")
     columns, lines = measure_immunity(
@@ -187,13 +187,12 @@ def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
     rows = []
     for score in scores:
         setting = f"{score.name}:{score.severity}" if score.severity else "clean"
-        for name, (_, path) in teachers:
+        for name, (_, path) in study.teachers.items():
             if score.network == path.name:
-                rows.append(Row(study.name, name, name, "teacher", setting, 0, 1, "accuracy", score.accuracy))
+                rows.append(_teacher_row(study, name, "accuracy", score.accuracy, setting))
         for cell in cells:
             if score.network == cell.path.name:
-                steps = cell.recipe.student.timesteps
-                rows.append(_row(study, cell, setting, steps, "accuracy", score.accuracy))
+                rows.append(_row(study, cell, "accuracy", score.accuracy, setting))
     names = [path.name for path in paths]
     pictures = ""
     for kind in ("noise", "natural"):
@@ -204,21 +203,19 @@ def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
 
 def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
     """Spikes, synaptic operations and energies of one image, from the whole test set."""
-    teachers = list(study.teachers.items())
-    bills = measure_energy([path for _, (_, path) in teachers] + [cell.path for cell in cells], None)
+    bills = measure_energy(_paths(study, cells), None)
     rows = []
-    for (name, _), bill in zip(teachers, bills):
+    for name, bill in zip(study.teachers, bills):
         found = {"synops": bill.cost.dense, "accuracy": bill.accuracy}
         found |= {f"energy_{model}": kinds["ann"] for model, kinds in bill.energy.items()}
-        rows += [Row(study.name, name, name, "teacher", "", 0, 1, metric, value) for metric, value in found.items()]
-    for cell, bill in zip(cells, bills[len(teachers) :]):
-        steps = cell.recipe.student.timesteps
+        rows += [_teacher_row(study, name, metric, value) for metric, value in found.items()]
+    for cell, bill in zip(cells, bills[len(study.teachers) :]):
         found = {"accuracy": bill.accuracy, "spikes": bill.cost.spikes, "synops": bill.cost.acs + bill.cost.macs}
         found |= {f"energy_{model}": kinds["student"] for model, kinds in bill.energy.items()}
-        rows += [_row(study, cell, "", steps, metric, value) for metric, value in found.items()]
+        rows += [_row(study, cell, metric, value) for metric, value in found.items()]
         for model, kinds in bill.energy.items():
             for kind in ("quantised", "quantised-sparse"):
-                rows.append(_row(study, cell, f"{kind}-ann", steps, f"energy_{model}", kinds[kind]))
+                rows.append(_row(study, cell, f"energy_{model}", kinds[kind], f"{kind}-ann"))
     groups = {bill.network: {kind: (energy, 0.0) for kind, energy in bill.energy["memory"].items()} for bill in bills}
     bars(out / f"{study.name}.png", groups, "nJ an image, with memory traffic")
     warned = "".join(f"- {line}\n" for bill in bills for line in bill.warnings)
@@ -232,15 +229,6 @@ MEASURES: dict[str, Measure] = {
     "noise": measure_noise,
     "energy": measure_energies,
 }
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """All numbers, one a line, under the names of ``Row``'s fields."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Row)])
-    writer.writerows(astuple(row) for row in rows)
-    return file.getvalue()
 
 
 def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:

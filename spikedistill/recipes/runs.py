@@ -1,6 +1,6 @@
 """Finished runs, read back: evaluate one, compare many."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,19 @@ def some(images: ImageSet, count: int | None) -> tuple[Tensor, Tensor]:
     everything = len(images.test_images)
     chosen = torch.arange(everything) if count is None else torch.linspace(0, everything - 1, min(count, everything))
     return images.test_images[chosen.long()], images.test_labels[chosen.long()]
+
+
+def unless_done(path: Path, work: Callable[[bool], object], say: Callable[[], object] = lambda: None) -> None:
+    """Leave a finished run alone; begin any other, or go on with it.
+
+    Args:
+        path: its directory.
+        work: told whether to resume.
+        say: called before.
+    """
+    if not (path / "results.json").exists():
+        say()
+        work((path / "recipe.json").exists())
 
 
 def to_recipe(content: Mapping[str, Any]) -> Distill:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spikedistill.recipes import mnist
+from spikedistill.recipes import cifar10, mnist
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.recipe import Data, Training
@@ -158,10 +158,9 @@ def kdsnn_energy(budget: Budget, data_dir: str | None, runs: Path) -> Study:
 class _Base:
     """What the cells of a study share; equal cells of different studies share their run directory."""
 
-    def __init__(self, budget: Budget, data_dir: str | None, runs: Path, data: Data | None = None) -> None:
+    def __init__(self, budget: Budget, data_dir: str | None, runs: Path, data: Data = cifar10.DATA) -> None:
         self.budget, self.runs, self.scale = budget, runs / budget, SCALES[budget]
-        usual = Data(data="cifar10", validation=0.02, crop=4, border="mirror", flip=True, cutout=8)
-        self.data = dataclasses.replace(data or usual, data_dir=data_dir)
+        self.data = dataclasses.replace(data, data_dir=data_dir)
         self.teachers: dict[str, tuple[Teach, Path]] = {}
 
     def cell(self, teacher: str, student: str, method: str, seed: int, timesteps: int = 4) -> Cell:

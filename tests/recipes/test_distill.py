@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from spikedistill.data.images import NAMED, load_images
 from spikedistill.errors import ConfigError
 from spikedistill.files import read_tensors
-from spikedistill.neuron import fused
 from spikedistill.recipes import STUDENTS, TEACHERS
 from spikedistill.recipes import distill as module
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
@@ -30,11 +29,7 @@ TERMS = {
 TRAINING = Training(epochs=1, batch_size=16, lr=0.02, precision="fp32", device="cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_compiler():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "works", lambda device: False)
-        yield
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.immunity import Score
-from spikedistill.neuron import fused
+from spikedistill.files import write_csv
 from spikedistill.recipes import immunity as module
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
-from spikedistill.recipes.energy import measure_energy, table, to_csv
+from spikedistill.recipes.energy import lines, measure_energy, table
 from spikedistill.recipes.immunity import measure_immunity, summary
 from spikedistill.recipes.teach import Teach, teach
 from spikedistill.train.recipe import Data, Training
@@ -20,11 +20,7 @@ from spikedistill.train.run import Run
 TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_compiler():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "works", lambda device: False)
-        yield
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +133,11 @@ class TestEnergy:
         ]
         assert all(len(row) == len(columns) for row in rows)
 
-    def test_the_file_holds_every_figure(self, home):
+    def test_the_file_holds_every_figure(self, home, tmp_path):
         (bill,) = measure_energy([home / "student"], images=9)
-        lines = {tuple(line[:2]): float(line[2]) for line in csv.reader(to_csv([bill]).splitlines()[1:])}
-        assert lines["student", "acs"] == bill.cost.acs
-        assert lines["student", "energy_memory_quantised"] == bill.energy["memory"]["quantised"]
-        assert len(lines) == len(dataclasses.fields(bill.cost)) - 1 + 9
+        write_csv(tmp_path / "x.csv", ("network", "metric", "value"), lines([bill]))
+        with (tmp_path / "x.csv").open() as file:
+            found = {(line["network"], line["metric"]): float(line["value"]) for line in csv.DictReader(file)}
+        assert found["student", "acs"] == bill.cost.acs
+        assert found["student", "energy_memory_quantised"] == bill.energy["memory"]["quantised"]
+        assert len(found) == len(dataclasses.fields(bill.cost)) - 1 + 9

@@ -7,7 +7,6 @@ import PIL.Image
 import pytest
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron import fused
 from spikedistill.recipes import reproduce as module
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice
 from spikedistill.recipes.reproduce import reproduce
@@ -19,11 +18,7 @@ TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="
 COLUMNS = ["study", "teacher", "student", "method", "setting", "seed", "timesteps", "metric", "value"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_compiler():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "works", lambda device: False)
-        yield
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 @pytest.fixture(scope="module")

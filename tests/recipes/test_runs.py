@@ -7,7 +7,6 @@ import torch
 
 from spikedistill.errors import ConfigError, RunError, SpikeDistillError
 from spikedistill.files import read_tensors, write_tensors
-from spikedistill.neuron import fused
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
 from spikedistill.recipes.runs import evaluate, load_student, table, to_recipe
 from spikedistill.recipes.teach import Teach, teach
@@ -17,11 +16,7 @@ from spikedistill.train.run import Run
 TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_compiler():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "works", lambda device: False)
-        yield
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 @pytest.fixture(scope="module")
