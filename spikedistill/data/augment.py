@@ -1,22 +1,18 @@
 """Batched, seeded augmentation: stored bytes in, images between 0 and 1 out."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 from spikedistill.errors import ConfigError, unknown
 from spikedistill.shapes import Image, Pixels
 
-POLICIES = {
-    "none": None,
-    "trivial": v2.TrivialAugmentWide(),
-    "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
-}
+POLICIES = ("none", "trivial", "autoaugment")
 GROUPS = 8
 """A policy draws one operation for each of so many random groups of a batch (torchvision's draw one a call)."""
 
@@ -127,8 +123,7 @@ def _near(positions: Tensor, centre: Tensor, side: int) -> Tensor:
 
 def apply_policy(pixels: Pixels, policy: str, generator: torch.Generator) -> Pixels:
     """A library's augmentation policy, one draw for each random group of the batch."""
-    transform = POLICIES[policy]
-    assert transform is not None
+    transform = _transform(policy)
     order = torch.randperm(len(pixels), generator=generator)
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
     changed = torch.empty_like(pixels)
@@ -137,3 +132,10 @@ def apply_policy(pixels: Pixels, policy: str, generator: torch.Generator) -> Pix
         for group in order.chunk(GROUPS):
             changed[group] = transform(pixels[group])
     return changed
+
+
+@functools.cache
+def _transform(policy: str) -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2
+
+    return v2.TrivialAugmentWide() if policy == "trivial" else v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)

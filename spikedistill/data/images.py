@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision import datasets
 
 from spikedistill.errors import ConfigError, DataError, SpikeDistillError, unknown
 from spikedistill.shapes import Labels, Pixels
@@ -153,6 +151,8 @@ def split(labels: Labels, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     everything = torch.arange(len(labels))
     if fraction == 0:
         return everything, everything[:0]
+    from sklearn.model_selection import train_test_split
+
     try:
         train, held = train_test_split(
             everything.numpy(), test_size=fraction, random_state=seed, stratify=labels.numpy()
@@ -183,14 +183,16 @@ def _digits(_: Path) -> ImageSet:
     return ImageSet("digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"))
 
 
-def _packed(name: str, pack: str, source: Callable[..., Any]) -> Callable[[Path], ImageSet]:
-    """A reader that takes ``name.npz`` or the pack in the data directory, and torchvision's files otherwise."""
+def _packed(name: str, pack: str, source: str) -> Callable[[Path], ImageSet]:
+    """A reader that takes ``name.npz`` or the pack in the data directory, else the files of torchvision's class."""
 
     def read(directory: Path) -> ImageSet:
         for file in (directory / f"{name}.npz", directory / pack):
             if file.is_file():
                 return _read_npz(file, name)
-        return _read_torchvision(name, source, directory)
+        from torchvision import datasets
+
+        return _read_torchvision(name, getattr(datasets, source), directory)
 
     return read
 
@@ -219,10 +221,10 @@ def _download(name: str, source: Callable[..., Any], directory: Path, train: boo
 
 NAMED: dict[str, Callable[[Path], ImageSet]] = {
     "digits": _digits,
-    "mnist": _packed("mnist", "mnist_webp.npz", datasets.MNIST),
-    "fashion-mnist": _packed("fashion-mnist", "fashion_webp.npz", datasets.FashionMNIST),
-    "cifar10": _packed("cifar10", "cifar10_webp.npz", datasets.CIFAR10),
-    "cifar100": _packed("cifar100", "cifar100_webp.npz", datasets.CIFAR100),
+    "mnist": _packed("mnist", "mnist_webp.npz", "MNIST"),
+    "fashion-mnist": _packed("fashion-mnist", "fashion_webp.npz", "FashionMNIST"),
+    "cifar10": _packed("cifar10", "cifar10_webp.npz", "CIFAR10"),
+    "cifar100": _packed("cifar100", "cifar100_webp.npz", "CIFAR100"),
 }
 
 

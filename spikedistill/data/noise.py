@@ -18,7 +18,6 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torchvision.transforms.v2 import functional as vision
 
 from spikedistill.data.augment import to_unit
 from spikedistill.errors import ConfigError, unknown
@@ -133,10 +132,16 @@ def erasing(x: Image, share: float, generator: Generator) -> Tensor:
     return torch.where(inside[:, None], 0.5, x)
 
 
+def _smooth(x: Tensor, reach: int, deviation: float) -> Tensor:
+    """A Gaussian of so many pixels to either side."""
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    return gaussian_blur(x, [2 * reach + 1] * 2, [deviation] * 2)
+
+
 def gaussian_blur(x: Image, deviation: float, generator: Generator) -> Tensor:
     """Convolution with a Gaussian."""
-    reach = max(1, math.ceil(4 * deviation))
-    return vision.gaussian_blur(x, [2 * reach + 1] * 2, [deviation] * 2)
+    return _smooth(x, max(1, math.ceil(4 * deviation)), deviation)
 
 
 def glass_blur(x: Image, level: tuple[float, int, int], generator: Generator) -> Tensor:
@@ -168,7 +173,7 @@ def defocus_blur(x: Image, level: tuple[float, float], generator: Generator) -> 
     reach = math.ceil(radius) + 1
     axis = torch.arange(-reach, reach + 1, dtype=torch.float32)
     disc = ((axis[:, None] ** 2 + axis**2) <= radius**2).float()[None, None]
-    soft = vision.gaussian_blur(disc, [3, 3], [softness] * 2)[0, 0]
+    soft = _smooth(disc, 1, softness)[0, 0]
     return _filtered(x, soft / soft.sum())
 
 
@@ -308,7 +313,7 @@ def elastic(x: Image, level: tuple[float, float, float], generator: Generator) -
         field = 2 * torch.rand(len(x), 2, height, width, generator=generator) - 1
         deviation = max(0.3, smoothness * height)
         reach = min(max(1, math.ceil(3 * deviation)), height - 1)
-        field = vision.gaussian_blur(field, [2 * reach + 1] * 2, [deviation] * 2)
+        field = _smooth(field, reach, deviation)
         grid = grid + 2 * strength * field.permute(0, 2, 3, 1)
     return _sampled(x, grid, "reflection")
 

@@ -218,11 +218,11 @@ def stuck_neurons(network: nn.Module, share: float, generator: Generator) -> Non
         pattern = _Pattern(torch.rand, generator)
 
         def stick(
-            layer: nn.Module, _: Any, result: tuple[Tensor, Any], pattern: _Pattern = pattern
+            layer: Spiking, _: Any, result: tuple[Tensor, Any], pattern: _Pattern = pattern
         ) -> tuple[Tensor, Any]:
             spikes, state = result
             drawn = pattern(spikes)
-            always = torch.as_tensor(layer.threshold).to(spikes)
+            always = layer.heights(spikes).to(spikes)
             spikes = torch.where(drawn < share / 2, torch.zeros_like(always), spikes)
             return torch.where((drawn >= share / 2) & (drawn < share), always, spikes), state
 
@@ -234,11 +234,11 @@ def membrane_noise(network: nn.Module, deviation: float, generator: Generator) -
     for layer in _neurons(network).values():
         own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
-        def shake(layer: nn.Module, given: tuple[Any, ...], own: Generator = own) -> tuple[Any, ...]:
+        def shake(layer: Spiking, given: tuple[Any, ...], own: Generator = own) -> tuple[Any, ...]:
             current, timesteps, repeats, *rest = given
             current = repeat_time(current, repeats)
             drawn = torch.randn(current.shape, generator=own).to(current)
-            shaken = current + deviation * torch.as_tensor(layer.threshold).to(current) * drawn
+            shaken = current + deviation * layer.heights(current).to(current) * drawn
             order = torch.channels_last if is_channels_last(current) else torch.contiguous_format
             return (shaken.contiguous(memory_format=order), timesteps, 1, *rest)
 

@@ -1,16 +1,17 @@
 """The mathematics of ``dynamics`` for all T steps in one pass over memory, forward and backward.
 
-Both passes are plain Python over tensors ``[T, N]`` that torch.compile turns into one loop over the N neurons, each of
-which keeps its potential in a register. Backward computes the potentials again from the current, so nothing is stored
-beyond what went in. With g_t the gradient that arrives at the spikes of step t, theta the threshold, ``'`` the
-surrogate, and r the gradient at the potential after the reset, from the last step to the first:
+Both passes are plain Python over tensors ``[T, N]`` (``[T, A, L]`` with a threshold a channel, which spreads over A or
+L) that torch.compile turns into one loop over the N neurons, each of which keeps its potential in a register. Backward
+computes the potentials again from the current, so nothing is stored beyond what went in. With g_t the gradient that
+arrives at the spikes of step t, theta the threshold, ``'`` the surrogate, and r the gradient at the potential after the
+reset, from the last step to the first:
 
     at the spike       q = theta g_t - r          (subtractive reset; to zero: theta g_t - u r; detached: theta g_t)
     at the charge      p = r + q s'(u - 1)        (to zero: (1 - s) r + q s'(u - 1))
     to the current     gain p / theta
     to the past        r <- leak p
 
-One compilation serves every layer size: the length N is dynamic, leak and threshold are scalar tensors. Many steps run
+One compilation serves every layer size: the length N is dynamic, leak and threshold are tensors. Many steps run
 in chunks of ``CHUNK``, the potential handed from one to the next, so another T meets kernels that are there already.
 """
 
@@ -141,7 +142,7 @@ def _backward(
         gathered,
         None if state is None else rest,
         to_leak.sum() if neuron.learn_leak else None,
-        to_threshold.sum() if neuron.learn_threshold else None,
+        to_threshold.sum_to_size(threshold.shape) if neuron.learn_threshold else None,
     )
 
 
@@ -158,16 +159,24 @@ def _compiled(function: Kernel, neuron: Neuron, *facts: object) -> Kernel:
     return functools.partial(torch.compile(own, fullgraph=True), neuron)
 
 
+def _facts(argument: Tensor, neurons: int) -> tuple[object, ...]:
+    """What a kernel may rely on: dtype, mode, and which of the dimensions over neurons are 1 and spread over others."""
+    ones = tuple(size == 1 for size in argument.shape[max(0, argument.ndim - neurons) :])
+    return argument.dtype, argument.is_inference(), ones
+
+
 def _call(function: Kernel, neuron: Neuron, *arguments: Any) -> Any:
     """Run a pass compiled; layers that differ only in threshold or in the value of a leak share a kernel."""
     arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    facts: list[object] = [(a.dtype, a.is_inference()) if isinstance(a, Tensor) else a for a in arguments]
-    facts += [arguments[0].shape[1] == 1, torch.is_inference_mode_enabled(), torch.get_num_threads()]
+    neurons = arguments[0].ndim - 1
+    facts: list[object] = [_facts(a, neurons) if isinstance(a, Tensor) else a for a in arguments]
+    facts += [torch.is_inference_mode_enabled(), torch.get_num_threads()]
     constant = arguments[0].shape[0] == 1
     model = dataclasses.replace(neuron, threshold=1.0, leak=1.0 if neuron.leak == 1.0 else 0.5)
     for argument in arguments:
-        if isinstance(argument, Tensor) and argument.ndim:
-            torch._dynamo.maybe_mark_dynamic(argument, argument.ndim - 1)
+        if isinstance(argument, Tensor):
+            for dimension in range(max(0, argument.ndim - neurons), argument.ndim):
+                torch._dynamo.maybe_mark_dynamic(argument, dimension)
     with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
         return _compiled(function, model, constant, *facts)(*arguments)
 
@@ -194,7 +203,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         current, leak, threshold, *states = ctx.saved_tensors
         if grad is None:
-            grad = current.new_zeros(1).expand(ctx.timesteps, current.shape[1])
+            grad = current.new_zeros(1).expand(ctx.timesteps, *current.shape[1:])
         rest = None if grad_state is None else grad_state.contiguous()
         parts, to_leak, to_threshold = [], None, None
         for steps, state in reversed(list(zip(chunks(ctx.timesteps), states))):

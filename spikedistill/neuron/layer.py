@@ -21,26 +21,39 @@ class Spiking(nn.Module):
 
     Args:
         neuron: the model.
-        threshold: where the layer fires, and the height of its spikes; ``neuron.threshold`` where not given.
+        threshold: where the layer fires, and the height of its spikes: one number, or one a channel ``[C]``;
+            ``neuron.threshold`` where not given.
         backend: ``fused`` (compiled), ``reference`` (a loop over time), or ``auto``: fused where a compiler works.
 
     Raises:
-        ConfigError: if the threshold is not above 0.
+        ConfigError: if a threshold is not above 0, or they are neither one nor one a channel.
     """
 
     threshold: Tensor
     leak_logit: Tensor
 
-    def __init__(self, neuron: Neuron, threshold: float | None = None, backend: Backend = "auto") -> None:
+    def __init__(self, neuron: Neuron, threshold: float | Tensor | None = None, backend: Backend = "auto") -> None:
         super().__init__()
-        value = neuron.threshold if threshold is None else threshold
-        if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"threshold (={value}) must be above 0 and finite.")
         self.neuron = neuron
         self.backend = backend
-        self._hold("threshold", torch.tensor(float(value)), neuron.learn_threshold)
+        self.set_threshold(neuron.threshold if threshold is None else threshold)
         if neuron.leak < 1:
             self._hold("leak_logit", torch.tensor(math.log(neuron.leak / (1 - neuron.leak))), neuron.learn_leak)
+
+    def set_threshold(self, threshold: float | Tensor) -> None:
+        """Give the layer another threshold, one number or one a channel ``[C]``.
+
+        Raises:
+            ConfigError: as for a new layer.
+        """
+        value = torch.as_tensor(threshold, dtype=torch.float32).detach().clone()
+        if value.ndim > 1 or not value.numel():
+            raise ConfigError(
+                f"thresholds of shape {tuple(value.shape)} were given: give one number, or one a channel."
+            )
+        if not ((value > 0) & torch.isfinite(value)).all():
+            raise ConfigError(f"threshold (={float(value.min()):.4g}) must be above 0 and finite.")
+        self._hold("threshold", value, self.neuron.learn_threshold)
 
     def _hold(self, name: str, value: Tensor, learned: bool) -> None:
         if learned:
@@ -51,7 +64,9 @@ class Spiking(nn.Module):
     @property
     def leak(self) -> Tensor:
         """The share of the potential that is left after a step, a scalar tensor."""
-        return torch.sigmoid(self.leak_logit) if self.neuron.leak < 1 else torch.ones_like(self.threshold)
+        if self.neuron.leak < 1:
+            return torch.sigmoid(self.leak_logit)
+        return torch.ones((), device=self.threshold.device)
 
     def forward(
         self, current: Tensor, timesteps: int, repeats: int = 1, state: Tensor | None = None, keep: bool = False
@@ -71,14 +86,13 @@ class Spiking(nn.Module):
         Raises:
             ShapeError: if the rows are no multiple of T, or the state is of another shape.
         """
-        flat, order, batch = self._rows(current, timesteps, repeats)
+        flat, threshold, order, batch = self._rows(current, timesteps, repeats)
         if state is not None and state.shape != (batch, *current.shape[1:]):
             raise ShapeError(
                 f"The state has shape {tuple(state.shape)}, the current asks for {(batch, *current.shape[1:])}: carry a"
                 " state only between calls of one batch."
             )
-        kept = None if state is None else flatten_rows(state, 1, order)[0]
-        threshold = self.used_threshold(flat.shape[1])
+        kept = None if state is None else flatten_rows(state, 1, order).reshape(flat.shape[1:])
         if self._compiles(flat):
             spikes, after = fused.fused_run(flat, kept, self.neuron, self.leak, threshold, timesteps, keep)
         else:
@@ -93,29 +107,49 @@ class Spiking(nn.Module):
         Returns:
             Spikes ``[T*B, ...]``, their mean over time and its slope, ``[B, ...]`` each; see ``dynamics.measure``.
         """
-        flat, order, batch = self._rows(current, timesteps, repeats)
+        flat, threshold, order, batch = self._rows(current, timesteps, repeats)
         run_all = fused.fused_measure if self._compiles(flat) else measure
-        spikes, rate, slope = run_all(flat, self.neuron, self.leak, self.used_threshold(flat.shape[1]), timesteps)
+        spikes, rate, slope = run_all(flat, self.neuron, self.leak, threshold, timesteps)
         shape = (batch, *current.shape[1:])
         trains = restore_rows(spikes, (timesteps * batch, *shape[1:]), order)
         return trains, restore_rows(rate, shape, order), restore_rows(slope, shape, order)
 
     def used_threshold(self, neurons: int) -> Tensor:
-        """The threshold as a call on so many neurons uses it: a learned one above 0, its gradient damped."""
+        """The thresholds as a call on so many neurons uses them: learned ones above 0, their gradient damped."""
         if not self.neuron.learn_threshold:
             return self.threshold
-        return _damped(self.threshold.clamp_min(SMALLEST), neurons)
+        return _damped(self.threshold.clamp_min(SMALLEST), neurons // self.threshold.numel())
 
-    def _rows(self, current: Tensor, timesteps: int, repeats: int) -> tuple[Tensor, bool, int]:
-        """The current as ``[T or 1, N]``, whether its memory is channels last, and the batch size."""
+    def heights(self, current: Tensor) -> Tensor:
+        """``used_threshold``, shaped to go with a current ``[rows, C, ...]``."""
+        used = self.used_threshold(current.numel() // max(1, len(current)))
+        return used if used.ndim == 0 else used.view(-1, *[1] * (current.ndim - 2))
+
+    def _rows(self, current: Tensor, timesteps: int, repeats: int) -> tuple[Tensor, Tensor, bool, int]:
+        """The current as ``[T or 1, N]`` with its threshold, whether its memory is channels last, and the batch size.
+
+        With one threshold a channel the N neurons are a table of two dimensions that the thresholds spread over.
+        """
         rows = timesteps // repeats
         if rows * repeats != timesteps or current.shape[0] % rows:
             raise ShapeError(
                 f"A current of {current.shape[0]} rows cannot be {timesteps} time steps with {repeats} repeats:"
                 " expected time x batch rows."
             )
-        last = is_channels_last(current)
-        return flatten_rows(current, rows, last), last, current.shape[0] // rows
+        last, batch = is_channels_last(current), current.shape[0] // rows
+        flat = flatten_rows(current, rows, last)
+        threshold = self.used_threshold(flat.shape[1])
+        if threshold.ndim == 0:
+            return flat, threshold, last, batch
+        channels = len(threshold)
+        if current.shape[1:2] != (channels,):
+            raise ShapeError(
+                f"A current of shape {tuple(current.shape)} was given to a layer with {channels} thresholds, one a"
+                " channel: expected as many channels, [rows, channels, ...]."
+            )
+        if last or current.ndim == 2:
+            return flat.view(rows, -1, channels), threshold[None], last, batch
+        return flat.view(rows, batch * channels, -1), threshold.repeat(batch)[:, None], last, batch
 
     def _compiles(self, flat: Tensor) -> bool:
         exact = flat.dtype == torch.float64
@@ -123,8 +157,9 @@ class Spiking(nn.Module):
 
     def extra_repr(self) -> str:
         """Threshold and leak, for printing."""
-        threshold, leak = float(self.threshold.detach()), float(self.leak.detach())
-        return f"threshold={threshold:.4g}, leak={leak:.4g}, reset={self.neuron.reset.value}"
+        values, leak = self.threshold.detach(), float(self.leak.detach())
+        shown = f"{float(values.mean()):.4g}" + (f" (mean of {len(values)} channels)" if values.ndim else "")
+        return f"threshold={shown}, leak={leak:.4g}, reset={self.neuron.reset.value}"
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -93,6 +93,8 @@ class StudentChoice:
     """How thresholds are chosen from the teacher's activations."""
     percentile: float = 99.9
     """For the rule of that name."""
+    per_channel: bool = True
+    """A threshold for every channel; else one for each layer. Fresh weights begin with one for each layer."""
     calibration: int = 512
     """Training images from which thresholds are chosen."""
     correct_bias: bool = False
@@ -339,6 +341,7 @@ def build_student(
         inherit=inherits,
         rule=choice.rule,
         percentile=choice.percentile,
+        per_channel=choice.per_channel,
         correct_bias=choice.correct_bias,
         max_pool=choice.max_pool,
         coding=CODINGS[choice.coding](),

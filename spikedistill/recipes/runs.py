@@ -12,6 +12,7 @@ from spikedistill.data.images import ImageSet, load_images
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.early_exit import check_confidence
 from spikedistill.files import read_tensors
+from spikedistill.neuron.layer import Spiking
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, find_teacher, measure
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.coding import CODINGS
@@ -49,6 +50,9 @@ def load_student(path: str | Path) -> tuple[Student, Distill]:
         mean=facts["mean"],
         std=facts["std"],
     )
+    for path, layer in student.named_modules():
+        if isinstance(layer, Spiking) and (given := tensors.get(f"{path}.threshold")) is not None:
+            layer.set_threshold(given)
     load_weights(student, tensors, f"'{file}'")
     return student.eval(), recipe
 

@@ -33,7 +33,7 @@ ROUNDING = Neuron(initial=0.5)
 
 @dataclass(frozen=True)
 class Site:
-    """One activation of the ANN and the neurons that took its place."""
+    """One activation of the ANN and the neurons that took its place; where thresholds differ by channel, their mean."""
 
     name: str
     kind: str
@@ -202,6 +202,7 @@ def to_spiking(
     inherit: bool = True,
     rule: Rule = "least-squares",
     percentile: float = 99.9,
+    per_channel: bool = True,
     correct_bias: bool = False,
     max_pool: MaxPool = "keep",
     coding: Coding | None = None,
@@ -220,6 +221,8 @@ def to_spiking(
             ``neuron.threshold``, for which no calibration is needed.
         rule: how a threshold is chosen from activations; see ``calibrate.choose_threshold``.
         percentile: for the rule of that name.
+        per_channel: choose a threshold for every channel, as channels differ in range; else one for each layer. Fresh
+            weights begin with one for each layer.
         correct_bias: shift biases so that every layer's channels have the ANN's means over the calibration images (see
             ``calibrate.correct_biases``): for a student that is not trained.
         max_pool: keep max pooling (over spikes it is a logical or), or exchange it for average pooling.
@@ -253,16 +256,16 @@ def to_spiking(
     copied.train(True)
     module, ends = trace(copied)
     places = find_places(module)
-    chosen: Mapping[str, tuple[float, float | None]]
+    chosen: Mapping[str, tuple[Tensor, float | None]]
     wanted: dict[str, Tensor] = {}
     if inherit and calibrate is not None:
         inputs = _normalised(calibrate, mean, std, module)
-        chosen = _calibrated(module, places, inputs, neuron, timesteps, rule, percentile)
+        chosen = _calibrated(module, places, inputs, neuron, timesteps, rule, percentile, per_channel)
         if correct_bias:
             wanted = channel_means(module, {place.node for place in places}, inputs)
     else:
         initialise_fresh(module)
-        chosen = dict.fromkeys((place.node for place in places), (neuron.threshold, None))
+        chosen = dict.fromkeys((place.node for place in places), (torch.tensor(neuron.threshold), None))
     neurons = {place.name: Spiking(neuron, chosen[place.node][0]) for place in places}
     static = insert_neurons(module, places, neurons, max_pool)
     student = Student(module, _feature_nodes(module, ends, static), timesteps, coding or Direct(), mean, std)
@@ -270,7 +273,9 @@ def to_spiking(
     if wanted and calibrate is not None:
         ordered = {name: wanted[place.node] for name, place in zip(student.neurons, places)}
         correct_biases(student, module, student.neurons, ordered, calibrate)
-    sites = tuple(Site(p.name, p.kind, p.source, *chosen[p.node], p.note) for p in places)
+    sites = tuple(
+        Site(p.name, p.kind, p.source, float(chosen[p.node][0].mean()), chosen[p.node][1], p.note) for p in places
+    )
     return student, Report(sites, timesteps, inherit)
 
 
@@ -288,9 +293,10 @@ def _calibrated(
     timesteps: int,
     rule: Rule,
     percentile: float,
-) -> dict[str, tuple[float, float]]:
+    per_channel: bool,
+) -> dict[str, tuple[Tensor, float]]:
     try:
-        activations = record(module, {place.node for place in places}, inputs)
+        activations = record(module, {place.node for place in places}, inputs, per_channel)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(

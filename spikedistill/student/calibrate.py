@@ -23,6 +23,12 @@ Rule = Literal["least-squares", "max", "percentile"]
 
 RESERVOIR = 200_000
 """Activations a layer that the rules look at; more are thinned evenly."""
+CHANNEL_RESERVOIR = 1000
+"""Activations a channel and batch, where each has a threshold of its own."""
+FEW = 20
+"""A channel with fewer positive activations takes its layer's threshold."""
+SMALLEST_SHARE = 0.1
+"""No channel's threshold is a smaller share of its layer's: training may wake the channel up."""
 GRID = 2000
 """Points of a staircase, over currents from 0 to ``REACH`` thresholds."""
 REACH = 4.0
@@ -58,8 +64,13 @@ def _look(
     return recorder.seen
 
 
-def record(module: fx.GraphModule, nodes: set[str], images: Image, batch_size: int = 100) -> dict[str, Tensor]:
-    """A sample of the activations at each node over the images (already normalised), one flat tensor each."""
+def record(
+    module: fx.GraphModule, nodes: set[str], images: Image, per_channel: bool = False, batch_size: int = 100
+) -> dict[str, Tensor]:
+    """A sample of the activations at each node over the images (already normalised): ``[n]``, or ``[C, n]``."""
+    if per_channel:
+        seen = _look(module, nodes, images, batch_size, _some_of_each_channel)
+        return {name: torch.cat(parts, dim=1) for name, parts in seen.items()}
     seen = _look(module, nodes, images, batch_size, _every_so_many)
     return {name: _thin(torch.cat(parts)) for name, parts in seen.items()}
 
@@ -67,6 +78,12 @@ def record(module: fx.GraphModule, nodes: set[str], images: Image, batch_size: i
 def _every_so_many(value: Tensor) -> Tensor:
     flat = value.flatten()
     return flat[:: max(1, flat.numel() // RESERVOIR)]
+
+
+def _some_of_each_channel(value: Tensor) -> Tensor:
+    """``[B, C, ...]`` to ``[C, n]``; an odd stride, so that it visits every column of an image."""
+    flat = value.transpose(0, 1).flatten(1)
+    return flat[:, :: (flat.shape[1] // CHANNEL_RESERVOIR) | 1]
 
 
 def channel_means(module: fx.GraphModule, nodes: set[str], images: Image, batch_size: int = 100) -> dict[str, Tensor]:
@@ -96,7 +113,7 @@ def staircase(neuron: Neuron, timesteps: int) -> Tensor:
     return spikes.mean(0)
 
 
-def response(activations: Tensor, threshold: float, stairs: Tensor) -> Tensor:
+def response(activations: Tensor, threshold: float | Tensor, stairs: Tensor) -> Tensor:
     """The rate with which a neuron answers to each activation as a constant current."""
     position = (activations.clamp_min(0) / threshold * ((GRID - 1) / REACH)).round().long().clamp_max(GRID - 1)
     return stairs[position]
@@ -127,20 +144,52 @@ def choose_threshold(activations: Tensor, stairs: Tensor, rule: Rule, percentile
     if rule == "percentile":
         return float(torch.quantile(positive, percentile / 100))
     sample = positive[:: max(1, len(positive) // 20_000)]
-    shares = [top * (number + 1) / CANDIDATES for number in range(CANDIDATES)]
-    errors = [float((sample - value * response(sample, value, stairs)).square().mean()) for value in shares]
-    return shares[min(range(CANDIDATES), key=errors.__getitem__)]
+    tried = (torch.arange(CANDIDATES) + 1) * (top / CANDIDATES)
+    errors = [(sample - value * response(sample, value, stairs)).square().mean() for value in tried.split(1)]
+    return float(tried[int(torch.stack(errors).argmin())])
+
+
+def channel_thresholds(
+    activations: Tensor, layer: float, stairs: Tensor, rule: Rule, percentile: float = 99.9
+) -> Tensor:
+    """The threshold of each channel.
+
+    Args:
+        activations: a sample ``[C, n]`` of what the ANN's activation returns.
+        layer: the threshold of the whole layer, taken where a channel was hardly active.
+        stairs: the neuron's ``staircase``.
+        rule: see ``choose_threshold``.
+        percentile: for the rule of that name.
+
+    Returns:
+        ``[C]``, at least ``SMALLEST_SHARE`` of the layer's.
+    """
+    chosen = [
+        choose_threshold(channel, stairs, rule, percentile) if int((channel > 0).sum()) >= FEW else layer
+        for channel in activations
+    ]
+    return torch.tensor(chosen).clamp_min(SMALLEST_SHARE * layer)
 
 
 def thresholds(
     activations: Mapping[str, Tensor], neuron: Neuron, timesteps: int, rule: Rule, percentile: float
-) -> dict[str, tuple[float, float]]:
-    """For each layer its threshold, and the rate in spikes a step that it should fire with."""
+) -> dict[str, tuple[Tensor, float]]:
+    """For each layer its threshold, or thresholds ``[C]``, and the rate in spikes a step that it should fire with.
+
+    Args:
+        activations: by layer, ``[n]`` for one threshold, or ``[C, n]`` for one a channel.
+        neuron: the model.
+        timesteps: T.
+        rule: see ``choose_threshold``.
+        percentile: for the rule of that name.
+    """
     stairs = staircase(neuron, timesteps)
     result = {}
     for name, values in activations.items():
-        threshold = choose_threshold(values, stairs, rule, percentile)
-        result[name] = (threshold, float(response(values, threshold, stairs).mean()))
+        one = choose_threshold(_thin(values.flatten()), stairs, rule, percentile)
+        chosen = torch.tensor(one) if values.ndim == 1 else channel_thresholds(values, one, stairs, rule, percentile)
+        spread = chosen[:, None] if chosen.ndim else chosen
+        result[name] = (chosen, float(response(values, spread, stairs).mean()))
     return result
 
 

@@ -20,7 +20,7 @@ def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
 
     Args:
         x: currents of any shape.
-        threshold: a scalar above 0.
+        threshold: above 0; a scalar, or one a channel, shaped to spread over the currents.
         levels: L, 1 or more.
 
     >>> import torch
@@ -42,7 +42,7 @@ class _Quantised(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
         if isinstance(layer, Spiking):
-            return clip_floor_shift(args[0], layer.used_threshold(args[0].numel()), self.levels), None
+            return clip_floor_shift(args[0], layer.heights(args[0]), self.levels), None
         return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

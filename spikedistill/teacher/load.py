@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from spikedistill.errors import ConfigError, WeightsError, unknown
@@ -73,6 +72,8 @@ class Architecture:
 
 def _library(origin: str, name: str, classes: int, channels: int) -> nn.Module:
     if origin == "torchvision":
+        import torchvision
+
         if name not in torchvision.models.list_models():
             raise ConfigError(unknown("torchvision model", name, torchvision.models.list_models()))
         if channels != 3:

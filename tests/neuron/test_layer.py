@@ -14,7 +14,7 @@ from spikedistill.neuron.layer import SMALLEST, Spiking
 LEARNING = replace(PLIF, learn_threshold=True)
 
 
-def reference(neuron: Neuron = IF, threshold: float | None = None) -> Spiking:
+def reference(neuron: Neuron = IF, threshold: float | torch.Tensor | None = None) -> Spiking:
     return Spiking(neuron, threshold, "reference")
 
 
@@ -88,6 +88,73 @@ class TestMemoryOrder:
         current = torch.rand(3, 4).T
         expected = reference()(current.contiguous(), 2)[0]
         assert torch.equal(reference()(current, 2)[0], expected)
+
+
+class TestAThresholdAChannel:
+    """A layer with thresholds [C] is C layers with one threshold each, in every result and gradient."""
+
+    shapes = st.sampled_from([(6, 3), (6, 3, 5), (6, 3, 2, 4), (6, 1, 2, 2)])
+
+    @settings(deadline=None, max_examples=40)
+    @given(
+        shape=shapes,
+        last=st.booleans(),
+        repeats=st.sampled_from([1, 3]),
+        neuron=st.sampled_from([IF, LIF, replace(IF, learn_threshold=True), LEARNING]),
+        backend=st.sampled_from(["reference", "fused"]),
+    )
+    def test_is_one_layer_a_channel(self, shape, last, repeats, neuron, backend):
+        generator = torch.Generator().manual_seed(0)
+        rows, channels = shape[0] // repeats, shape[1]
+        current = torch.randn(rows, *shape[1:], generator=generator) * 2
+        state = torch.rand(2, *shape[1:], generator=generator)
+        if last and current.ndim == 4:
+            current = current.contiguous(memory_format=torch.channels_last)
+        weights = torch.randn(shape, generator=generator), torch.randn(state.shape, generator=generator)
+        values = torch.rand(channels, generator=generator) + 0.5
+
+        def results(layer, part):
+            given, before = current[:, part].clone().requires_grad_(), state[:, part].clone().requires_grad_()
+            given = given.contiguous(memory_format=torch.channels_last) if last and given.ndim == 4 else given
+            given.retain_grad()
+            spikes, after = layer(given, 3, repeats, before, keep=True)
+            ((spikes * weights[0][:, part]).sum() + (after * weights[1][:, part]).sum()).backward()
+            learned = layer.threshold.grad if neuron.learn_threshold else torch.zeros(())
+            return [spikes.detach(), after.detach(), given.grad, before.grad], learned
+
+        found, learned = results(Spiking(neuron, values, backend), slice(None))
+        parts = [results(reference(neuron, float(values[c])), slice(c, c + 1)) for c in range(channels)]
+        for number, value in enumerate(found):
+            expected = torch.cat([results_[number] for results_, _ in parts], dim=1)
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+        if neuron.learn_threshold:
+            torch.testing.assert_close(learned, torch.stack([one for _, one in parts]), rtol=1e-4, atol=1e-4)
+
+    def test_is_measured_as_one_layer_a_channel(self):
+        current, values = torch.rand(6, 3, 2, 2) * 2, torch.tensor([0.3, 0.7, 1.5])
+        found = reference(LIF, values).measure(current, 3)
+        parts = [reference(LIF, float(value)).measure(current[:, c : c + 1], 3) for c, value in enumerate(values)]
+        for one, expected in zip(found, zip(*parts)):
+            torch.testing.assert_close(one, torch.cat(expected, dim=1))
+
+    def test_its_heights_go_with_a_current(self):
+        layer = reference(IF, torch.tensor([0.3, 0.7]))
+        for shape in ((4, 2), (4, 2, 3), (4, 2, 3, 3)):
+            spikes, _ = layer(torch.full(shape, 9.0), 2)
+            assert torch.equal(spikes, layer.heights(spikes).expand(shape))
+
+    @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2, 2), (4,)])
+    def test_refuses_another_number_of_channels(self, shape):
+        with pytest.raises(ShapeError, match=r"to a layer with 2 thresholds, one a channel: expected as many channels"):
+            reference(IF, torch.ones(2))(torch.rand(shape), 2)
+
+    @pytest.mark.parametrize("values", [torch.ones(2, 2), torch.ones(0)])
+    def test_refuses_thresholds_of_another_shape(self, values):
+        with pytest.raises(ConfigError, match="give one number, or one a channel"):
+            Spiking(IF, values)
+
+    def test_is_printed_as_their_mean(self):
+        assert "threshold=0.5 (mean of 2 channels)" in repr(Spiking(IF, torch.tensor([0.25, 0.75])))
 
 
 class TestLearning:

@@ -86,7 +86,7 @@ class TestConversion:
         teacher = load_teacher(home / "teacher")[0].network.state_dict()
         ours = {name.removeprefix("core."): value for name, value in student.state_dict().items()}
         assert all(torch.equal(ours[name], value) for name, value in teacher.items())
-        assert len({float(layer.threshold) for layer in student.neurons.values()}) > 1
+        assert len({float(layer.threshold.mean()) for layer in student.neurons.values()}) > 1
 
     def test_corrects_biases_where_asked(self, home, tmp_path):
         made = recipe(home, "conversion-max")
@@ -167,8 +167,8 @@ class TestResults:
         torch.testing.assert_close(student.std, teacher.std)
         assert Run(out).read("recipe")["student"]["timesteps"] == student.timesteps == 2
 
-    def test_a_student_learns_what_its_teacher_knows(self, finished):
-        _, results = finished
+    def test_a_student_learns_what_its_teacher_knows(self, home, tmp_path):
+        results = distill(recipe(home, training=dataclasses.replace(TRAINING, epochs=4)), tmp_path)
         assert results["teacher_accuracy"] > 90 and results["test_accuracy"] > 60
 
 

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from spikedistill.errors import ConfigError, ConversionError, ShapeError
 from spikedistill.neuron.dynamics import IF, LIF, PLIF
 from spikedistill.student.build import ROUNDING, Report, Student, to_spiking
+from spikedistill.student.calibrate import SMALLEST_SHARE
 from spikedistill.student.coding import Frames, Latency, Rate
 from spikedistill.teacher.load import Teacher
 
@@ -209,7 +210,7 @@ class TestObserve:
     paths = ("conv1", "bn", "act1", "conv2", "act2", "fc")
 
     def test_features_stand_where_the_modules_stood(self):
-        student, report = convert(net(), timesteps=5)
+        student, _ = convert(net(), timesteps=5)
         assert student.paths() == list(self.paths)
         logits, features = student.observe(images(3), self.paths)
         assert {path: tuple(feature.shape) for path, feature in features.items()} == {
@@ -217,8 +218,8 @@ class TestObserve:
             "fc": (5, 3, 3),
         }
         assert torch.equal(features["fc"], logits)
-        for path, site in zip(("act1", "act2"), report.sites):
-            spikes = features[path] / site.threshold
+        for path, layer in zip(("act1", "act2"), student.neurons.values()):
+            spikes = features[path] / layer.threshold[:, None, None]
             assert set(spikes.round(decimals=5).unique().tolist()) == {0.0, 1.0}
 
     def test_a_feature_without_time_is_the_same_at_every_step_and_that_of_the_ann(self):
@@ -229,11 +230,11 @@ class TestObserve:
 
     def test_the_mean_of_a_spiking_feature_rounds_the_activation(self):
         network, given = net(), images()
-        student, report = convert(network, timesteps=10)
+        student, _ = convert(network, timesteps=10)
         _, features = student.observe(given, ["act1"])
-        threshold = report.sites[0].threshold
-        activation = network.bn(network.conv1(given)).clamp(0, threshold)
-        assert (features["act1"].mean(0) - activation).abs().max() <= threshold * 0.5 / 10 + 1e-6
+        threshold = next(iter(student.neurons.values())).threshold[:, None, None]
+        activation = network.bn(network.conv1(given)).clamp_min(0).minimum(threshold)
+        assert ((features["act1"].mean(0) - activation).abs() <= threshold * 0.5 / 10 + 1e-6).all()
 
     def test_frames_have_features_of_their_own_at_every_step(self):
         student, _ = convert(net(), coding=Frames())
@@ -297,12 +298,35 @@ class TestFreshWeights:
 class TestRules:
     def test_percentile_lies_below_max(self):
         network, many = net(), images(50)
-        tops = convert(network, calibrate=many, rule="max")[1]
-        shares = convert(network, calibrate=many, rule="percentile", percentile=90.0)[1]
+        tops = convert(network, calibrate=many, rule="max", per_channel=False)[1]
+        shares = convert(network, calibrate=many, rule="percentile", percentile=90.0, per_channel=False)[1]
         activations = network.bn(network.conv1(many)).clamp_min(0).flatten().detach()
         assert tops.sites[0].threshold == pytest.approx(float(activations.max()))
         positive = activations[activations > 0]
         assert shares.sites[0].threshold == pytest.approx(float(positive.quantile(0.9)), rel=1e-5)
+
+    def test_each_channel_has_a_threshold_of_its_own(self):
+        network, many = net(), images(50)
+        student, report = convert(network, calibrate=many, rule="max")
+        largest = network.bn(network.conv1(many)).amax((0, 2, 3)).detach().float()
+        first = next(iter(student.neurons.values())).threshold
+        torch.testing.assert_close(first, largest.clamp_min(SMALLEST_SHARE * largest.max()))
+        assert report.sites[0].threshold == pytest.approx(float(first.mean()))
+
+    def test_a_channel_s_range_does_not_matter(self):
+        # Scaling a channel up before its neurons and down behind them changes nothing, as its threshold goes along.
+        given, scale = images(20), torch.tensor([0.5, 1.0, 1.5, 3.0], dtype=torch.float64)
+        first, second, last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(64, 3)
+        network = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), last).double().eval()
+        other = copy.deepcopy(network)
+        with torch.no_grad():
+            other[0].weight.mul_(scale[:, None, None, None])
+            other[0].bias.mul_(scale)
+            other[2].weight.div_(scale[:, None, None])
+        expected, found = (convert(one, calibrate=given)[0](given) for one in (network, other))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        expected, found = (convert(one, calibrate=given, per_channel=False)[0](given) for one in (network, other))
+        assert (found - expected).abs().max() > 0.01
 
     @pytest.mark.parametrize("percentile", [-1.0, 100.5, float("nan")])
     def test_a_percentile_outside_its_range_is_refused(self, percentile):

@@ -124,10 +124,25 @@ class TestThresholds:
     def test_expected_rates_follow_from_the_closed_form(self):
         found = thresholds({"a": torch.tensor([0.0, 0.3, 0.9, 2.0])}, Neuron(initial=0.5), 4, "max", 99.9)
         # in thresholds of 2: 0, 0.15, 0.45, 1; times 4 and rounded: 0, 1, 2, 4 of 4 spikes
-        assert found == {"a": (2.0, pytest.approx(7 / 16))}
+        assert found == {"a": (torch.tensor(2.0), pytest.approx(7 / 16))}
+
+    def test_a_layer_of_channels_gets_one_a_channel(self):
+        # 25 values up to 2 a channel; the second ten times the first; the third hardly active: it takes the layer's;
+        # the fourth tiny: it takes a tenth of the layer's
+        ramp = torch.linspace(0.08, 2.0, 25)
+        channels = torch.stack([ramp, 10 * ramp, torch.zeros(25), 1e-3 * ramp])
+        channels[2, 0] = 5.0
+        (chosen, rate), (layer, _) = (
+            thresholds({"a": values}, Neuron(initial=0.5), 4, "max", 99.9)["a"]
+            for values in (channels, channels.flatten())
+        )
+        assert float(layer) == pytest.approx(20.0)
+        assert chosen.tolist() == pytest.approx([2.0, 20.0, 20.0, 2.0])
+        one = (4 * ramp / 2 + 0.5).floor() / 4
+        assert rate == pytest.approx(float((2 * one.sum() + 0.25) / 100))
 
     def test_a_silent_layer_is_expected_to_stay_silent(self):
-        assert thresholds({"a": torch.zeros(5)}, IF, 4, "least-squares", 99.9) == {"a": (1.0, 0.0)}
+        assert thresholds({"a": torch.zeros(5)}, IF, 4, "least-squares", 99.9) == {"a": (torch.tensor(1.0), 0.0)}
 
 
 class TestRecord:

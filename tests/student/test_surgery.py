@@ -44,21 +44,22 @@ def can_learn(student: Student, images: Tensor) -> None:
 class Accumulate(nn.Module):
     """Integrate and fire, written again: remembers its potential, and is called once a step."""
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: Tensor) -> None:
         super().__init__()
         self.threshold, self.potential = threshold, None
 
     def forward(self, x: Tensor) -> Tensor:
-        before = torch.full_like(x, self.threshold / 2) if self.potential is None else self.potential
-        spikes = (before + x >= self.threshold).to(x.dtype) * self.threshold
+        threshold = self.threshold.to(x).view(-1, *[1] * (x.ndim - 2))
+        before = threshold.expand_as(x) / 2 if self.potential is None else self.potential
+        spikes = (before + x >= threshold).to(x.dtype) * threshold
         self.potential = before + x - spikes
         return spikes
 
 
-def stepped(network: nn.Module, report: Report, images: Tensor) -> Tensor:
+def stepped(network: nn.Module, student: Student, report: Report, images: Tensor) -> Tensor:
     """The ANN itself with its activations exchanged for neurons with a memory, called T times."""
     spiking = copy.deepcopy(network).eval()
-    thresholds = {site.name: site.threshold for site in report.sites}
+    thresholds = {site.name: layer.threshold for site, layer in zip(report.sites, student.neurons.values())}
     for name, module in list(spiking.named_modules()):
         if isinstance(module, nn.ReLU):
             spiking.set_submodule(name, Accumulate(thresholds.pop(name)))
@@ -75,7 +76,7 @@ def test_every_zoo_network_becomes_the_same_network_with_neurons(name):
     assert sorted(site.name for site in report.sites) == sorted(activations)
     assert len(student.neurons) == len(activations)
     with torch.no_grad():
-        found, expected = student.eval()(images), stepped(network, report, images)
+        found, expected = student.eval()(images), stepped(network, student, report, images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     can_learn(student, images)
 
@@ -133,7 +134,7 @@ class TestCallSites:
             ("relu_1", "relu"),
             ("relu_2", "relu"),
         ]
-        assert [float(neuron.threshold) for neuron in student.neurons.values()] == [
+        assert [float(neuron.threshold.mean()) for neuron in student.neurons.values()] == [
             pytest.approx(site.threshold) for site in report.sites
         ]
         can_learn(student, torch.rand(4, 1, 8, 8))
@@ -276,8 +277,8 @@ def test_sizes_flags_and_work_in_place_mean_what_they_mean_in_the_ann(kind):
     images, plain = torch.rand(3, 1, 4, 4), Sized()
     other = kind()
     other.load_state_dict(plain.state_dict())
-    expected, _ = convert(plain, images, timesteps=3)
-    found, _ = convert(other, images, timesteps=3)
+    expected, _ = convert(plain, images, timesteps=3, per_channel=False)
+    found, _ = convert(other, images, timesteps=3, per_channel=False)
     torch.testing.assert_close(found(images), expected(images))
     assert found(images[:2]).shape == (3, 2, 3)
 
@@ -491,10 +492,11 @@ class TestMaxPooling:
             return self.fc(self.body(self.conv(x)).flatten(1))
 
     def test_is_kept_and_over_spikes_a_logical_or(self):
-        student, report = convert(self.Pooled(), torch.rand(2, 1, 4, 4))
+        student, _ = convert(self.Pooled(), torch.rand(2, 1, 4, 4))
         _, features = student.observe(torch.rand(2, 1, 4, 4), ["body.0", "body.1"])
         spikes, pooled = features["body.0"], features["body.1"]
-        assert set((pooled.unique() / report.sites[0].threshold).tolist()) <= {0.0, 1.0}
+        (layer,) = student.neurons.values()
+        assert set((pooled / layer.threshold[:, None, None]).unique().tolist()) <= {0.0, 1.0}
         assert torch.equal(pooled[..., 0, 0] > 0, (spikes[..., :2, :2] > 0).flatten(3).any(-1))
 
     def test_becomes_average_pooling_where_asked(self):
