@@ -1,12 +1,14 @@
 """One contender of a speed or memory comparison, in a process of its own; the other scripts here start it.
 
 Reads one command a line, answers with one line of JSON:  ``step N`` (seconds of N training steps),  ``infer N``
-(seconds of N forward passes, in evaluation mode and without graph),  ``timesteps N`` (T from now on),  ``memory``
-(bytes: what the process holds now, and the most it ever held).
+(seconds of N forward passes, in evaluation mode and without graph),  ``timesteps N``, ``batch N`` and ``side N`` (T,
+images and their side in pixels from now on),  ``memory`` (bytes: what the process holds now, and the most it ever
+held),  ``kernels`` (how many were compiled).
 
 Every contender trains the same ResNet-18 for 32x32 images: direct coding, T steps, LIF with half of the potential left
 after a step and subtractive reset, mean of the outputs, an ANN of the same kind as teacher (its answers with
-temperature 2 and weight 0.7 beside the labels), SGD. 'default' is what its users get (float32, the usual memory order),
+temperature 2 and weight 0.7 beside the labels; with 'joint' four stages of features too, ours only; 'cached' takes the
+same from disk), SGD. 'default' is what its users get (float32, the usual memory order),
 'bf16' adds bfloat16 autocast, 'best' channels_last too. The peers run as their documentation has it.
 """
 
@@ -16,6 +18,7 @@ import gc
 import json
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,12 +91,23 @@ class Kit:
         """The trained network as the library prepares it for use."""
         return network.eval()
 
+    def loss(self, network: nn.Module, images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Tensor:
+        """Labels, and the teacher's answers where there is one."""
+        logits = self.run(network, images).float()
+        loss = F.cross_entropy(logits, labels)
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            soft = (teacher(images).float() / 2).softmax(-1)
+        return 0.3 * loss + 0.7 * 4 * F.kl_div((logits / 2).log_softmax(-1), soft, reduction="batchmean")
+
 
 class Own(Kit):
     """spikedistill: the ANN converted, gradient exact or rate-based."""
 
     gradient = "exact"
     recompute = False
+    kept: Any = None
 
     def build(self) -> nn.Module:
         from spikedistill import Neuron, to_spiking
@@ -116,6 +130,35 @@ class Own(Kit):
         return fold(network)
 
     inference = teacher
+
+    def loss(self, network: nn.Module, images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Tensor:
+        """The same; with 'joint' and 'cached' KDSNN's features too, the teacher asked, or its answers from disk."""
+        if self.options.teacher not in ("joint", "cached"):
+            return super().loss(network, images, labels, teacher)
+        from spikedistill import KDSNN, Batch
+        from spikedistill.objective.terms import total
+        from spikedistill.teacher.cache import Cache
+        from spikedistill.teacher.taps import taps
+
+        ends = [f"stages.{(stage + 1) * self.options.blocks - 1}" for stage in range(4)]
+
+        def ask() -> tuple[Tensor, dict[str, Tensor]]:
+            with torch.no_grad(), taps(teacher, tuple(ends)) as seen:
+                answer = teacher(images).float()
+            return answer, dict(seen)
+
+        if self.options.teacher == "joint":
+            theirs, features = ask()
+        else:
+            if self.kept is None:
+                self.folder = tempfile.TemporaryDirectory()
+                self.kept = Cache(Path(self.folder.name), {"benchmark": 1}, ask(), 1, 1)
+            theirs, features = self.kept.answer(0, 0, torch.arange(len(images)), ask)
+        network.set_timesteps(self.options.timesteps)
+        logits, ours = network.observe(images, ends)
+        objective = KDSNN(pairs=tuple((end, end) for end in ends), temperature=2.0, alpha=0.7, adapt=False)
+        batch = Batch(logits.float(), labels, ours, theirs, features)
+        return total(objective(batch, objective.adapters(batch)))
 
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
         network.set_timesteps(self.options.timesteps)
@@ -257,14 +300,20 @@ class Worker:
         self.kit = KITS[options.name](options)
         layout = torch.channels_last if self.best else torch.contiguous_format
         self.network = self.kit.build().to(memory_format=layout)
-        self.images = torch.rand(options.batch, 3, 32, 32).to(memory_format=layout)
-        self.labels = torch.randint(0, 10, (options.batch,))
+        self.layout, self.side = layout, 32
+        self.draw()
         self.teacher: Any = None
-        if options.teacher:
+        if options.teacher != "none":
             teacher = Kit(options).build().to(memory_format=layout).eval().requires_grad_(False)
             self.teacher = self.kit.teacher(teacher)
         self.served: nn.Module | None = None
         self.optimiser = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+
+    def draw(self) -> None:
+        """A batch of images."""
+        options = self.kit.options
+        self.images = torch.rand(options.batch, 3, self.side, self.side).to(memory_format=self.layout)
+        self.labels = torch.randint(0, 10, (options.batch,))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.kit.options.setting != "default")
@@ -273,12 +322,7 @@ class Worker:
         self.network.train()
         self.served = None
         with self.autocast():
-            logits = self.kit.run(self.network, self.images).float()
-            loss = F.cross_entropy(logits, self.labels)
-            if self.teacher is not None:
-                with torch.no_grad():
-                    soft = (self.teacher(self.images).float() / 2).softmax(-1)
-                loss = 0.3 * loss + 0.7 * 4 * F.kl_div((logits / 2).log_softmax(-1), soft, reduction="batchmean")
+            loss = self.kit.loss(self.network, self.images, self.labels, self.teacher)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
@@ -294,8 +338,13 @@ class Worker:
         if what == "memory":
             gc.collect()
             return {"began": self.began, "now": resident(), "most": 1024 * resource.getrusage(0).ru_maxrss}
-        if what == "timesteps":
-            self.kit.options.timesteps = int(count)
+        if what == "kernels":
+            from torch._dynamo.utils import counters
+
+            return counters["stats"]["unique_graphs"]
+        if what in ("timesteps", "batch", "side"):
+            setattr(self if what == "side" else self.kit.options, what, int(count))
+            self.draw()
             return int(count)
         work = {"step": self.step, "infer": self.infer}[what]
         times = []
@@ -320,7 +369,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--timesteps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--teacher", action="store_true")
+    parser.add_argument("--teacher", choices=("none", "answers", "joint", "cached"), default="none")
     answers, sys.stdout = sys.stdout, sys.stderr
     worker = Worker(parser.parse_args())
     for line in sys.stdin:

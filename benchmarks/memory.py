@@ -10,7 +10,7 @@ memory, as its training does; SpikingJelly leaves it to the C library, as a user
 
 import argparse
 
-from rivals import Contender, finish, median
+from rivals import Contender, Figures, finish, median
 
 CONTENDERS = ("ann", "exact", "exact-recompute", "rate", "spikingjelly", "spikingjelly-memopt")
 
@@ -39,10 +39,10 @@ def main() -> None:
         rows.append({"contender": name, "megabytes": peaks[name], "seconds": median(seconds)})
 
     peer, lean = peaks["spikingjelly"], peaks["spikingjelly-memopt"]
-    figures = {
-        "exact / SpikingJelly": (-peaks["exact"] / peer, -0.4),
-        "rate / SpikingJelly": (-peaks["rate"] / peer, -0.2),
-        "exact with recompute / SpikingJelly with memopt": (-peaks["exact-recompute"] / lean, -0.8),
+    figures: Figures = {
+        "exact / SpikingJelly": (peaks["exact"] / peer, "at most", 0.4),
+        "rate / SpikingJelly": (peaks["rate"] / peer, "at most", 0.2),
+        "exact with recompute / SpikingJelly with memopt": (peaks["exact-recompute"] / lean, "at most", 0.8),
     }
     finish("memory", rows, figures, given.check)
 

@@ -11,7 +11,7 @@ import tempfile
 import venv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 HERE = Path(__file__).resolve().parent
 PEERS = {
@@ -25,6 +25,8 @@ TOOLS = {"neurobench": "neurobench==2.2.0"}
 ENVIRONMENTS = Path(os.environ.get("SPIKEDISTILL_PEERS", "runs/peers"))
 """Where the peers' environments lie; made at the first use, kept for the next."""
 Row = dict[str, Any]
+Figures = dict[str, tuple[float, Literal["at least", "at most"], float]]
+"""Figure -> what it is, and its bound."""
 
 
 def python_of(name: str) -> str:
@@ -139,13 +141,13 @@ def show(rows: list[Row]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
-def finish(name: str, rows: list[Row], figures: dict[str, tuple[float, float]], check: bool) -> None:
+def finish(name: str, rows: list[Row], figures: Figures, check: bool) -> None:
     """Print the table and the figures, write both to ``<name>.json``, and fail where a bound is missed.
 
     Args:
         name: of the benchmark.
         rows: what was measured.
-        figures: figure -> (value, at least).  A figure that must stay below is given with both signs turned.
+        figures: what must hold.
         check: whether a missed bound ends the program with code 1.
     """
     print(f"{machine()}\n")
@@ -155,10 +157,9 @@ def finish(name: str, rows: list[Row], figures: dict[str, tuple[float, float]], 
     out.write_text(json.dumps({"machine": machine(), "rows": rows, "figures": figures}, indent=1), encoding="utf-8")
     print()
     missed = []
-    for figure, (value, bound) in figures.items():
-        kind, value, bound = ("at least", value, bound) if bound >= 0 else ("at most", -value, -bound)
+    for figure, (value, kind, bound) in figures.items():
         fine = value >= bound if kind == "at least" else value <= bound
-        print(f"{'' if fine else 'MISSED  '}{figure}: {value:.2f} ({kind} {bound})")
+        print(f"{'' if fine else 'MISSED  '}{figure}: {value:.3g} ({kind} {bound})")
         missed += [] if fine else [figure]
     if check and missed:
         sys.exit(1)

@@ -10,7 +10,7 @@ does not live through a point (memory) is left out there.
 import argparse
 import sys
 
-from rivals import PEERS, Contender, Row, finish, in_turn, median, spread
+from rivals import PEERS, Contender, Figures, Row, finish, in_turn, median, spread
 from step_time import KEEP
 
 POINT = {"timesteps": 4, "blocks": 2, "batch": 64}
@@ -63,9 +63,9 @@ def main() -> None:
         for row in measure(point, ["exact", "rate", *given.peers], given.width, given.rounds)
     ]
     rate = {row["timesteps"]: row["seconds"] for row in rows if row["contender"] == "rate" and _plain(row)}
-    figures = {}
+    figures: Figures = {}
     if {4, 16} <= rate.keys():
-        figures["rate-based step at T=16, against T=4"] = (-rate[16] / rate[4], -2.0)
+        figures["rate-based step at T=16, against T=4"] = (rate[16] / rate[4], "at most", 2.0)
     finish("scaling", rows, figures, given.check)
 
 

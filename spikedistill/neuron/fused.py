@@ -49,11 +49,10 @@ def _charges(
     neuron: Neuron, current: Tensor, state: Tensor | None, leak: Tensor, threshold: Tensor, timesteps: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The potential before and after the charge, and spikes, of each step; the first list ends with the last one."""
-    constant = current.shape[0] == 1
     before = [torch.full_like(current[0], neuron.initial, dtype=torch.float32) if state is None else state]
     charged, spikes = [], []
     for t in range(timesteps):
-        x = current[0 if constant else t].float() / threshold
+        x = current[t].float() / threshold
         u = leak * before[t] + ((1.0 - leak) * x if neuron.decay_input else x)
         s = (u - 1.0 >= 0).float()
         charged.append(u)
@@ -113,9 +112,8 @@ def _backward(
     grad: Tensor,
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to current ``[T or 1, N]``, state ``[N]`` (None: fresh), leak and threshold (None: fixed)."""
+    """Gradients to current ``[T, N]``, state ``[N]`` (None: fresh), leak and threshold (None: fixed)."""
     before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
-    constant = current.shape[0] == 1
     gain = (1.0 - leak) if neuron.decay_input else torch.ones_like(leak)
     rest = torch.zeros_like(before[0]) if grad_state is None else grad_state
     to_leak, to_threshold = torch.zeros_like(rest), torch.zeros_like(rest)
@@ -128,18 +126,16 @@ def _backward(
             q = q - (rest if neuron.reset is Reset.SUBTRACT else u * rest)
         past = rest if neuron.reset is Reset.SUBTRACT else rest * (1.0 - s)
         p = past + q * neuron.surrogate.gradient(u - 1.0)
-        step = gain * p / threshold
-        to_current.append(step if constant else step.to(current.dtype))
-        x = current[0 if constant else t].float() / threshold
+        to_current.append((gain * p / threshold).to(current.dtype))
+        x = current[t].float() / threshold
         if neuron.learn_leak:
             to_leak = to_leak + p * (before[t] - x if neuron.decay_input else before[t])
         if neuron.learn_threshold:
             to_threshold = to_threshold + arriving * s - gain * p * x / threshold
         rest = leak * p
     to_current.reverse()
-    gathered = sum(to_current[1:], start=to_current[0]).to(current.dtype)[None] if constant else torch.stack(to_current)
     return (
-        gathered,
+        torch.stack(to_current),
         None if state is None else rest,
         to_leak.sum() if neuron.learn_leak else None,
         to_threshold.sum_to_size(threshold.shape) if neuron.learn_threshold else None,
@@ -171,14 +167,13 @@ def _call(function: Kernel, neuron: Neuron, *arguments: Any) -> Any:
     neurons = arguments[0].ndim - 1
     facts: list[object] = [_facts(a, neurons) if isinstance(a, Tensor) else a for a in arguments]
     facts += [torch.is_inference_mode_enabled(), torch.get_num_threads()]
-    constant = arguments[0].shape[0] == 1
     model = dataclasses.replace(neuron, threshold=1.0, leak=1.0 if neuron.leak == 1.0 else 0.5)
     for argument in arguments:
         if isinstance(argument, Tensor):
             for dimension in range(max(0, argument.ndim - neurons), argument.ndim):
                 torch._dynamo.maybe_mark_dynamic(argument, dimension)
     with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
-        return _compiled(function, model, constant, *facts)(*arguments)
+        return _compiled(function, model, *facts)(*arguments)
 
 
 class _Fused(torch.autograd.Function):
@@ -205,6 +200,8 @@ class _Fused(torch.autograd.Function):
         if grad is None:
             grad = current.new_zeros(1).expand(ctx.timesteps, *current.shape[1:])
         rest = None if grad_state is None else grad_state.contiguous()
+        if rest is None and len(states) > 1:
+            rest = torch.zeros_like(current[0], dtype=torch.float32)
         parts, to_leak, to_threshold = [], None, None
         for steps, state in reversed(list(zip(chunks(ctx.timesteps), states))):
             part, rest, leak_part, threshold_part = _call(
@@ -215,7 +212,9 @@ class _Fused(torch.autograd.Function):
             to_leak = leak_part if to_leak is None else to_leak + leak_part
             to_threshold = threshold_part if to_threshold is None else to_threshold + threshold_part
         parts.reverse()
-        to_current = sum(parts[1:], start=parts[0]) if current.shape[0] == 1 else _joined(parts)
+        to_current = _joined(parts)
+        if current.shape[0] < ctx.timesteps:
+            to_current = to_current.sum(0, keepdim=True)
         return to_current, rest if ctx.has_state else None, to_leak, to_threshold, None, None, None
 
 
@@ -243,8 +242,10 @@ def _run(
 
 
 def _steps(current: Tensor, steps: slice) -> Tensor:
-    """The current of a chunk; one that is the same at every step stays as it is."""
-    return current if current.shape[0] == 1 else current[steps]
+    """The current of a chunk; one that is the same at every step is copied for it, which saves kernels of its own."""
+    if current.shape[0] > 1:
+        return current[steps]
+    return current.expand(steps.stop - steps.start, *current.shape[1:]).contiguous()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -291,16 +292,33 @@ def time_mean(rows: Tensor) -> Tensor:
 
 @functools.cache
 def works(device_type: str) -> bool:
-    """Whether this machine can compile for the device; says so once where it cannot."""
-    one = torch.ones((), device=device_type)
-    try:
-        fused_run(torch.zeros(1, 8, device=device_type), None, Neuron(), one, one, 1, False)
-    except Exception as error:  # whatever a missing or broken compiler raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """Whether this machine can compile for the device; says so once where it cannot.
+
+    The first try believes what the processor says of its vector instructions. PyTorch else compiles a program for each
+    kind before the first kernel, which takes eight of twenty seconds on two cores; that is the second try.
+    """
+    from torch._inductor import config
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    with config.patch({"cpp.vec_isa_ok": True}):
+        reason = _failure(device_type)
+    if reason and device_type == "cpu":
+        valid_vec_isa_list.cache_clear()
+        reason = _failure(device_type)
+    if reason:
         warnings.warn(
             f"torch.compile does not work here ({reason}): neurons run step by step, several times slower and in more "
             "memory. Install a C++ compiler (on Debian: apt-get install g++).",
             stacklevel=3,
         )
-        return False
-    return True
+    return not reason
+
+
+def _failure(device_type: str) -> str:
+    """Why a first kernel cannot be compiled and run; empty where it can."""
+    one = torch.ones((), device=device_type)
+    try:
+        fused_run(torch.zeros(1, 8, device=device_type), None, Neuron(), one, one, 1, False)
+    except Exception as error:  # whatever a missing or broken compiler raises
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return ""
