@@ -51,8 +51,9 @@ class Spiking(nn.Module):
             raise ConfigError(
                 f"thresholds of shape {tuple(value.shape)} were given: give one number, or one a channel."
             )
-        if not ((value > 0) & torch.isfinite(value)).all():
-            raise ConfigError(f"threshold (={float(value.min()):.4g}) must be above 0 and finite.")
+        faulty = value[~((value > 0) & torch.isfinite(value))]
+        if len(faulty):
+            raise ConfigError(f"threshold (={float(faulty[0]):.4g}) must be above 0 and finite.")
         self._hold("threshold", value, self.neuron.learn_threshold)
 
     def _hold(self, name: str, value: Tensor, learned: bool) -> None:
@@ -122,7 +123,7 @@ class Spiking(nn.Module):
 
     def heights(self, current: Tensor) -> Tensor:
         """``used_threshold``, shaped to go with a current ``[rows, C, ...]``."""
-        used = self.used_threshold(current.numel() // max(1, len(current)))
+        used = self.used_threshold(current.numel())
         return used if used.ndim == 0 else used.view(-1, *[1] * (current.ndim - 2))
 
     def _rows(self, current: Tensor, timesteps: int, repeats: int) -> tuple[Tensor, Tensor, bool, int]:
