@@ -153,7 +153,7 @@ class Own(Kit):
             if self.kept is None:
                 self.folder = tempfile.TemporaryDirectory()
                 self.kept = Cache(Path(self.folder.name), {"benchmark": 1}, ask(), 1, 1)
-            theirs, features = self.kept.answer(0, 0, torch.arange(len(images)), ask)
+            theirs, features = self.kept.answer(1, 0, torch.arange(len(images)), ask)
         network.set_timesteps(self.options.timesteps)
         logits, ours = network.observe(images, ends)
         objective = KDSNN(pairs=tuple((end, end) for end in ends), temperature=2.0, alpha=0.7, adapt=False)
