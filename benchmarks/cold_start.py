@@ -7,11 +7,10 @@ One process with exact gradients and one with the rate-based gradient, each with
 its neurons. After each change two steps are taken: what the first took longer, and how many kernels it compiled.
 """
 
-import argparse
 import tempfile
 import time
 
-from rivals import Contender, Figures, Row, finish
+from rivals import Contender, Figures, Row, finish, options
 
 CHANGES = ("batch 48", "side 40", "timesteps 6", "timesteps 2")
 """Commands of contenders.py, one after another."""
@@ -43,9 +42,7 @@ def measure(name: str, size: list[str]) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="end with code 1 where a bound is missed")
-    parser.add_argument("--width", type=int, default=64)
+    parser = options(__doc__)
     parser.add_argument("--batch", type=int, default=64)
     given = parser.parse_args()
     size = ["--width", str(given.width), "--batch", str(given.batch)]

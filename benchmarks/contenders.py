@@ -14,6 +14,7 @@ same from disk), SGD. 'default' is what its users get (float32, the usual memory
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import resource
@@ -125,11 +126,14 @@ class Own(Kit):
         return student
 
     def teacher(self, network: nn.Module) -> nn.Module:
+        from spikedistill import Teacher
+
+        return self.inference(Teacher(network, mean=(0.0,) * 3, std=(1.0,) * 3))
+
+    def inference(self, network: nn.Module) -> nn.Module:
         from spikedistill.student.fold import fold
 
         return fold(network)
-
-    inference = teacher
 
     def loss(self, network: nn.Module, images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Tensor:
         """The same; with 'joint' and 'cached' KDSNN's features too, the teacher asked, or its answers from disk."""
@@ -138,25 +142,20 @@ class Own(Kit):
         from spikedistill import KDSNN, Batch
         from spikedistill.objective.terms import total
         from spikedistill.teacher.cache import Cache
-        from spikedistill.teacher.taps import taps
+        from spikedistill.train.loop import ask, observe
 
         ends = [f"stages.{(stage + 1) * self.options.blocks - 1}" for stage in range(4)]
-
-        def ask() -> tuple[Tensor, dict[str, Tensor]]:
-            with torch.no_grad(), taps(teacher, tuple(ends)) as seen:
-                answer = teacher(images).float()
-            return answer, dict(seen)
-
+        objective = KDSNN(pairs=tuple((end, end) for end in ends), temperature=2.0, alpha=0.7, adapt=False)
+        asking = functools.partial(ask, teacher, images, objective)
         if self.options.teacher == "joint":
-            theirs, features = ask()
+            theirs, features = asking()
         else:
             if self.kept is None:
                 self.folder = tempfile.TemporaryDirectory()
-                self.kept = Cache(Path(self.folder.name), {"benchmark": 1}, ask(), 1, 1)
-            theirs, features = self.kept.answer(1, 0, torch.arange(len(images)), ask)
+                self.kept = Cache(Path(self.folder.name), {"benchmark": 1}, asking(), 1, 1)
+            theirs, features = self.kept.answer(1, 0, torch.arange(len(images)), asking)
         network.set_timesteps(self.options.timesteps)
-        logits, ours = network.observe(images, ends)
-        objective = KDSNN(pairs=tuple((end, end) for end in ends), temperature=2.0, alpha=0.7, adapt=False)
+        logits, ours = observe(network, images, objective)
         batch = Batch(logits.float(), labels, ours, theirs, features)
         return total(objective(batch, objective.adapters(batch)))
 

@@ -8,9 +8,7 @@ in bfloat16 with and without channels_last, a peer in bfloat16 with channels_las
 alternating rounds. What early exit saves depends on data: ``spikedistill evaluate RUN --confidence P``.
 """
 
-import argparse
-
-from rivals import PEERS, Contender, Figures, Row, finish, in_turn, median, spread
+from rivals import PEERS, Contender, Figures, Row, finish, in_turn, median, options, spread
 from step_time import KEEP
 
 AT = 4
@@ -51,9 +49,7 @@ def measure(names: list[str], width: int, batch: int, steps: list[int], rounds: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="end with code 1 where a bound is missed")
-    parser.add_argument("--width", type=int, default=64)
+    parser = options(__doc__)
     parser.add_argument("--batch", type=int, default=64, help="of the throughput; the latency is of one image")
     parser.add_argument("--timesteps", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=5)

@@ -8,17 +8,13 @@ channels_last, without a teacher (the peer in an environment of its own, made at
 memory, as its training does; SpikingJelly leaves it to the C library, as a user's process does.
 """
 
-import argparse
-
-from rivals import Contender, Figures, finish, median
+from rivals import Contender, Figures, finish, median, options
 
 CONTENDERS = ("ann", "exact", "exact-recompute", "rate", "spikingjelly", "spikingjelly-memopt")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="end with code 1 where a bound is missed")
-    parser.add_argument("--width", type=int, default=64)
+    parser = options(__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--timesteps", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)

@@ -1,5 +1,6 @@
 """What the comparisons share: peers in environments of their own, contenders in turn, medians, tables, checks."""
 
+import argparse
 import json
 import os
 import platform
@@ -27,6 +28,14 @@ ENVIRONMENTS = Path(os.environ.get("SPIKEDISTILL_PEERS", "runs/peers"))
 Row = dict[str, Any]
 Figures = dict[str, tuple[float, Literal["at least", "at most"], float]]
 """Figure -> what it is, and its bound."""
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options that the benchmarks of networks share; each adds its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="end with code 1 where a bound is missed")
+    parser.add_argument("--width", type=int, default=64)
+    return parser
 
 
 def python_of(name: str) -> str:

@@ -7,10 +7,9 @@ contender each in a process of its own, bfloat16 and channels_last, medians over
 does not live through a point (memory) is left out there.
 """
 
-import argparse
 import sys
 
-from rivals import PEERS, Contender, Figures, Row, finish, in_turn, median, spread
+from rivals import PEERS, Contender, Figures, Row, finish, in_turn, median, options, spread
 from step_time import KEEP
 
 POINT = {"timesteps": 4, "blocks": 2, "batch": 64}
@@ -47,9 +46,7 @@ def measure(point: dict[str, int], names: list[str], width: int, rounds: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="end with code 1 where the bound is missed")
-    parser.add_argument("--width", type=int, default=64)
+    parser = options(__doc__)
     parser.add_argument("--timesteps", nargs="*", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--blocks", nargs="*", type=int, default=[1, 2, 3], help="residual blocks a stage")
     parser.add_argument("--batch", nargs="*", type=int, default=[16, 64, 128])

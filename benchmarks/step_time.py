@@ -7,18 +7,14 @@ their own, made at the first run); 'best' is bfloat16 autocast and channels_last
 freed memory that ours has; 'default' is float32 as a user writes it. Medians over alternating rounds.
 """
 
-import argparse
-
-from rivals import PEERS, Contender, Figures, finish, in_turn, median, spread
+from rivals import PEERS, Contender, Figures, finish, in_turn, median, options, spread
 
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 """What ``keep_freed_memory`` does, for processes that do not call it."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="end with code 1 where a bound is missed")
-    parser.add_argument("--width", type=int, default=64)
+    parser = options(__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--timesteps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)

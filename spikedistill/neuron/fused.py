@@ -112,7 +112,9 @@ def _backward(
     grad: Tensor,
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to current ``[T, N]``, state ``[N]`` (None: fresh), leak and threshold (None: fixed)."""
+    """Gradients to current ``[T or 1, N]``, state ``[N]`` (None: fresh), leak and threshold (None: fixed)."""
+    constant, kind = current.shape[0] < timesteps, current.dtype
+    current = current.expand(timesteps, *current.shape[1:])
     before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
     gain = (1.0 - leak) if neuron.decay_input else torch.ones_like(leak)
     rest = torch.zeros_like(before[0]) if grad_state is None else grad_state
@@ -126,7 +128,8 @@ def _backward(
             q = q - (rest if neuron.reset is Reset.SUBTRACT else u * rest)
         past = rest if neuron.reset is Reset.SUBTRACT else rest * (1.0 - s)
         p = past + q * neuron.surrogate.gradient(u - 1.0)
-        to_current.append((gain * p / threshold).to(current.dtype))
+        step = gain * p / threshold
+        to_current.append(step if constant else step.to(kind))
         x = current[t].float() / threshold
         if neuron.learn_leak:
             to_leak = to_leak + p * (before[t] - x if neuron.decay_input else before[t])
@@ -134,8 +137,9 @@ def _backward(
             to_threshold = to_threshold + arriving * s - gain * p * x / threshold
         rest = leak * p
     to_current.reverse()
+    gathered = sum(to_current[1:], start=to_current[0]).to(kind)[None] if constant else torch.stack(to_current)
     return (
-        torch.stack(to_current),
+        gathered,
         None if state is None else rest,
         to_leak.sum() if neuron.learn_leak else None,
         to_threshold.sum_to_size(threshold.shape) if neuron.learn_threshold else None,
@@ -155,19 +159,18 @@ def _compiled(function: Kernel, neuron: Neuron, *facts: object) -> Kernel:
     return functools.partial(torch.compile(own, fullgraph=True), neuron)
 
 
-def _facts(argument: Tensor, neurons: int) -> tuple[object, ...]:
-    """What a kernel may rely on: dtype, mode, and which of the dimensions over neurons are 1 and spread over others."""
-    ones = tuple(size == 1 for size in argument.shape[max(0, argument.ndim - neurons) :])
-    return argument.dtype, argument.is_inference(), ones
+def _facts(argument: Tensor) -> tuple[object, ...]:
+    """What a kernel may rely on: dtype, mode, and which of the dimensions are 1 and spread over others."""
+    return argument.dtype, argument.is_inference(), tuple(size == 1 for size in argument.shape)
 
 
 def _call(function: Kernel, neuron: Neuron, *arguments: Any) -> Any:
     """Run a pass compiled; layers that differ only in threshold or in the value of a leak share a kernel."""
     arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    neurons = arguments[0].ndim - 1
-    facts: list[object] = [_facts(a, neurons) if isinstance(a, Tensor) else a for a in arguments]
+    facts: list[object] = [_facts(a) if isinstance(a, Tensor) else a for a in arguments]
     facts += [torch.is_inference_mode_enabled(), torch.get_num_threads()]
     model = dataclasses.replace(neuron, threshold=1.0, leak=1.0 if neuron.leak == 1.0 else 0.5)
+    neurons = arguments[0].ndim - 1
     for argument in arguments:
         if isinstance(argument, Tensor):
             for dimension in range(max(0, argument.ndim - neurons), argument.ndim):
@@ -204,17 +207,16 @@ class _Fused(torch.autograd.Function):
             rest = torch.zeros_like(current[0], dtype=torch.float32)
         parts, to_leak, to_threshold = [], None, None
         for steps, state in reversed(list(zip(chunks(ctx.timesteps), states))):
+            now = current[steps] if current.shape[0] > 1 else current
             part, rest, leak_part, threshold_part = _call(
-                *(_backward, ctx.neuron, _steps(current, steps), state, leak, threshold, steps.stop - steps.start),
+                *(_backward, ctx.neuron, now, state, leak, threshold, steps.stop - steps.start),
                 *(grad[steps].contiguous(), rest),
             )
             parts.append(part)
             to_leak = leak_part if to_leak is None else to_leak + leak_part
             to_threshold = threshold_part if to_threshold is None else to_threshold + threshold_part
         parts.reverse()
-        to_current = _joined(parts)
-        if current.shape[0] < ctx.timesteps:
-            to_current = to_current.sum(0, keepdim=True)
+        to_current = sum(parts[1:], start=parts[0]) if current.shape[0] < ctx.timesteps else _joined(parts)
         return to_current, rest if ctx.has_state else None, to_leak, to_threshold, None, None, None
 
 
@@ -242,7 +244,7 @@ def _run(
 
 
 def _steps(current: Tensor, steps: slice) -> Tensor:
-    """The current of a chunk; one that is the same at every step is copied for it, which saves kernels of its own."""
+    """The current of a chunk; one that is the same at every step is copied for it, which saves a kernel of its own."""
     if current.shape[0] > 1:
         return current[steps]
     return current.expand(steps.stop - steps.start, *current.shape[1:]).contiguous()
@@ -301,6 +303,7 @@ def works(device_type: str) -> bool:
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
     with config.patch({"cpp.vec_isa_ok": True}):
+        valid_vec_isa_list()  # remembered from here on
         reason = _failure(device_type)
     if reason and device_type == "cpu":
         valid_vec_isa_list.cache_clear()
@@ -315,10 +318,9 @@ def works(device_type: str) -> bool:
 
 
 def _failure(device_type: str) -> str:
-    """Why a first kernel cannot be compiled and run; empty where it can."""
-    one = torch.ones((), device=device_type)
+    """Why the smallest kernel cannot be compiled and run; empty where it can."""
     try:
-        fused_run(torch.zeros(1, 8, device=device_type), None, Neuron(), one, one, 1, False)
+        _call(_average, Neuron(), torch.zeros(1, 8, device=device_type), 1)
     except Exception as error:  # whatever a missing or broken compiler raises
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return ""
