@@ -4,10 +4,11 @@
 
 ResNet-18 for 32x32 images, teacher in the loop, each contender in a process of its own (peers in an environment of
 their own, made at the first run); 'best' is bfloat16 autocast and channels_last, and for the peers the same handling of
-freed memory that ours has; 'default' is float32 as a user writes it. Medians over alternating rounds.
+freed memory that ours has; 'default' is float32 as a user writes it. Medians over alternating rounds; each peer takes
+turns with ours, one peer after another, so that every ratio comes from one stretch of time.
 """
 
-from rivals import PEERS, Contender, Figures, finish, in_turn, median, options, spread
+from rivals import PEERS, Contender, Figures, Row, finish, in_turn, median, options, spread
 
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 """What ``keep_freed_memory`` does, for processes that do not call it."""
@@ -23,42 +24,53 @@ def main() -> None:
     size = ["--width", str(given.width), "--batch", str(given.batch), "--timesteps", str(given.timesteps)]
     best, default = ["--setting", "best", *size], ["--setting", "default", *size]
 
-    contenders = [
-        Contender.start("ann", "ann", *best, environment=KEEP),
-        Contender.start("exact", "exact", *best),
-        Contender.start("exact with teacher", "exact", *best, "--teacher", "answers"),
-        Contender.start("exact, KDSNN", "exact", *best, "--teacher", "joint"),
-        Contender.start("exact, KDSNN cached", "exact", *best, "--teacher", "cached"),
-        Contender.start("rate", "rate", *best),
-        Contender.start("rate with teacher", "rate", *best, "--teacher", "answers"),
-    ]
-    for peer in given.peers:
-        contenders.append(Contender.start(f"{peer} best", peer, *best, "--teacher", "answers", environment=KEEP))
-        contenders.append(Contender.start(f"{peer} default", peer, *default, "--teacher", "answers"))
-    times = in_turn(contenders, "step", given.rounds)
-    for contender in contenders:
-        contender.stop()
+    def ours(label: str, gradient: str, teacher: str) -> Contender:
+        return Contender.start(label, gradient, *best, "--teacher", teacher)
 
-    steps = {label: median(values) for label, values in times.items()}
-    rows = [{"contender": label, "seconds": steps[label], "spread": spread(values)} for label, values in times.items()]
-    exact, rate = steps["exact with teacher"], steps["rate with teacher"]
+    rows: list[Row] = []
+
+    def measure(*contenders: Contender) -> dict[str, float]:
+        """Medians of contenders that work in turn; they end then, since all at once would not fit into memory."""
+        times = in_turn(list(contenders), "step", given.rounds)
+        for contender in contenders:
+            contender.stop()
+        rows.extend({"contender": key, "seconds": median(times[key]), "spread": spread(times[key])} for key in times)
+        return {label: median(values) for label, values in times.items()}
+
+    alone = measure(
+        Contender.start("ann", "ann", *best, environment=KEEP),
+        ours("exact", "exact", "none"),
+        ours("exact, KDSNN", "exact", "joint"),
+        ours("exact, KDSNN cached", "exact", "cached"),
+        ours("rate", "rate", "none"),
+    )
 
     def part(whole: float) -> float:
-        return (whole - steps["exact"]) / whole
+        return (whole - alone["exact"]) / whole
 
     figures: Figures = {
-        "exact step / (T x the ANN's step)": (steps["exact"] / (given.timesteps * steps["ann"]), "at most", 1.0),
-        "teacher and joint distillation, share of the exact step": (part(steps["exact, KDSNN"]), "at most", 0.10),
-        "the same with answers from disk": (part(steps["exact, KDSNN cached"]), "at most", 0.01),
+        "exact step / (T x the ANN's step)": (alone["exact"] / (given.timesteps * alone["ann"]), "at most", 1.0),
+        "teacher and joint distillation, share of the exact step": (part(alone["exact, KDSNN"]), "at most", 0.10),
+        "the same with answers from disk": (part(alone["exact, KDSNN cached"]), "at most", 0.01),
     }
-    bests = [steps[f"{peer} best"] for peer in given.peers]
-    if bests:
+    against: dict[str, list[float]] = {"exact": [], "rate": []}
+    for peer in given.peers:
+        steps = measure(
+            ours("exact with teacher", "exact", "answers"),
+            ours("rate with teacher", "rate", "answers"),
+            Contender.start(f"{peer} best", peer, *best, "--teacher", "answers", environment=KEEP),
+            Contender.start(f"{peer} default", peer, *default, "--teacher", "answers"),
+        )
+        for gradient, ratios in against.items():
+            ratios.append(steps[f"{peer} best"] / steps[f"{gradient} with teacher"])
+        if peer in ("spikingjelly", "snntorch"):
+            ratio = steps[f"{peer} default"] / steps["exact with teacher"]
+            figures[f"exact, against {peer} as users get it"] = (ratio, "at least", 4.0)
+    if given.peers:
         figures |= {
-            "exact, against the fastest peer at its best": (min(bests) / exact, "at least", 1.8),
-            "rate, against the fastest peer at its best": (min(bests) / rate, "at least", 3.3),
+            "exact, against the fastest peer at its best": (min(against["exact"]), "at least", 1.8),
+            "rate, against the fastest peer at its best": (min(against["rate"]), "at least", 3.3),
         }
-    for peer in {"spikingjelly", "snntorch"} & set(given.peers):
-        figures[f"exact, against {peer} as users get it"] = (steps[f"{peer} default"] / exact, "at least", 4.0)
     finish("step_time", rows, figures, given.check)
 
 
