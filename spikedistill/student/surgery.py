@@ -102,7 +102,12 @@ QUOTIENTS = {torch.div, operator.truediv, "div", "div_"}
 
 REMEDIES = (
     (
-        r"gelu|silu|swish|mish|elu|softplus|hardswish|hardsigmoid|sigmoid|tanh|prelu|rrelu",
+        r"sigmoid",
+        "exchange it for nn.ReLU, or leave it out with its product where it is a gate (squeeze and excitation),"
+        " and train the ANN on for a few epochs",
+    ),
+    (
+        r"gelu|silu|swish|mish|elu|softplus|tanh|prelu|rrelu",
         "exchange it for nn.ReLU and train the ANN on for a few epochs",
     ),
     (

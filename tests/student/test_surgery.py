@@ -344,6 +344,7 @@ class Around(nn.Module):
         return self.fc(x.flatten(1))
 
 
+GATE = "leave it out with its product where it is a gate"
 EXCHANGE, ATTENTION = "exchange it for nn.ReLU", "use a convolutional network"
 NORM, RECURRENT, OTHER = "use batch norm", "use a feed-forward network", "use convolutions, linear layers"
 
@@ -355,7 +356,9 @@ class TestRefusals:
             (nn.GELU(), EXCHANGE),
             (nn.SiLU(), EXCHANGE),
             (nn.PReLU(), EXCHANGE),
-            (nn.Sigmoid(), EXCHANGE),
+            (nn.Sigmoid(), GATE),
+            (nn.Hardsigmoid(), GATE),
+            (nn.Hardswish(), EXCHANGE),
             (nn.Softmax(1), ATTENTION),
             (nn.TransformerEncoderLayer(4, 1, batch_first=True), ATTENTION),
             (nn.LayerNorm(4), NORM),
@@ -376,7 +379,7 @@ class TestRefusals:
         ("part", "name", "remedy"),
         [
             (F.gelu, "'gelu' (node gelu)", EXCHANGE),
-            (lambda x: x * torch.sigmoid(x), "'sigmoid' (node sigmoid)", EXCHANGE),
+            (lambda x: x * torch.sigmoid(x), "'sigmoid' (node sigmoid)", GATE),
             (lambda x: x.tanh(), "'tanh' (node tanh)", EXCHANGE),
             (lambda x: x.softmax(1), "'softmax' (node softmax)", ATTENTION),
             (lambda x: F.scaled_dot_product_attention(x, x, x), "'scaled_dot_product_attention'", ATTENTION),
