@@ -70,7 +70,7 @@ def _teach(arguments: Sequence[str]) -> None:
 
     name, recipe, rest = _recipe(arguments, TEACHERS, Teach)
     where, recipe = _parse("teach", Teach, recipe, rest)
-    out = where.out or Path("runs") / f"{name or recipe.data.data}-teacher"
+    out = where.out or Path("runs") / f"{name or Path(recipe.data.data).stem}-teacher"
     results = teach(recipe, out, where.resume, Progress.stderr("teacher"))
     print(f"test accuracy {results['test_accuracy']:.2f} %; the teacher is in {out}")
 
@@ -272,7 +272,7 @@ def _reproduce(arguments: Sequence[str]) -> None:
             data_dir: where named data sets lie.
             runs: where run directories go; the same command goes on with what lies there.
             out: where STUDY.csv, STUDY.md and pictures go.
-            seeds: another number of seeds than the study's own.
+            seeds: only the first so many of the study's seeds.
         """
         from spikedistill.recipes.reproduce import reproduce as run
         from spikedistill.train.progress import Progress

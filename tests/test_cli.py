@@ -255,3 +255,11 @@ def test_a_process_of_its_own_behaves_the_same(home, tmp_path):
     accuracy = Run(out).read("results")["test_accuracy"]
     assert done.stdout == f"test accuracy {accuracy:.2f} %; the teacher is in {out}\n"
     assert accuracy == Run(home / "teacher").read("results")["test_accuracy"]
+
+
+@pytest.mark.parametrize("given", ["photos", "photos/", "elsewhere/photos.npz"])
+def test_a_teacher_goes_below_runs_under_the_name_of_its_data(given, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(teach, "teach", lambda recipe, out, *_: asked.append(out) or {"test_accuracy": 1.0})
+    assert call("teach", "--data", f"{tmp_path}/{given}") == 0
+    assert asked == [Path("runs/photos-teacher")]

@@ -45,6 +45,17 @@ def no_network(classes):
 def too_large(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(999, 8), nn.ReLU(), nn.Linear(8, classes))
 
+class Two(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.last = nn.Linear(192, classes)
+
+    def forward(self, x):
+        return self.last(x.flatten(1)), x
+
+def two_answers(classes):
+    return Two(classes)
+
 def too_few(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2))
 """
@@ -65,6 +76,16 @@ TABLE = {
     "folder with an unreadable image": (f"{TEACH} --data {{home}}/unreadable", r"b/3\.png' cannot be read"),
     "folder with a cut image": (f"{TEACH} --data {{home}}/cut", r"b/3\.png' cannot be read"),
     "folder of several sizes": (f"{TEACH} --data {{home}}/sizes", r"b/3\.png' has shape \(9, 9, 3\).*--image-size"),
+    "image size of a set that has one": (f"{TEACH} --image-size 8", r"image_size \(=8\) is for folders of images"),
+    "network that returns no tensor": (
+        f"{TEACH} --network {{home}}/own.py:two_answers ",
+        r"does not accept the images.*it returns tuple, not a tensor of logits",
+    ),
+    "width of a student that is its teacher's": (
+        f"{SAME} --student-width 16",
+        r"student_width \(=16\) needs a student of its own",
+    ),
+    "threshold of inherited weights": (f"{SAME} --threshold 2", r"threshold \(=2\.0\) is for fresh weights"),
     "image size of 0": (f"{TEACH} --data {{home}}/sizes --image-size 0", r"image_size \(=0\)"),
     "image size below 0": (f"{TEACH} --data {{home}}/sizes --image-size -1", r"image_size \(=-1\)"),
     "npz with pickled objects": (f"{TEACH} --data {{home}}/pickled.npz", r"pickled\.npz' cannot be read"),
@@ -386,7 +407,7 @@ class TestFullDisk:
         original = Path.open
 
         def limited(path, mode="r", *args, **kwargs):
-            if path.name == f"{name}.jsonl" and mode == "a":
+            if path.name == f"{name}.jsonl" and "a" in mode:
                 raise self.full
             return original(path, mode, *args, **kwargs)
 

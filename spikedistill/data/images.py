@@ -98,6 +98,11 @@ class ImageSet:
         return tuple(mean.tolist()), tuple(deviation.clamp_min(1e-3).tolist())
 
 
+def evenly(total: int, count: int) -> Tensor:
+    """So many places out of a total, evenly spaced from the first to the last; all where there are no more."""
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
+
+
 def load_images(name: str, data_dir: str | Path | None = None, image_size: int | None = None) -> ImageSet:
     """Read a set by name (``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``), or from a path.
 
@@ -113,6 +118,8 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
     Raises:
         DataError: if nothing readable is found there.
     """
+    if image_size is not None and not Path(name).expanduser().is_dir():
+        raise ConfigError(f"image_size (={image_size}) is for folders of images; '{name}' is none: leave it away.")
     if name in NAMED:
         return NAMED[name](_directory(data_dir))
     if image_size is not None and image_size < 1:
@@ -291,21 +298,26 @@ def _to_pixels(array: NDArray[Any], name: str) -> Pixels:
 
 
 def _read_folder(path: Path, size: int | None) -> ImageSet:
-    names = {child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")}
+    names = set(_folders(path))
     if "train" not in names:
-        return _read_single(path, sorted(names), size)
+        return _read_single(path, _folders(path), size)
     test = next((name for name in ("test", "val", "valid") if name in names), None)
     if test is None:
         raise DataError(
             f"'{path}' has a folder 'train' but no 'test' or 'val': add one, or give CLASS/image folders alone."
         )
-    classes = sorted(child.name for child in (path / "train").iterdir() if child.is_dir())
-    strange = {child.name for child in (path / test).iterdir() if child.is_dir()} - set(classes)
+    classes = _folders(path / "train")
+    strange = set(_folders(path / test)) - set(classes)
     if strange:
         raise DataError(f"'{path / test}' has classes that 'train' has not: {', '.join(sorted(strange))}.")
     train_images, train_labels = _read_classes(path / "train", classes, size)
     test_images, test_labels = _read_classes(path / test, classes, size)
     return ImageSet(path.name, train_images, train_labels, test_images, test_labels, tuple(classes))
+
+
+def _folders(path: Path) -> list[str]:
+    """The names of what lies below, sorted, hidden ones left out."""
+    return sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
 def _read_single(path: Path, classes: list[str], size: int | None) -> ImageSet:
@@ -345,7 +357,9 @@ def _image_files(folder: Path) -> list[Path]:
 def _read_image(file: Path, size: int | None) -> NDArray[np.uint8]:
     try:
         with Pillow.open(file) as opened:
+            if opened.mode[0] in "IF":
+                raise ValueError(f"its pixels are of mode {opened.mode}, not of 8 bits")
             image = opened.convert("RGB")
         return np.asarray(image.resize((size, size), Pillow.Resampling.BILINEAR) if size else image)
     except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
-        raise DataError(f"The image '{file}' cannot be read ({error}): replace or delete it.") from error
+        raise DataError(f"The image '{file}' cannot be read ({error}): replace, convert or delete it.") from error

@@ -136,6 +136,7 @@ def _smooth(x: Tensor, reach: int, deviation: float) -> Tensor:
     """A Gaussian of so many pixels to either side."""
     from torchvision.transforms.v2.functional import gaussian_blur
 
+    reach = min(reach, min(x.shape[-2:]) - 1)  # a border is mirrored at most once
     return gaussian_blur(x, [2 * reach + 1] * 2, [deviation] * 2)
 
 
@@ -312,8 +313,7 @@ def elastic(x: Image, level: tuple[float, float, float], generator: Generator) -
     if strength:
         field = 2 * torch.rand(len(x), 2, height, width, generator=generator) - 1
         deviation = max(0.3, smoothness * height)
-        reach = min(max(1, math.ceil(3 * deviation)), height - 1)
-        field = _smooth(field, reach, deviation)
+        field = _smooth(field, max(1, math.ceil(3 * deviation)), deviation)
         grid = grid + 2 * strength * field.permute(0, 2, 3, 1)
     return _sampled(x, grid, "reflection")
 

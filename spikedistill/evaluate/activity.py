@@ -73,10 +73,10 @@ class Operations:
     """Synaptic operations, counted layer by layer and connection by connection.
 
     An operation is one non-zero input value meeting one non-zero weight: an accumulate (``acs``) where the inputs are
-    spikes, that is zero or one height, else a multiply-accumulate (``macs``). ``dense`` counts zeros too. Biases do not
-    count. These are the rules of NeuroBench (arXiv 2304.04640): effective ACs and MACs, and dense operations. Beside
-    them, for a network that would run once: ``once``, all connections of a layer, and ``active``, those whose input is
-    not zero at some time step, summed over images.
+    spikes, that is zero or one height in every channel, else a multiply-accumulate (``macs``). ``dense`` counts zeros
+    too. Biases do not count. These are the rules of NeuroBench (arXiv 2304.04640): effective ACs and MACs, and dense
+    operations. Beside them, for a network that would run once: ``once``, all connections of a layer, and ``active``,
+    those whose input is not zero at some time step; both summed over images.
     """
 
     acs: dict[str, float] = field(default_factory=dict)
@@ -90,12 +90,11 @@ class Operations:
     def add(self, layer: str, inputs: Tensor, fan: Tensor) -> None:
         """Count what a layer did with its inputs; ``fan`` holds the connections of each input value."""
         ever = (inputs != 0).unflatten(0, (-1, self.batch)).any(0)
-        self.once[layer] = float(fan.sum())
+        self.once[layer] = self.once.get(layer, 0.0) + float(fan.sum()) * self.batch
         self.active[layer] = self.active.get(layer, 0.0) + float((ever.sum(0) * fan).sum())
         active = (inputs != 0).to(torch.float64)
         done = float((active.sum(0) * fan).sum())
-        heights = inputs[inputs != 0]
-        spikes = not len(heights) or bool((heights == heights[0]).all())
+        spikes = _are_spikes(inputs)
         for kind, count in ((self.acs, done if spikes else 0.0), (self.macs, 0.0 if spikes else done)):
             kind[layer] = kind.get(layer, 0.0) + count
         self.dense[layer] = self.dense.get(layer, 0.0) + float(fan.sum()) * len(inputs)
@@ -104,6 +103,13 @@ class Operations:
         """``acs``, ``macs`` and ``dense`` of the whole network, for one image over all time steps."""
         kinds = {"acs": self.acs, "macs": self.macs, "dense": self.dense}
         return {name: sum(counts.values()) / max(1, self.images) for name, counts in kinds.items()}
+
+
+def _are_spikes(inputs: Tensor) -> bool:
+    """Whether values ``[N, C, ...]`` are zero or one height in every channel; a channel of one value proves nothing."""
+    alone = inputs.numel() == inputs.shape[1]
+    heights = inputs.amax() if alone else inputs.amax((0, *range(2, inputs.ndim)), keepdim=True)
+    return bool(((inputs == 0) | (inputs == heights)).all())
 
 
 @contextmanager

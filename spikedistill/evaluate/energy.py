@@ -100,7 +100,7 @@ def cost_of(operations: Operations, timesteps: int, spikes: float, updates: floa
         macs=per_image["macs"],
         spikes=spikes / images,
         updates=updates / images,
-        dense=sum(operations.once.values()),
+        dense=sum(operations.once.values()) / images,
         active=sum(operations.active.values()) / images,
         timesteps=timesteps,
     )

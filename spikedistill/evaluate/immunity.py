@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from spikedistill.data.images import evenly
 from spikedistill.data.noise import CORRUPTIONS, SEVERITIES, check_severity, corrupt
 from spikedistill.errors import ConfigError, unknown
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers, in_batches
@@ -302,8 +303,8 @@ def _attacked(
 ) -> float:
     """Accuracy in percent under attack, on evenly spaced images."""
     steps, levels = ATTACKS[name]
-    stride = max(1, len(images) // most)
-    images, labels = images[::stride][:most], labels[::stride][:most]
+    chosen = evenly(len(images), most)
+    images, labels = images[chosen], labels[chosen]
     generator = Generator().manual_seed(seed)
     truths = iter(labels.split(ATTACKED_AT_ONCE))
 

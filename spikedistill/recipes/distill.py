@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spikedistill.data.augment import to_unit
-from spikedistill.data.images import ImageSet, load_images
+from spikedistill.data.images import ImageSet, evenly, load_images
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
 from spikedistill.evaluate.activity import firing_rates
@@ -24,7 +24,7 @@ from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse, Pairs
 from spikedistill.objective.terms import Objective
 from spikedistill.recipes.teach import check_answers
-from spikedistill.student.build import Report, Student, to_spiking
+from spikedistill.student.build import FRESH, Report, Student, to_spiking
 from spikedistill.student.calibrate import Rule
 from spikedistill.student.coding import CODINGS
 from spikedistill.teacher.load import Architecture, Normalised, Teacher, load_teacher
@@ -76,10 +76,13 @@ class StudentChoice:
     """Share of the potential left after a step (lif, plif); 0.5 by default."""
     reset: Literal["subtract", "zero"] | None = None
     """What a spike does to the potential; the neuron's own by default."""
-    detach_reset: bool = False
-    """Leave the reset out of the gradient."""
+    detach_reset: bool | None = None
+    """Leave the reset out of the gradient; by default just if weights are fresh."""
     initial: float = 0.5
     """Potential at the first step in thresholds; at 0.5 the mean of T steps rounds the activation."""
+    threshold: float | None = None
+    """Where thresholds begin in a student with fresh weights: 1.5 by default, 1 with a leak. Inherited weights are
+    calibrated instead."""
     learn_threshold: bool = False
     """Train each layer's threshold."""
     gradient: Literal["exact", "rate", "quantised"] = "exact"
@@ -117,13 +120,15 @@ class StudentChoice:
 
     def make_neuron(self) -> Neuron:
         """The neuron model that the fields describe."""
-        base = NEURONS[self.neuron]
+        base, fresh = NEURONS[self.neuron], not self.inherits
+        usual = FRESH.threshold if fresh and self.neuron == "if" else base.threshold
         given = {"leak": self.leak, "reset": None if self.reset is None else Reset(self.reset)}
         return dataclasses.replace(
             base,
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
             initial=self.initial,
-            detach_reset=self.detach_reset,
+            detach_reset=fresh if self.detach_reset is None else self.detach_reset,
+            threshold=usual if self.threshold is None else self.threshold,
             learn_threshold=self.learn_threshold,
             surrogate=SURROGATES[self.surrogate](),
         )
@@ -139,6 +144,10 @@ class StudentChoice:
             faults.append(f"percentile (={self.percentile}) must be above 0 and at most 100")
         if self.neuron == "if" and self.leak is not None:
             faults.append(f"leak (={self.leak}) is for lif and plif; the neuron is 'if'")
+        if self.threshold is not None and self.inherits:
+            faults.append(f"threshold (={self.threshold}) is for fresh weights; inherited ones are calibrated")
+        if self.student == "same" and self.student_width is not None:
+            faults.append(f"student_width (={self.student_width}) needs a student of its own: name one by student")
         if self.correct_bias and not self.inherits:
             faults.append("correct_bias needs inherited weights: leave it away, or inherit=True")
         if self.gradient == "rate" and (self.learn_threshold or self.neuron == "plif"):
@@ -226,6 +235,10 @@ class Distill:
     training: Training = field(default_factory=Training)
     """How it is trained."""
 
+    def settled(self) -> "Distill":
+        """The recipe with what its method decides about the student."""
+        return dataclasses.replace(self, student=self.what.settle(self.student))
+
     def faults(self) -> list[str]:
         """What cannot work together, one sentence each."""
         faults = []
@@ -252,7 +265,7 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
         What results.json holds: see ``measure``.
     """
     progress = progress or Progress.silent()
-    recipe = dataclasses.replace(recipe, student=recipe.what.settle(recipe.student))
+    recipe = recipe.settled()
     check(recipe, recipe.student, recipe.data, recipe.training)
     images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
     teacher, architecture = find_teacher(recipe.who, images)
@@ -266,7 +279,7 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     run.write("conversion", {"network": network.name, **asdict(report)})
     augment, held = recipe.data.augment(), recipe.data.validation
     with progress:
-        if not (out / "before.json").exists():
+        if not resume or not (out / "before.json").exists():
             run.write("before", measure(student, teacher, images, recipe.training, 1000))
         if objective is not None:
             fit(
@@ -332,12 +345,12 @@ def build_student(
     ann: nn.Module = teacher if same else architecture.build()
     if not same:
         check_answers(Normalised(ann, mean, std), images, f"The student '{choice.student}'")
-    stride = max(1, len(images.train_images) // choice.calibration)
+    some = evenly(len(images.train_images), choice.calibration)
     student, report = to_spiking(
         ann,
         timesteps=choice.timesteps,
         neuron=choice.make_neuron(),
-        calibrate=to_unit(images.train_images[::stride][: choice.calibration]) if inherits else None,
+        calibrate=to_unit(images.train_images[some]) if inherits else None,
         inherit=inherits,
         rule=choice.rule,
         percentile=choice.percentile,
@@ -394,8 +407,8 @@ def measure(
     """
     pixels, labels = images.test_images, images.test_labels
     if limit is not None:
-        stride = max(1, len(images.train_images) // limit)
-        pixels, labels = images.train_images[::stride], images.train_labels[::stride]
+        some = evenly(len(images.train_images), limit)
+        pixels, labels = images.train_images[some], images.train_labels[some]
     device = choose_device(training.device)
     dtype = choose_precision(training, device).dtype
     layout = torch.channels_last if training.channels_last else torch.contiguous_format

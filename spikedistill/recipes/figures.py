@@ -23,9 +23,11 @@ def curves(path: Path, panels: Mapping[str, Curves], xlabel: str, ylabel: str, d
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = _figure(rows, columns)
+    labels = dict.fromkeys(label for lines in panels.values() for label in lines)
+    colours = {label: f"C{number}" for number, label in enumerate(labels)}
     for axis, (title, lines) in zip(axes, panels.items()):
         for label, points in lines.items():
-            axis.plot(*zip(*points), marker=".", label=label)
+            axis.plot(*zip(*points), marker=".", label=label, color=colours[label])
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
         if doubling:
@@ -35,7 +37,7 @@ def curves(path: Path, panels: Mapping[str, Curves], xlabel: str, ylabel: str, d
         axis.set_visible(False)
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
-    _save(path, figure, axes[0])
+    _save(path, figure, axes[: len(panels)])
 
 
 def bars(path: Path, groups: Mapping[str, Mapping[str, tuple[float, float]]], ylabel: str) -> None:
@@ -61,7 +63,7 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, tuple[float, float]]], yl
         axis.set_ylim(min(values) - 0.3 * spread - 0.5, max(values) + 0.1 * spread + 0.5)
     axis.set_ylabel(ylabel)
     axis.grid(axis="y", alpha=0.3)
-    _save(path, figure, axis)
+    _save(path, figure, [axis])
 
 
 def _figure(rows: int, columns: int, width: float | None = None, height: float | None = None) -> tuple[Any, list[Any]]:
@@ -75,7 +77,8 @@ def _figure(rows: int, columns: int, width: float | None = None, height: float |
     return figure, list(axes.flatten())
 
 
-def _save(path: Path, figure: Any, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
+def _save(path: Path, figure: Any, axes: Sequence[Any]) -> None:
+    drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    handles, labels = list(drawn.values()), list(drawn)
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), fontsize=8)
     write_bytes(path, lambda file: figure.savefig(file, format="png", dpi=130))

@@ -13,6 +13,7 @@ from spikedistill.evaluate.immunity import KINDS, Score, area, immunity, mean_co
 from spikedistill.files import write_csv, write_text
 from spikedistill.recipes.figures import curves
 from spikedistill.recipes.runs import load_runs, some
+from spikedistill.teacher.cache import fingerprint_of
 from spikedistill.train.device import choose_device, choose_precision
 from spikedistill.train.run import Run
 
@@ -60,7 +61,8 @@ def measure_immunity(
         raise ConfigError(unknown("run to compare with", baseline, names))
     pixels, labels = some(data, images)
     run = Run(out)
-    asked = {"runs": [str(path) for path in paths], "kinds": list(kinds), "images": len(pixels)}
+    weights = {found.name: fingerprint_of(found.network) for found in runs}
+    asked = {"runs": [str(path) for path in paths], "weights": weights, "kinds": list(kinds), "images": len(pixels)}
     run.start({"kind": "immunity", **asked, "attacked": attacked, "seed": seed}, resume)
     device = choose_device("auto")
     precision = choose_precision(runs[0].training, device)

@@ -2,25 +2,26 @@
 
 import datetime
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from spikedistill.errors import ConfigError
+from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.immunity import Score
 from spikedistill.files import write_csv, write_text
-from spikedistill.recipes.distill import distill
+from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.energy import measure_energy
 from spikedistill.recipes.energy import table as energy_table
 from spikedistill.recipes.figures import bars, curves
 from spikedistill.recipes.immunity import markdown, measure_immunity
 from spikedistill.recipes.immunity import panels as immunity_panels
 from spikedistill.recipes.runs import evaluate, unless_done
-from spikedistill.recipes.studies import LONGEST, Cell, Study
-from spikedistill.recipes.teach import teach
+from spikedistill.recipes.studies import FOLLOWED, Cell, Study
+from spikedistill.recipes.teach import Teach, teach
 from spikedistill.train.progress import Progress
-from spikedistill.train.run import Run, environment
+from spikedistill.train.run import Run
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Row:
 def reproduce(study: Study, out: Path, seeds: int | None = None, progress: Progress | None = None) -> str:
     """Train what is missing of a study, measure it, and write ``NAME.csv``, ``NAME.md`` and ``NAME.png`` to ``out``.
 
+    A student that cannot be trained, as its loss diverges, is left out of a comparison of pairs, and named in it.
+
     Args:
         study: of ``studies.STUDIES``.
         out: where the files go.
@@ -51,25 +54,59 @@ def reproduce(study: Study, out: Path, seeds: int | None = None, progress: Progr
         The report in Markdown.
 
     Raises:
-        ConfigError: if ``seeds`` is below 1.
+        ConfigError: if the study does not have so many seeds, or a teacher or student cannot be trained.
+        RunError: if a finished run was made by another recipe than the study's.
     """
-    if seeds is not None and seeds < 1:
-        raise ConfigError(f"seeds (={seeds}) must be 1 or more.")
-    progress = progress or Progress.silent()
+    if seeds is not None and not 1 <= seeds <= study.seeds:
+        raise ConfigError(f"seeds (={seeds}) must be 1 or more, and at most the {study.seeds} of '{study.name}'.")
+    progress, out = progress or Progress.silent(), out.resolve()
     cells = [cell for cell in study.cells if cell.seed < (seeds or study.seeds)]
-    work: dict[Path, Callable[[bool], object]] = {}
-    for made, path in study.teachers.values():
-        work[path] = partial(teach, made, path, progress=Progress.stderr(path.name))
-    for cell in cells:
-        work[cell.path] = partial(distill, cell.recipe, cell.path, progress=Progress.stderr(cell.path.name))
-    for number, (path, job) in enumerate(work.items(), 1):
-        unless_done(path, job, partial(progress.say, f"{number} of {len(work)}: {path.name}"))
+    failed = _train(study, cells, progress)
+    cells = [cell for cell in cells if cell.path.name not in failed]
+    if not cells:
+        raise ConfigError(f"No student of '{study.name}' could be trained: {next(iter(failed.values()))}")
     rows, shown = MEASURES[study.kind](study, cells, out, progress)
+    shown += "".join(f"\nLeft out: `{name}` ({reason})\n" for name, reason in failed.items())
     write_csv(out / f"{study.name}.csv", [field.name for field in fields(Row)], map(astuple, rows))
     report = _report(study, cells, shown)
     write_text(out / f"{study.name}.md", report)
     write_text(out.parent / f"{out.name}.md", _page(out))
     return report
+
+
+def _train(study: Study, cells: Sequence[Cell], progress: Progress) -> dict[str, str]:
+    """Train what is missing; which students of a comparison of pairs could not be trained, and why."""
+    total = len(study.teachers) + len(cells)
+    for number, (made, path) in enumerate(study.teachers.values(), 1):
+        _check_recipe(path, {"kind": "teach", **asdict(made)}, asdict(Teach()))
+        job = partial(teach, made, path, progress=Progress.stderr(path.name))
+        unless_done(path, job, partial(progress.say, f"{number} of {total}: {path.name}"))
+    failed: dict[str, str] = {}
+    for number, cell in enumerate(cells, 1 + len(study.teachers)):
+        _check_recipe(cell.path, {"kind": "distill", **asdict(cell.recipe.settled())}, asdict(Distill()))
+        job = partial(distill, cell.recipe, cell.path, progress=Progress.stderr(cell.path.name))
+        try:
+            unless_done(cell.path, job, partial(progress.say, f"{number} of {total}: {cell.path.name}"))
+        except ConfigError as error:
+            if study.kind != "pairs":
+                raise
+            failed[cell.path.name] = str(error)
+            progress.say(f"{cell.path.name} is left out: {error}")
+    return failed
+
+
+def _check_recipe(path: Path, recipe: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse a finished run that another recipe made, wherever its data lay.
+
+    Raises:
+        RunError: if there is one.
+    """
+    if (path / "results.json").exists():
+        changes = [line for line in Run(path).changes(recipe, defaults) if not line.startswith("data_dir ")]
+        if changes:
+            raise RunError(
+                f"'{path}' was made by another recipe ({'; '.join(changes[:3])}): move it away, or give another --runs."
+            )
 
 
 def _accuracies(study: Study, cells: Sequence[Cell]) -> list[Row]:
@@ -114,16 +151,23 @@ def measure_pairs(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
             for method in methods
         }
         means = {method: (statistics.mean(values), _deviation(values)) for method, values in found.items() if values}
+        shown = {method: _spread(values) for method, values in found.items()}
         groups[f"{teacher}\n-> {student}"] = means
         ann = next(row.value for row in rows if row.method == "teacher" and row.teacher == teacher)
-        cells_ = [f"{mean:.2f} ± {spread:.2f}" for mean, spread in means.values()]
         direct = means.get("direct", (float("nan"), 0.0))[0]
-        gains = [f"{mean - direct:+.2f}" for method, (mean, _) in means.items() if method != "direct"]
-        lines.append([f"{teacher} -> {student}", f"{ann:.2f}", *cells_, ", ".join(gains)])
+        gains = [f"{means[m][0] - direct:+.2f}" if m in means else "-" for m in methods if m != "direct"]
+        lines.append([f"{teacher} -> {student}", f"{ann:.2f}", *shown.values(), ", ".join(gains)])
     bars(out / f"{study.name}.png", groups, "test accuracy (%)")
     rest = ", ".join(method for method in methods if method != "direct")
     columns = ["teacher -> student", "teacher (ANN)", *methods, f"gain over direct: {rest}"]
     return rows, markdown(columns, lines) + f"\n![{study.title}]({study.name}.png)\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and deviation as people write them; of one value no deviation, of none nothing."""
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -135,14 +179,16 @@ def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: 
     converted = [cell for cell in cells if cell.method.startswith("conversion")]
     trained = [cell for cell in cells if cell not in converted]
     rows = _accuracies(study, trained)
-    powers = [2**power for power in range(LONGEST.bit_length())]
     for cell in converted:
-        steps = _followed(cell, progress)
-        rows += [_row(study, cell, "accuracy", steps[T - 1], timesteps=T) for T in powers]
+        if cell.recipe.what.trains:
+            steps = _followed(cell, progress)
+            rows += [_row(study, cell, "accuracy", steps[T - 1], timesteps=T) for T in FOLLOWED]
+        else:
+            rows += _accuracies(study, [cell])[-1:]
     methods = list(dict.fromkeys(cell.method for cell in cells))
     drawn = {method: [(float(row.timesteps), row.value) for row in rows if row.method == method] for method in methods}
     ann = next(row.value for row in rows if row.method == "teacher")
-    drawn["teacher (ANN)"] = [(1.0, ann), (float(LONGEST), ann)]
+    drawn["teacher (ANN)"] = [(1.0, ann), (float(FOLLOWED[-1]), ann)]
     curves(out / f"{study.name}.png", {study.title: drawn}, "time steps", "test accuracy (%)", doubling=True)
     every = sorted({row.timesteps for row in rows if row.method != "teacher"})
     lines = []
@@ -154,7 +200,7 @@ def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: 
         goal = _result(cell.path, "test_accuracy")
         for method in dict.fromkeys(other.method for other in converted):
             reached = [int(T) for T, value in drawn[method] if value >= goal]
-            when = f"first at T={min(reached)}" if reached else f"not up to T={LONGEST}"
+            when = f"first at T={min(reached)}" if reached else f"not up to T={FOLLOWED[-1]}"
             caught.append(f"- {method} reaches the T={cell.recipe.student.timesteps} student ({goal:.2f} %): {when}.\n")
     columns = ["method, T =", *map(str, every)]
     return rows, markdown(columns, lines) + "\n" + "".join(caught) + f"\n![{study.title}]({study.name}.png)\n"
@@ -163,10 +209,11 @@ def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: 
 def _followed(cell: Cell, progress: Progress) -> list[float]:
     """Accuracy of a converted student after every step up to the longest, measured once and kept."""
     run = Run(cell.path)
-    name = f"results-t{LONGEST}"
+    longest = FOLLOWED[-1]
+    name = f"results-t{longest}"
     if not (cell.path / f"{name}.json").exists():
-        progress.say(f"{cell.path.name}: {LONGEST} time steps")
-        run.write(name, evaluate(cell.path, LONGEST))
+        progress.say(f"{cell.path.name}: {longest} time steps")
+        run.write(name, evaluate(cell.path, longest, cell.recipe.data.data_dir))
     return [float(value) for value in run.read(name)["accuracy_by_step"]]
 
 
@@ -180,6 +227,7 @@ def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
         folder,
         kinds=("noise", "natural"),
         baseline=direct,
+        data_dir=cells[0].recipe.data.data_dir,
         resume=(folder / "recipe.json").exists(),
         say=progress.say,
     )
@@ -203,7 +251,7 @@ def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
 
 def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
     """Spikes, synaptic operations and energies of one image, from the whole test set."""
-    bills = measure_energy(_paths(study, cells), None)
+    bills = measure_energy(_paths(study, cells), None, cells[0].recipe.data.data_dir)
     rows = []
     for name, bill in zip(study.teachers, bills):
         found = {"synops": bill.cost.dense, "accuracy": bill.accuracy}
@@ -232,8 +280,11 @@ MEASURES: dict[str, Measure] = {
 
 
 def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
-    machine = environment()
-    hardware = machine["cuda"] or f"{machine['processor']}, {machine['cores']} cores"
+    machines: dict[str, None] = {}
+    for path in _paths(study, cells):
+        machine = Run(path).read("environment")
+        hardware = machine["cuda"] or f"{machine['processor']}, {machine['cores']} cores"
+        machines[f"{hardware}, torch {machine['versions']['torch']}"] = None
     epochs = {f"{made.training.epochs} ({name}, teacher)": None for name, (made, _) in study.teachers.items()}
     for cell in cells:
         if cell.recipe.what.trains:
@@ -242,7 +293,7 @@ def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
     return (
         f"## {study.title}\n\n"
         f"`spikedistill reproduce {study.name} --budget {study.budget}`, {datetime.date.today().isoformat()}, on"
-        f" {hardware}, torch {machine['versions']['torch']}. Test set, last epoch. Seeds: {seeds}. Epochs:"
+        f" {'; '.join(machines)}. Test set, last epoch. Seeds: {seeds}. Epochs:"
         f" {', '.join(epochs)}.\nThe paper's claim: {study.claim}.\n\n{shown}"
     )
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from spikedistill.data.images import ImageSet, load_images
+from spikedistill.data.images import ImageSet, evenly, load_images
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.early_exit import check_confidence
 from spikedistill.files import read_tensors
@@ -96,7 +95,8 @@ def load_runs(paths: Sequence[Path], data_dir: str | None = None) -> tuple[list[
     if not paths:
         raise ConfigError("No runs were given: name one or more run directories.")
     runs = [load_run(path) for path in paths]
-    names, sets = [run.name for run in runs], [run.data.data for run in runs]
+    names = [run.name for run in runs]
+    sets = [f"{run.data.data} at {run.data.image_size}" if run.data.image_size else run.data.data for run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"Two of the runs have one name ({', '.join(names)}): give directories of other names.")
     if len(set(sets)) > 1:
@@ -114,8 +114,8 @@ def some(images: ImageSet, count: int | None) -> tuple[Tensor, Tensor]:
     if count is not None and count < 1:
         raise ConfigError(f"images (={count}) must be 1 or more; leave it away for the whole test set.")
     everything = len(images.test_images)
-    chosen = torch.arange(everything) if count is None else torch.linspace(0, everything - 1, min(count, everything))
-    return images.test_images[chosen.long()], images.test_labels[chosen.long()]
+    chosen = evenly(everything, everything if count is None else count)
+    return images.test_images[chosen], images.test_labels[chosen]
 
 
 def unless_done(path: Path, work: Callable[[bool], object], say: Callable[[], object] = lambda: None) -> None:

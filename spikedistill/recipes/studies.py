@@ -21,8 +21,8 @@ Budget = Literal["full", "small"]
 Kind = Literal["pairs", "timesteps", "noise", "energy"]
 """What is measured on the finished runs, and how it is drawn."""
 METHODS = ("direct", "kdsnn-response", "kdsnn-feature", "kdsnn")
-LONGEST = 256
-"""Time steps up to which conversions are followed."""
+FOLLOWED = tuple(2**power for power in range(9))
+"""Time steps at which conversions are measured: 1 to 256."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def kdsnn_timesteps(budget: Budget, data_dir: str | None, runs: Path) -> Study:
     steps = (1, 2, 4, 6, 8) if budget == "full" else (1, 2, 4, 8)
     cells = [base.cell("resnet18", "resnet18", "kdsnn", 0, timesteps=T) for T in steps]
     for method in ("conversion-max", "conversion-percentile"):
-        cells.append(base.cell("resnet18", "resnet18", method, 0))
+        cells += [base.cell("resnet18", "resnet18", method, 0, timesteps=T) for T in FOLLOWED]
     cells.append(base.cell("resnet18", "resnet18", "conversion-qcfs", 0))
     claim = "few time steps suffice where conversion needs hundreds"
     return base.study("kdsnn-timesteps", "Time steps against conversion", claim, "timesteps", cells, 1)
@@ -174,7 +174,7 @@ class _Base:
         if not like:
             choice = dataclasses.replace(choice, student=student, student_width=widths[student])
         if method in ("conversion-max", "conversion-percentile"):
-            choice = dataclasses.replace(choice, correct_bias=True)
+            choice = dataclasses.replace(choice, correct_bias=True, calibration=256)
         recipe = Distill(
             TeacherChoice(str(path)),
             choice,

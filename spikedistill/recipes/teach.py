@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from spikedistill.data.augment import to_unit
 from spikedistill.data.images import ImageSet, load_images
@@ -39,7 +40,7 @@ def check_answers(network: Normalised, images: ImageSet, name: str) -> None:
     """Ask a network about two images.
 
     Raises:
-        ConfigError: if it does not accept them, or has not one answer for each class.
+        ConfigError: if it does not accept them, returns no tensor, or has not one answer for each class.
     """
     pixels = to_unit(images.train_images[:2])
     training = network.training
@@ -47,11 +48,13 @@ def check_answers(network: Normalised, images: ImageSet, name: str) -> None:
     try:
         with torch.no_grad():
             logits = network.network(network.normalise(pixels))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"it returns {type(logits).__name__}, not a tensor of logits")
+    except Exception as error:  # whatever a stranger's network raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{name} does not accept the images of '{images.name}' of shape {tuple(pixels.shape[1:])} ({reason})."
-            " Give a network that was made for them, or --image-size."
+            " Give a network that was made for them, or for a folder of images another --image-size."
         ) from error
     finally:
         network.train(training)

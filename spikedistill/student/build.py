@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,9 @@ State = tuple[Tensor, ...]
 """The potentials of all layers after a step, ``[B, ...]`` each, in units of their thresholds."""
 
 ROUNDING = Neuron(initial=0.5)
-"""The neuron of a student where none is named: IF that starts at half of its threshold, so that T steps round."""
+"""The neuron of an inheriting student where none is named: IF that starts at half its threshold, so T steps round."""
+FRESH = replace(ROUNDING, threshold=1.5, detach_reset=True)
+"""The same where weights are fresh: in pilots (LOG.md) its students learnt fastest on currents from batch norm."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def to_spiking(
         ann: a ``Teacher``, or any network that torch.fx can trace, from images ``[B, C, H, W]`` to logits ``[B, K]``;
             it is not changed.
         timesteps: T, 1 or more.
-        neuron: the model; IF with ``initial=0.5`` by default.
+        neuron: the model; ``ROUNDING`` by default, ``FRESH`` for fresh weights.
         calibrate: some hundred raw images in 0..1; thresholds are set from the ANN's activations on them.
         inherit: keep the ANN's weights and batch norm; False gives a network with fresh weights and thresholds
             ``neuron.threshold``, for which no calibration is needed.
@@ -250,7 +252,7 @@ def to_spiking(
     if isinstance(ann, Normalised):
         mean, std, ann = ann.mean.flatten().tolist(), ann.std.flatten().tolist(), ann.network
     mean, std = mean or (0.0,), std or (1.0,)
-    neuron = neuron or ROUNDING
+    neuron = neuron or (ROUNDING if inherit else FRESH)
 
     copied = copy.deepcopy(ann).requires_grad_(True)
     copied.train(True)

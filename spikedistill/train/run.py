@@ -59,9 +59,7 @@ class Run:
         if worth_keeping and not resume:
             raise RunError(f"'{self.path}' already holds a run: go on with it by --resume, or choose another --out.")
         if resume and begun:
-            now, usual = json.loads(json.dumps([recipe, defaults or {}]))
-            changed = differences(self.read("recipe"), now, usual)
-            if changed:
+            if changed := self.changes(recipe, defaults):
                 raise RunError(
                     f"'{self.path}' was begun with another recipe ({'; '.join(changed[:3])}): give the same, or another"
                     " --out."
@@ -71,6 +69,11 @@ class Run:
             raise RunError(f"There is no run in '{self.path}' to resume: check --out, or leave --resume away.")
         self.write("recipe", recipe)
         self.write("environment", environment())
+
+    def changes(self, recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
+        """In what the choices that lie here differ from others; see ``differences``."""
+        now, usual = json.loads(json.dumps([recipe, defaults or {}]))
+        return differences(self.read("recipe"), now, usual)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one JSON file of the directory."""
@@ -108,8 +111,10 @@ class Run:
         path = self.path / f"{name}.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with path.open("ab+") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # a line that a kill or a full disk cut short
+                file.write(json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise RunError(
                 f"'{path}' could not be written ({error}): free some disk space, then go on with --resume."

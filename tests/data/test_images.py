@@ -1,4 +1,5 @@
 import io
+import itertools
 import re
 import struct
 from urllib.error import URLError
@@ -13,7 +14,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from spikedistill.data import images as module
-from spikedistill.data.images import ImageSet, load_images, split
+from spikedistill.data.images import ImageSet, evenly, load_images, split
 from spikedistill.errors import ConfigError, DataError
 
 
@@ -281,6 +282,15 @@ class TestNamed:
             load_images("cifar01")
 
 
+@given(total=st.integers(1, 5000), count=st.integers(1, 6000))
+def test_evenly_gives_so_many_different_places_from_the_first_to_the_last(total, count):
+    places = evenly(total, count).tolist()
+    assert len(set(places)) == len(places) == min(total, count) and places == sorted(places)
+    assert places[0] == 0 and (count == 1 or places[-1] == total - 1)
+    gaps = {after - before for before, after in itertools.pairwise(places)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
 class TestFolder:
     def test_train_and_test_folders_are_read_by_class_in_the_order_of_names(self, tmp_path):
         write_classes(tmp_path / "train", {"dog": 3, "cat": 2})
@@ -313,6 +323,18 @@ class TestFolder:
         read = load_images(str(tmp_path))
         assert read.class_names == ("cat", "dog")
         assert len(read.train_images) + len(read.test_images) == 11
+
+    def test_hidden_folders_beside_the_classes_of_a_part_are_passed_over(self, tmp_path):
+        for part in ("train", "test"):
+            write_classes(tmp_path / part, {"cat": 2, "dog": 2, ".ipynb_checkpoints": 1})
+        assert load_images(str(tmp_path)).class_names == ("cat", "dog")
+
+    @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+    def test_pixels_of_more_than_8_bits_are_refused_rather_than_clipped(self, tmp_path, mode):
+        write_classes(tmp_path, {"cat": 5, "dog": 5})
+        Image.new(mode, (4, 4), 1000).save(tmp_path / "cat" / "deep.tiff")
+        with pytest.raises(DataError, match=r"cat/deep\.tiff' cannot be read.*not of 8 bits"):
+            load_images(str(tmp_path))
 
     def test_grey_images_become_three_equal_channels(self, tmp_path):
         write_classes(tmp_path / "train", {"cat": 1})
@@ -366,7 +388,7 @@ class TestFolder:
         write_classes(tmp_path, {"cat": 5, "dog": 5})
         broken = tmp_path / "dog" / "3.png"
         broken.write_bytes(broken.read_bytes()[:45])
-        with pytest.raises(DataError, match=r"dog/3\.png' cannot be read .*replace or delete it"):
+        with pytest.raises(DataError, match=r"dog/3\.png' cannot be read .*replace, convert or delete it"):
             load_images(str(tmp_path))
 
     def test_a_png_with_a_wrong_chunk_is_named(self, tmp_path):

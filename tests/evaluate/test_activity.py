@@ -141,3 +141,29 @@ class TestOperations:
             student(torch.rand(4, 1, 5, 5) + 0.5)
         assert counts.acs["core.2"] > 0 and counts.macs["core.2"] == 0
         assert counts.acs["core.6"] == 0 and counts.macs["core.6"] > 0
+
+    def test_spikes_of_another_height_in_every_channel_accumulate(self):
+        network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Flatten())
+        network.append(nn.Linear(2 * 4, 3))
+        images = torch.rand(64, 1, 6, 6)
+        student, _ = to_spiking(network, calibrate=images, per_channel=True)
+        with operations(student) as counts:
+            student.eval()(images)
+        assert len({float(height) for height in next(iter(student.neurons.values())).threshold.flatten()}) > 1
+        assert counts.acs["core.2"] > 0 and counts.acs["core.5"] > 0
+        assert counts.macs["core.2"] == 0 and counts.macs["core.5"] == 0
+
+    def test_a_layer_that_is_called_twice_counts_twice(self):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(1, 1, 1)
+
+            def forward(self, x):
+                return self.conv(self.conv(x).relu()).flatten(1)
+
+        network = Twice()
+        with operations(network) as counts:
+            network(torch.rand(5, 1, 2, 2))
+            network(torch.rand(3, 1, 2, 2))
+        assert counts.once == {"conv": 2 * 4 * 8} and counts.dense == {"conv": 2 * 4 * 8}

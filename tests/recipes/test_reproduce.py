@@ -6,7 +6,7 @@ from collections import Counter
 import PIL.Image
 import pytest
 
-from spikedistill.errors import ConfigError
+from spikedistill.errors import ConfigError, RunError
 from spikedistill.recipes import reproduce as module
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice
 from spikedistill.recipes.reproduce import reproduce
@@ -86,12 +86,14 @@ def test_what_is_finished_is_not_trained_again(folder, monkeypatch):
 
 def test_time_steps_say_where_conversion_catches_up(folder):
     out = folder / "steps"
-    methods = ("kdsnn", "conversion-max", "conversion-percentile", "conversion-qcfs")
-    report = reproduce(study(folder, "timesteps", methods), out)
+    whole = study(folder, "timesteps", ("kdsnn", "conversion-qcfs"))
+    converted = study(folder, "timesteps", ("conversion-max", "conversion-percentile"), timesteps=(1, 8, 64)).cells
+    report = reproduce(dataclasses.replace(whole, cells=whole.cells + converted), out)
     lines = read(out)
-    for method in methods[1:]:
-        found = [int(line["timesteps"]) for line in lines if line["method"] == method]
-        assert found == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    found = [int(line["timesteps"]) for line in lines if line["method"] == "conversion-qcfs"]
+    assert found == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    for method in ("conversion-max", "conversion-percentile"):
+        assert [line["timesteps"] for line in lines if line["method"] == method] == ["1", "8", "64"]
     assert [line["timesteps"] for line in lines if line["method"] == "kdsnn"] == ["2"]
     assert len(re.findall(r"conversion-\S+ reaches the T=2 student", report)) == 3
 
@@ -115,9 +117,44 @@ def test_energy_is_written_with_its_quantised_ann(folder):
     assert {line["setting"] for line in lines} == {"", "quantised-ann", "quantised-sparse-ann"}
 
 
-def test_fewer_seeds_can_be_asked_for_but_not_none(folder):
-    with pytest.raises(ConfigError, match=r"seeds \(=0\) must be 1 or more"):
-        reproduce(study(folder, "pairs", ("direct",)), folder / "x", seeds=0)
+def test_fewer_seeds_can_be_asked_for_but_not_none_or_more(folder):
+    whole = study(folder, "pairs", ("direct", "kdsnn-response"), seeds=2)
+    report = reproduce(whole, folder / "one", seeds=1)
+    assert {line["seed"] for line in read(folder / "one")} == {"0"} and "±" not in report
+    for seeds in (0, 3):
+        with pytest.raises(ConfigError, match=rf"seeds \(={seeds}\) must be 1 or more, and at most the 2 of"):
+            reproduce(whole, folder / "x", seeds=seeds)
+
+
+def changed(whole, **training):
+    """The study with other training of its students."""
+    cells = [
+        dataclasses.replace(
+            cell,
+            recipe=dataclasses.replace(cell.recipe, training=dataclasses.replace(cell.recipe.training, **training)),
+        )
+        for cell in whole.cells
+    ]
+    return dataclasses.replace(whole, cells=tuple(cells))
+
+
+def test_finished_runs_of_another_recipe_are_refused(folder):
+    whole = study(folder, "pairs", ("direct",))
+    reproduce(whole, folder / "same")
+    with pytest.raises(
+        RunError, match=r"made by another recipe \(epochs was 1, now 7\): move it away, or give another"
+    ):
+        reproduce(changed(whole, epochs=7), folder / "same")
+
+
+def test_a_student_whose_loss_diverges_is_left_out_and_named(folder):
+    whole = study(folder, "pairs", ("direct", "kdsnn-response"))
+    wild = changed(study(folder, "pairs", ("tet",)), lr=1e30)
+    report = reproduce(dataclasses.replace(whole, cells=whole.cells + wild.cells), folder / "wild")
+    assert "Left out: `tet-t2-s0` (" in report and "The loss became" in report
+    assert {line["method"] for line in read(folder / "wild")} == {"teacher", "direct", "kdsnn-response"}
+    with pytest.raises(ConfigError, match="No student of 'kdsnn-test' could be trained"):
+        reproduce(wild, folder / "wild")
 
 
 @pytest.mark.parametrize("budget", ["full", "small"])

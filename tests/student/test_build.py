@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from spikedistill.errors import ConfigError, ConversionError, ShapeError
 from spikedistill.neuron.dynamics import IF, LIF, PLIF
-from spikedistill.student.build import ROUNDING, Report, Student, to_spiking
+from spikedistill.student.build import FRESH, ROUNDING, Report, Student, to_spiking
 from spikedistill.student.calibrate import SMALLEST_SHARE
 from spikedistill.student.coding import Frames, Latency, Rate
 from spikedistill.teacher.load import Teacher
@@ -289,8 +289,8 @@ class TestFreshWeights:
         assert report.inherited and str(report).startswith("2 layers of neurons, inherited weights, T=4")
 
     @pytest.mark.parametrize("inherit", [True, False])
-    def test_and_inherited_ones_get_the_neuron_that_was_named_or_the_rounding_kind(self, inherit):
-        for named, expected in ((None, ROUNDING), (LIF, LIF)):
+    def test_and_inherited_ones_get_the_neuron_that_was_named_or_their_own_kind(self, inherit):
+        for named, expected in ((None, ROUNDING if inherit else FRESH), (LIF, LIF)):
             student, _ = convert(net(), inherit=inherit, neuron=named)
             assert {layer.neuron for layer in student.neurons.values()} == {expected}
 

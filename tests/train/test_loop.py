@@ -181,6 +181,11 @@ class TestEpochOrder:
         assert order(3, 1) == first
         assert order(3, 2) != first and order(4, 1) != first
 
+    @pytest.mark.parametrize("seed", [20260923, -(10**9), 2**62])
+    def test_any_seed_can_be_given(self, seed):
+        torch.Generator().manual_seed(step_seed(seed, 7, 11))
+        assert len(epoch_order(torch.arange(8), seed, 7, 4)) == 2
+
     def test_the_seeds_of_steps_never_meet(self):
         seeds = [step_seed(seed, epoch, step) for seed in (0, 1) for epoch in (1, 2, 3) for step in range(500)]
         assert len(set(seeds)) == len(seeds)

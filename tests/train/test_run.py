@@ -96,6 +96,13 @@ class TestLines:
             file.write(half)
         assert run.lines("metrics") == [{"epoch": 1}]
 
+    def test_a_line_cut_short_gives_way_to_the_next(self, run):
+        run.append("scores", {"a": 1})
+        with (run.path / "scores.jsonl").open("a") as file:
+            file.write('{"a": ')
+        run.append("scores", {"a": 2})
+        assert run.lines("scores") == [{"a": 1}, {"a": 2}]
+
     def test_a_directory_is_made_where_there_is_none(self, tmp_path):
         Run(tmp_path / "new").append("metrics", {"epoch": 1})
         assert Run(tmp_path / "new").lines("metrics") == [{"epoch": 1}]
