@@ -43,6 +43,17 @@ class RunError(SpikeDistillError):
     """A run directory cannot be read, resumed or written."""
 
 
+def one_of(kind: str, value: str, options: Iterable[str]) -> None:
+    """Check a name.
+
+    Raises:
+        ConfigError: if it is not among the options.
+    """
+    known = list(options)
+    if value not in known:
+        raise ConfigError(unknown(kind, value, known))
+
+
 MANY = 60
 """More names than this are counted in a message, not listed."""
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -160,6 +161,10 @@ TABLE = {
     "several values at once": (f"{DISTILL} --timesteps 0 --epochs -2", r"timesteps \(=0\).*epochs \(=-2\)"),
     "batch larger than the data": (f"{DISTILL} --batch-size 49", r"batch_size \(=49\) must be at most the 43"),
     "validation of everything": (f"{DISTILL} --validation 1", r"validation \(=1\.0\)"),
+    "width of a teacher from elsewhere": (
+        f"{DISTILL} --teacher {{home}}/bare.safetensors {BARE} --teacher-network timm/test_resnet",
+        r"width \(=4\) is for the zoo's networks, 'timm/test_resnet' has its own",
+    ),
     "width of 0": (f"{TEACH} --width 0", r"width \(=0\) of 'vgg9' must be 1 or more"),
     "device that is not here": (f"{TEACH} --device tpu9", r"device 'tpu9' cannot be used"),
     "network that the zoo has not": (f"{TEACH} --network resnet21", r"'resnet21'. Did you mean 'resnet"),
@@ -175,11 +180,23 @@ TABLE = {
     "file that cannot be imported": (f"{TEACH} --network {{home}}/syntax.py:make", r"syntax\.py"),
     "network for other images": (f"{TEACH} --network {{home}}/own.py:too_large", r"too_large"),
     "network of other classes": (f"{TEACH} --network {{home}}/own.py:too_few", r"too_few.*2.* 3 "),
-    "student for other images": (f"{DISTILL} --student {{home}}/own.py:too_large --method direct", r"too_large"),
-    "student of other classes": (f"{DISTILL} --student {{home}}/own.py:too_few --method direct", r"too_few.*2.* 3 "),
+    "student for other images": (
+        f"{DISTILL} --student {{home}}/own.py:too_large --student-width None --method direct",
+        r"too_large",
+    ),
+    "student of other classes": (
+        f"{DISTILL} --student {{home}}/own.py:too_few --student-width None --method direct",
+        r"too_few.*2.* 3 ",
+    ),
     "teacher for other images": (f"{DISTILL} --method direct --teacher {{home}}/large.safetensors", r"too_large"),
-    "network with GELU": (f"{DISTILL} --student {{home}}/own.py:gelu", r"act. \(GELU\) at .*own\.py:10 .*nn\.ReLU"),
-    "network without activation": (f"{DISTILL} --student {{home}}/own.py:no_activation", r"nothing would spike"),
+    "network with GELU": (
+        f"{DISTILL} --student {{home}}/own.py:gelu --student-width None",
+        r"act. \(GELU\) at .*own\.py:10 .*nn\.ReLU",
+    ),
+    "network without activation": (
+        f"{DISTILL} --student {{home}}/own.py:no_activation --student-width None",
+        r"nothing would spike",
+    ),
     "inheriting by an unlike student": (f"{DISTILL} --inherit True", r"inherit .*'vgg9', not 'same'"),
     "leak of a neuron without": (f"{DISTILL} --leak 0.5", r"leak \(=0\.5\) is for lif and plif"),
     "leak beyond its range": (f"{DISTILL} --neuron lif --leak 1.5", r"leak \(=1\.5\)"),
@@ -414,3 +431,23 @@ class TestFullDisk:
         monkeypatch.setattr(Path, "open", limited)
         assert call(DISTILL, home, tmp_path / "out") == 2
         assert re.search(rf"{name}\.jsonl' could not be written .*No space left", the_message(capsys))
+
+
+CALLS = {
+    "Neuron(reset='subtract')": "reset (='subtract') must be Reset.SUBTRACT or Reset.ZERO",
+    "Neuron(surrogate='sigmoid')": "surrogate (='sigmoid') must have gradient(u): give Triangle()",
+    "Neuron(surrogate=Triangle)": "must have gradient(u): give Triangle()",
+    "to_spiking(nn.ReLU(), inherit=False, rule='maximum')": "no rule 'maximum'. Did you mean 'max'",
+    "to_spiking(nn.ReLU(), inherit=False, max_pool='avg')": "no max_pool 'avg'. Did you mean 'average'",
+}
+
+
+def test_a_call_with_a_value_of_another_kind_is_refused_outside_of_tests_too():
+    # inside of them the types of arguments are checked, so a process of its own
+    lines = ["from torch import nn", "from spikedistill import ConfigError, Neuron, Triangle, to_spiking"]
+    for call in CALLS:
+        lines += ["try:", f"    {call}", "except ConfigError as error:", "    print(error)"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for found, expected in zip(printed, CALLS.values(), strict=True):
+        assert expected in found

@@ -118,13 +118,13 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
     Raises:
         DataError: if nothing readable is found there.
     """
-    if image_size is not None and not Path(name).expanduser().is_dir():
+    path = Path(name).expanduser()
+    if image_size is not None and (name in NAMED or not path.is_dir()):
         raise ConfigError(f"image_size (={image_size}) is for folders of images; '{name}' is none: leave it away.")
-    if name in NAMED:
-        return NAMED[name](_directory(data_dir))
     if image_size is not None and image_size < 1:
         raise ConfigError(f"image_size (={image_size}) is a side in pixels: give 1 or more.")
-    path = Path(name).expanduser()
+    if name in NAMED:
+        return NAMED[name](_directory(data_dir))
     if path.is_dir():
         return _read_folder(path, image_size)
     if path.suffix == ".npz":
@@ -298,9 +298,9 @@ def _to_pixels(array: NDArray[Any], name: str) -> Pixels:
 
 
 def _read_folder(path: Path, size: int | None) -> ImageSet:
-    names = set(_folders(path))
+    names = _folders(path)
     if "train" not in names:
-        return _read_single(path, _folders(path), size)
+        return _read_single(path, names, size)
     test = next((name for name in ("test", "val", "valid") if name in names), None)
     if test is None:
         raise DataError(

@@ -47,7 +47,8 @@ class Neuron:
         surrogate: the derivative of the spike.
 
     Raises:
-        ConfigError: if a value is outside its range, or a leak of 1 is to be learned or to decay the input.
+        ConfigError: if a value is outside its range or of another kind, or a leak of 1 is to be learned or to decay
+            the input.
     """
 
     leak: float = 1.0
@@ -71,6 +72,10 @@ class Neuron:
             raise ConfigError(f"threshold (={self.threshold}) must be above 0.")
         if not 0 <= self.initial < 1:
             raise ConfigError(f"initial (={self.initial}) is in units of the threshold: give 0 <= initial < 1.")
+        if not isinstance(self.reset, Reset):
+            raise ConfigError(f"reset (={self.reset!r}) must be Reset.SUBTRACT or Reset.ZERO.")
+        if isinstance(self.surrogate, type) or not isinstance(self.surrogate, Surrogate):
+            raise ConfigError(f"surrogate (={self.surrogate!r}) must have gradient(u): give Triangle(), for instance.")
 
 
 IF = Neuron()

@@ -198,6 +198,7 @@ class _Fused(torch.autograd.Function):
         return spikes, states[-1]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         current, leak, threshold, *states = ctx.saved_tensors
         if grad is None:

@@ -1,12 +1,12 @@
 """A layer of neurons as a module: it holds threshold and leak, chooses reference or fused, and never holds state."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from spikedistill.errors import ConfigError, ShapeError
+from spikedistill.errors import ConfigError, ShapeError, one_of
 from spikedistill.neuron import fused
 from spikedistill.neuron.dynamics import Neuron, measure, run
 
@@ -54,7 +54,8 @@ class Spiking(nn.Module):
         faulty = value[~((value > 0) & torch.isfinite(value))]
         if len(faulty):
             raise ConfigError(f"threshold (={float(faulty[0]):.4g}) must be above 0 and finite.")
-        self._hold("threshold", value, self.neuron.learn_threshold)
+        before = self._parameters.get("threshold", self._buffers.get("threshold"))
+        self._hold("threshold", value if before is None else value.to(before), self.neuron.learn_threshold)
 
     def _hold(self, name: str, value: Tensor, learned: bool) -> None:
         if learned:
@@ -116,14 +117,14 @@ class Spiking(nn.Module):
         return trains, restore_rows(rate, shape, order), restore_rows(slope, shape, order)
 
     def used_threshold(self, neurons: int) -> Tensor:
-        """The thresholds as a call on so many neurons uses them: learned ones above 0, their gradient damped."""
+        """The thresholds as a layer of so many neurons uses them: learned ones above 0, their gradient damped."""
         if not self.neuron.learn_threshold:
             return self.threshold
         return _damped(self.threshold.clamp_min(SMALLEST), neurons // self.threshold.numel())
 
     def heights(self, current: Tensor) -> Tensor:
         """``used_threshold``, shaped to go with a current ``[rows, C, ...]``."""
-        used = self.used_threshold(current.numel())
+        used = self.used_threshold(current[0].numel())
         return used if used.ndim == 0 else used.view(-1, *[1] * (current.ndim - 2))
 
     def _rows(self, current: Tensor, timesteps: int, repeats: int) -> tuple[Tensor, Tensor, bool, int]:
@@ -132,14 +133,14 @@ class Spiking(nn.Module):
         With one threshold a channel the N neurons are a table of two dimensions that the thresholds spread over.
         """
         rows = timesteps // repeats
-        if rows * repeats != timesteps or current.shape[0] % rows:
+        if repeats not in (1, timesteps) or current.shape[0] % rows:
             raise ShapeError(
                 f"A current of {current.shape[0]} rows cannot be {timesteps} time steps with {repeats} repeats:"
-                " expected time x batch rows."
+                " expected time x batch rows, each used once or at every time step."
             )
         last, batch = is_channels_last(current), current.shape[0] // rows
         flat = flatten_rows(current, rows, last)
-        threshold = self.used_threshold(flat.shape[1])
+        threshold = self.used_threshold(current[0].numel())
         if threshold.ndim == 0:
             return flat, threshold, last, batch
         channels = len(threshold)
@@ -153,6 +154,7 @@ class Spiking(nn.Module):
         return flat.view(rows, batch * channels, -1), threshold.repeat(batch)[:, None], last, batch
 
     def _compiles(self, flat: Tensor) -> bool:
+        one_of("backend", self.backend, get_args(Backend))
         exact = flat.dtype == torch.float64
         return self.backend == "fused" or (self.backend == "auto" and not exact and fused.works(flat.device.type))
 

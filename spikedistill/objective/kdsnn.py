@@ -108,7 +108,13 @@ def over_time(feature: Tensor) -> Tensor:
 
 
 def make_adapters(batch: Batch, pairs: Pairs, always: bool) -> nn.ModuleDict:
-    """One adapter a pair, under its number."""
+    """One adapter a pair, under its number.
+
+    Raises:
+        ConfigError: if there is no teacher, or the features of a pair cannot be compared.
+    """
+    if any(theirs not in batch.teacher_features for theirs, _ in pairs):
+        raise ConfigError(NO_TEACHER)
     return nn.ModuleDict(
         {
             str(number): make_adapter(over_time(batch.features[ours]), batch.teacher_features[theirs], always)

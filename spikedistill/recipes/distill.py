@@ -239,6 +239,10 @@ class Distill:
         """The recipe with what its method decides about the student."""
         return dataclasses.replace(self, student=self.what.settle(self.student))
 
+    def written(self) -> dict[str, Any]:
+        """What recipe.json holds."""
+        return {"kind": "distill", **asdict(self.settled())}
+
     def faults(self) -> list[str]:
         """What cannot work together, one sentence each."""
         faults = []
@@ -274,7 +278,7 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     if recipe.what.trains:
         objective = recipe.what.objective(feature_pairs(recipe.what, teacher.network, student), report.inherited)
     run = Run(out)
-    run.start({"kind": "distill", **asdict(recipe)}, resume, asdict(Distill()))
+    run.start(recipe.written(), resume, Distill().written())
     progress.say(str(report).splitlines()[0])
     run.write("conversion", {"network": network.name, **asdict(report)})
     augment, held = recipe.data.augment(), recipe.data.validation

@@ -2,11 +2,10 @@
 
 import datetime
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.immunity import Score
@@ -76,33 +75,35 @@ def reproduce(study: Study, out: Path, seeds: int | None = None, progress: Progr
 
 def _train(study: Study, cells: Sequence[Cell], progress: Progress) -> dict[str, str]:
     """Train what is missing; which students of a comparison of pairs could not be trained, and why."""
-    total = len(study.teachers) + len(cells)
-    for number, (made, path) in enumerate(study.teachers.values(), 1):
-        _check_recipe(path, {"kind": "teach", **asdict(made)}, asdict(Teach()))
-        job = partial(teach, made, path, progress=Progress.stderr(path.name))
-        unless_done(path, job, partial(progress.say, f"{number} of {total}: {path.name}"))
+    work: list[tuple[Path, Teach | Distill, Callable[[bool], object]]] = []
+    for made, path in study.teachers.values():
+        work.append((path, made, partial(teach, made, path, progress=Progress.stderr(path.name))))
+    for cell in cells:
+        made_by = partial(distill, cell.recipe, cell.path, progress=Progress.stderr(cell.path.name))
+        work.append((cell.path, cell.recipe, made_by))
+    for path, recipe, _ in work:
+        _check_recipe(path, recipe)
     failed: dict[str, str] = {}
-    for number, cell in enumerate(cells, 1 + len(study.teachers)):
-        _check_recipe(cell.path, {"kind": "distill", **asdict(cell.recipe.settled())}, asdict(Distill()))
-        job = partial(distill, cell.recipe, cell.path, progress=Progress.stderr(cell.path.name))
+    for number, (path, recipe, job) in enumerate(work, 1):
         try:
-            unless_done(cell.path, job, partial(progress.say, f"{number} of {total}: {cell.path.name}"))
+            unless_done(path, job, partial(progress.say, f"{number} of {len(work)}: {path.name}"))
         except ConfigError as error:
-            if study.kind != "pairs":
+            if study.kind != "pairs" or isinstance(recipe, Teach):
                 raise
-            failed[cell.path.name] = str(error)
-            progress.say(f"{cell.path.name} is left out: {error}")
+            failed[path.name] = str(error)
+            progress.say(f"{path.name} is left out: {error}")
     return failed
 
 
-def _check_recipe(path: Path, recipe: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def _check_recipe(path: Path, recipe: Teach | Distill) -> None:
     """Refuse a finished run that another recipe made, wherever its data lay.
 
     Raises:
         RunError: if there is one.
     """
     if (path / "results.json").exists():
-        changes = [line for line in Run(path).changes(recipe, defaults) if not line.startswith("data_dir ")]
+        changes = Run(path).changes(recipe.written(), type(recipe)().written())
+        changes = [line for line in changes if not line.startswith("data_dir ")]
         if changes:
             raise RunError(
                 f"'{path}' was made by another recipe ({'; '.join(changes[:3])}): move it away, or give another --runs."
@@ -115,7 +116,12 @@ def _accuracies(study: Study, cells: Sequence[Cell]) -> list[Row]:
         _teacher_row(study, name, "accuracy", _result(path, "test_accuracy"))
         for name, (_, path) in study.teachers.items()
     ]
-    return rows + [_row(study, cell, "accuracy", _result(cell.path, "test_accuracy")) for cell in cells]
+    return rows + [_accuracy(study, cell) for cell in cells]
+
+
+def _accuracy(study: Study, cell: Cell) -> Row:
+    """The last-epoch test accuracy of a student."""
+    return _row(study, cell, "accuracy", _result(cell.path, "test_accuracy"))
 
 
 def _row(study: Study, cell: Cell, metric: str, value: float, setting: str = "", timesteps: int | None = None) -> Row:
@@ -151,23 +157,23 @@ def measure_pairs(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
             for method in methods
         }
         means = {method: (statistics.mean(values), _deviation(values)) for method, values in found.items() if values}
-        shown = {method: _spread(values) for method, values in found.items()}
         groups[f"{teacher}\n-> {student}"] = means
         ann = next(row.value for row in rows if row.method == "teacher" and row.teacher == teacher)
         direct = means.get("direct", (float("nan"), 0.0))[0]
         gains = [f"{means[m][0] - direct:+.2f}" if m in means else "-" for m in methods if m != "direct"]
-        lines.append([f"{teacher} -> {student}", f"{ann:.2f}", *shown.values(), ", ".join(gains)])
+        lines.append([f"{teacher} -> {student}", f"{ann:.2f}", *map(_shown, found.values()), ", ".join(gains)])
     bars(out / f"{study.name}.png", groups, "test accuracy (%)")
     rest = ", ".join(method for method in methods if method != "direct")
     columns = ["teacher -> student", "teacher (ANN)", *methods, f"gain over direct: {rest}"]
     return rows, markdown(columns, lines) + f"\n![{study.title}]({study.name}.png)\n"
 
 
-def _spread(values: Sequence[float]) -> str:
+def _shown(values: Sequence[float]) -> str:
     """Mean and deviation as people write them; of one value no deviation, of none nothing."""
     if not values:
         return ""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    deviation = f" ± {_deviation(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -184,7 +190,7 @@ def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: 
             steps = _followed(cell, progress)
             rows += [_row(study, cell, "accuracy", steps[T - 1], timesteps=T) for T in FOLLOWED]
         else:
-            rows += _accuracies(study, [cell])[-1:]
+            rows.append(_accuracy(study, cell))
     methods = list(dict.fromkeys(cell.method for cell in cells))
     drawn = {method: [(float(row.timesteps), row.value) for row in rows if row.method == method] for method in methods}
     ann = next(row.value for row in rows if row.method == "teacher")

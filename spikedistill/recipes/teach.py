@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
 from spikedistill.files import write_tensors
 from spikedistill.objective.direct import Direct
-from spikedistill.teacher.load import Architecture, Normalised, OneStep
+from spikedistill.teacher.load import Architecture, Normalised, OneStep, is_elsewhere
 from spikedistill.train.device import choose_device, choose_precision
 from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
@@ -27,13 +28,17 @@ class Teach:
     network: str = "resnet18"
     """A zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
     width: int | None = None
-    """Channels of the first stage (zoo networks)."""
+    """Channels of the first stage; a network that is not the zoo's has its own."""
     label_smoothing: float = 0.0
     """Share of probability spread over all classes; smoothed teachers teach less (arXiv 1906.02629)."""
     data: Data = field(default_factory=Data)
     """What comes in."""
     training: Training = field(default_factory=Training)
     """How it is trained."""
+
+    def written(self) -> dict[str, Any]:
+        """What recipe.json holds."""
+        return {"kind": "teach", **asdict(self)}
 
 
 def check_answers(network: Normalised, images: ImageSet, name: str) -> None:
@@ -80,13 +85,16 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
     progress = progress or Progress.silent()
     check(recipe.data, recipe.training)
     images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
-    architecture = Architecture(recipe.network, images.classes, images.channels, recipe.width)
+    width = None if is_elsewhere(recipe.network) else recipe.width
+    if width != recipe.width:
+        progress.say(f"width {recipe.width} is left out: '{recipe.network}' has its own")
+    architecture = Architecture(recipe.network, images.classes, images.channels, width)
     torch.manual_seed(recipe.training.seed)
     mean, std = images.statistics()
     network = OneStep(architecture.build(), mean, std)
     check_answers(network, images, f"The network '{recipe.network}'")
     run = Run(out)
-    run.start({"kind": "teach", **asdict(recipe)}, resume, asdict(Teach()))
+    run.start(recipe.written(), resume, Teach().written())
     augment, held = recipe.data.augment(), recipe.data.validation
     with progress:
         fit(

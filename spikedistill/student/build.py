@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
-from spikedistill.errors import ConfigError, ConversionError, ShapeError, unknown
+from spikedistill.errors import ConfigError, ConversionError, ShapeError, one_of
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import ClassLogits, Image, Logits
@@ -75,6 +75,7 @@ class Student(nn.Module):
 
     Attributes:
         gradient: how gradients are handed back in training.
+        ends: for each module path of the ANN the node of ``core`` that carries its output, in order of execution.
         recompute: whether activations are computed again for the exact gradient instead of kept: the same gradient from
             less memory, for one more forward pass. The rate-based gradient keeps little and stays as it is.
     """
@@ -85,7 +86,7 @@ class Student(nn.Module):
     def __init__(
         self,
         core: fx.GraphModule,
-        ends: dict[str, tuple[str, bool]],
+        ends: dict[str, str],
         timesteps: int,
         coding: Coding,
         mean: Sequence[float],
@@ -98,18 +99,20 @@ class Student(nn.Module):
         self.gradient: Gradient = "exact"
         self.recompute = False
         self.tapped: tuple[str, ...] = ()
-        self._ends = ends
+        self.ends = ends
+        self._group: str = core.meta["neurons"]
+        self._takes = _first_convolution(core)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     @property
     def neurons(self) -> dict[str, Spiking]:
         """The layers of neurons by name, in order of execution."""
-        return dict(self.core.get_submodule(self.core.meta["neurons"]).named_children())  # type: ignore[arg-type]
+        return dict(self.core.get_submodule(self._group).named_children())  # type: ignore[arg-type]
 
     def paths(self) -> list[str]:
         """The module paths of the ANN at which ``observe`` finds a feature, in order of execution."""
-        return list(self._ends)
+        return list(self.ends)
 
     def set_timesteps(self, timesteps: int) -> None:
         """Answer after another number of steps from now on.
@@ -150,24 +153,33 @@ class Student(nn.Module):
 
         Returns:
             This step's logits ``[B, K]``, and the state after it.
+
+        Raises:
+            ShapeError: if the state is another network's, or another batch's.
         """
-        none = (None,) * len(self.neurons)
-        logits, after, _ = self._through(self._normalised(images), 1, 1, none if state is None else state, True)
+        layers = len(self.neurons)
+        if state is not None and len(state) != layers:
+            raise ShapeError(
+                f"The state has {len(state)} layers, the student has {layers}: carry a state only between steps of one"
+                " student."
+            )
+        before = (None,) * layers if state is None else state
+        logits, after, _ = self._through(self._normalised(images), 1, 1, before, True)
         return logits, after
 
     def tap(self, paths: Sequence[str]) -> None:
         """Choose the module paths whose features ``observe`` returns."""
         nodes = {node.name: node for node in self.core.graph.nodes}
         for path in paths:
-            if path not in self._ends:
-                raise ConfigError(unknown("module with a feature", path, self._ends))
+            one_of("module with a feature", path, self.ends)
         result = nodes["output"]
         logits, states, _ = result.args[0]
-        result.args = ((logits, states, {path: nodes[self._ends[path][0]] for path in paths}),)
+        result.args = ((logits, states, {path: nodes[self.ends[path]] for path in paths}),)
         self.core.recompile()
         self.tapped = tuple(paths)
 
     def _run(self, images: Tensor, timesteps: int) -> tuple[Logits, Any, dict[str, Tensor]]:
+        one_of("gradient", self.gradient, get_args(Gradient))
         rows, repeats = self.coding.encode(images, timesteps)
         learns = self.training and torch.is_grad_enabled()
         if self.gradient == "quantised" and learns:
@@ -187,12 +199,19 @@ class Student(nn.Module):
         return recomputed_run(self.core, *given) if self.recompute and torch.is_grad_enabled() else self.core(*given)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        if images.ndim < 2 or (images.shape[-3:-2] not in ((), (1,), (len(self.mean),)) and len(self.mean) > 1):
+        dims, channels = self._takes
+        last, own = tuple(images.shape), len(self.mean)
+        fits = len(last) == dims if dims else len(last) > 1
+        fits = fits and last[0] > 0 and (own == 1 or (len(last) > 3 and last[-3] in (1, own)))
+        shown = (images - self.mean) / self.std if fits else images
+        if not fits or (channels and shown.shape[1] != channels):
+            wanted = ("B", channels or (own if own > 1 else "C"), "D", "H", "W")
+            names = wanted if dims is None else (*wanted[:2], *wanted[7 - dims :])
             raise ShapeError(
-                f"Images of shape {tuple(images.shape)} were given to a network of {len(self.mean)} channels: expected "
-                "[B, C, H, W]."
+                f"Images of shape {last} were given to a network that takes [{', '.join(map(str, names))}] with B of 1"
+                " or more; frames [T, B, ...] need a student made with coding=Frames()."
             )
-        return (images - self.mean) / self.std
+        return shown
 
 
 def to_spiking(
@@ -241,7 +260,9 @@ def to_spiking(
     """
     if timesteps < 1:
         raise ConfigError(f"timesteps (={timesteps}) must be 1 or more.")
-    if inherit and calibrate is None:
+    one_of("rule", rule, get_args(Rule))
+    one_of("max_pool", max_pool, get_args(MaxPool))
+    if inherit and (calibrate is None or not len(calibrate)):
         raise ConfigError(
             "Inherited weights need thresholds: give some hundred images as calibrate=..., or inherit=False."
         )
@@ -269,8 +290,8 @@ def to_spiking(
         initialise_fresh(module)
         chosen = dict.fromkeys((place.node for place in places), (torch.tensor(neuron.threshold), None))
     neurons = {place.name: Spiking(neuron, chosen[place.node][0]) for place in places}
-    static = insert_neurons(module, places, neurons, max_pool)
-    student = Student(module, _feature_nodes(module, ends, static), timesteps, coding or Direct(), mean, std)
+    insert_neurons(module, places, neurons, max_pool)
+    student = Student(module, _feature_nodes(module, ends), timesteps, coding or Direct(), mean, std)
     student.to(next(ann.parameters()).device)
     if wanted and calibrate is not None:
         ordered = {name: wanted[place.node] for name, place in zip(student.neurons, places)}
@@ -317,11 +338,19 @@ def initialise_fresh(module: nn.Module) -> None:
     initialise(module)
 
 
-def _feature_nodes(
-    module: fx.GraphModule, ends: dict[str, fx.Node], static: dict[str, None]
-) -> dict[str, tuple[str, bool]]:
-    """For each module path the node that now carries its output, and whether that is the same at every step."""
+def _first_convolution(core: fx.GraphModule) -> tuple[int | None, int | None]:
+    """How many dimensions and channels the input has, where a convolution reads it; else None."""
+    readers = (user for user in next(iter(core.graph.nodes)).users if user.op == "call_module")
+    for layer in (core.get_submodule(str(user.target)) for user in readers):
+        for dims, kind in ((3, nn.Conv1d), (4, nn.Conv2d), (5, nn.Conv3d)):
+            if isinstance(layer, kind):
+                return dims, layer.in_channels
+    return None, None
+
+
+def _feature_nodes(module: fx.GraphModule, ends: dict[str, fx.Node]) -> dict[str, str]:
+    """For each module path the node that now carries its output."""
     present = {node.name for node in module.graph.nodes}
     replaced = {node.meta["replaces"]: node.name for node in module.graph.nodes if "replaces" in node.meta}
     named = {path: replaced.get(node.name, node.name) for path, node in ends.items()}
-    return {path: (name, name in static) for path, name in named.items() if name in present}
+    return {path: name for path, name in named.items() if name in present}

@@ -5,6 +5,7 @@ or a reset to zero. The staircase is taken from the neuron itself, by running th
 currents, so the rules below hold for any neuron.
 """
 
+import math
 import operator
 import random
 from collections.abc import Callable, Mapping
@@ -58,7 +59,7 @@ def _look(
     training = module.training
     module.eval()
     recorder = _Recorder(module, nodes, look)
-    for part in images.split(batch_size):
+    for part in images.chunk(math.ceil(len(images) / batch_size)):
         recorder.run(part)
     module.train(training)
     return recorder.seen
@@ -76,14 +77,21 @@ def record(
 
 
 def _every_so_many(value: Tensor) -> Tensor:
-    flat = value.flatten()
-    return flat[:: max(1, flat.numel() // RESERVOIR)]
+    return value.flatten()[:: _stride(value.numel() // RESERVOIR, value[0, 0].numel())]
 
 
 def _some_of_each_channel(value: Tensor) -> Tensor:
-    """``[B, C, ...]`` to ``[C, n]``; an odd stride, so that it visits every column of an image."""
+    """``[B, C, ...]`` to ``[C, n]``."""
     flat = value.transpose(0, 1).flatten(1)
-    return flat[:, :: (flat.shape[1] // CHANNEL_RESERVOIR) | 1]
+    return flat[:, :: _stride(flat.shape[1] // CHANNEL_RESERVOIR, value[0, 0].numel())]
+
+
+def _stride(wanted: int, places: int) -> int:
+    """The stride of at least 1 that is wanted, or the next above it that comes by every place of an image."""
+    stride = max(1, wanted)
+    while math.gcd(stride, places) > 1:
+        stride += 1
+    return stride
 
 
 def channel_means(module: fx.GraphModule, nodes: set[str], images: Image, batch_size: int = 100) -> dict[str, Tensor]:
@@ -240,7 +248,7 @@ def correct_biases(
     student.train(training)
 
 
-SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+SUMS = (operator.add, torch.add, "add")
 PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 

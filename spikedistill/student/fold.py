@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
@@ -32,23 +32,27 @@ def fold(network: Network, keep: Sequence[str] = ()) -> Network:
     copied = copy.deepcopy(network).eval()
     core: nn.Module = copied.core if isinstance(copied, Student) else copied
     core = core.network if isinstance(core, Normalised) else core
-    graph = core.graph if isinstance(core, fx.GraphModule) else trace(copy.deepcopy(core))[0].graph
-    for layer, norm in _neighbours(core, graph):
-        if layer not in keep:
-            _merge(core, layer, norm)
+    if isinstance(copied, Student):
+        graph, ends = copied.core.graph, copied.ends
+    else:
+        module, nodes = trace(copy.deepcopy(core))
+        graph, ends = module.graph, {path: node.name for path, node in nodes.items()}
+    for layer, norm in _neighbours(core, graph, {ends[path] for path in keep if path in ends}):
+        _merge(core, layer, norm)
     return copied
 
 
-def _neighbours(core: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
-    """Paths of layer and norm, where the norm alone reads the layer, and each is called once."""
+def _neighbours(core: nn.Module, graph: fx.Graph, kept: set[str]) -> list[tuple[str, str]]:
+    """Paths of layer and norm, where the norm alone reads the layer, each is called once, and no one keeps the node."""
+    modules = dict(core.named_modules())
     called = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     found = []
     for node in graph.nodes:
         users = list(node.users)
-        if node.op != "call_module" or len(users) != 1 or users[0].op != "call_module":
+        if node.op != "call_module" or len(users) != 1 or users[0].op != "call_module" or node.name in kept:
             continue
         layer, norm = str(node.target), str(users[0].target)
-        first, second = core.get_submodule(layer), core.get_submodule(norm)
+        first, second = modules.get(layer), cast(Any, modules.get(norm))
         fits = type(first) in (*CONVOLUTIONS, nn.Linear) and type(second) in NORMS and second.track_running_stats
         if fits and called[layer] == called[norm] == 1:
             found.append((layer, norm))

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from spikedistill.errors import ConfigError
+from spikedistill.neuron.dynamics import Neuron, Reset
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.surgery import repeat_time
 
@@ -32,6 +34,14 @@ def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
     return (whole * (threshold / levels)).to(x.dtype)
 
 
+def _check(neuron: Neuron) -> None:
+    if neuron.leak < 1 or neuron.reset is not Reset.SUBTRACT or neuron.initial != 0.5:
+        raise ConfigError(
+            f"The quantised stand-in is that of IF with initial 0.5 and subtractive reset, not of leak {neuron.leak},"
+            f" initial {neuron.initial} and reset '{neuron.reset.value}': take ROUNDING, or another gradient."
+        )
+
+
 class _Quantised(fx.Interpreter):
     """Runs a student's graph once, its neurons exchanged for their closed form."""
 
@@ -42,6 +52,7 @@ class _Quantised(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
         if isinstance(layer, Spiking):
+            _check(layer.neuron)
             return clip_floor_shift(args[0], layer.heights(args[0]), self.levels), None
         return super().call_module(target, args, kwargs)
 
@@ -57,6 +68,9 @@ def quantised_run(core: fx.GraphModule, rows: Tensor, levels: int, layers: int) 
         rows: normalised images ``[B, ...]``.
         levels: L.
         layers: how many layers of neurons there are.
+
+    Raises:
+        ConfigError: if its neurons have another answer.
     """
     logits, _, features = _Quantised(core, levels).run(rows, 1, 1, (None,) * layers, False)
     return logits, features

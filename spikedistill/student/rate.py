@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from spikedistill.errors import ConfigError
 from spikedistill.neuron.fused import time_mean
@@ -189,14 +190,16 @@ def rate_run(
         layers: how many layers of neurons there are.
 
     Raises:
-        ConfigError: if the network drops out at random, which two passes cannot share.
+        ConfigError: if the network drops out at random, which two passes cannot share, or takes its batch norms'
+            statistics over several processes.
     """
     for layer in core.modules():
-        if (
-            isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
-            and layer.training
-            and layer.p > 0
-        ):
+        if isinstance(layer, nn.SyncBatchNorm) and layer.training:
+            raise ConfigError(
+                "The rate-based gradient takes each process's own statistics, and SyncBatchNorm asks for those of all:"
+                " leave batch norms as they are, or use the exact gradient."
+            )
+        if isinstance(layer, _DropoutNd) and layer.training and layer.p > 0:
             raise ConfigError(
                 f"The rate-based gradient runs the network twice, and dropout (p={layer.p}) would differ: set p=0 or"
                 " use the exact gradient."

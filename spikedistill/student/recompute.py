@@ -10,7 +10,6 @@ them results of the T steps; to compute them again from the spikes ``[T*B, ...]`
 """
 
 import contextlib
-import operator
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
@@ -23,7 +22,6 @@ from spikedistill.neuron.layer import Spiking
 
 FEWEST, MOST = 2, 4
 """Layers of neurons in a stage; between the two it ends where the fewest signals cross, and sooner where as few do."""
-IN_PLACE = {operator.iadd, operator.isub, operator.imul}
 
 
 def recomputed_run(core: fx.GraphModule, *given: Any) -> Any:
@@ -92,8 +90,7 @@ def _changes(core: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
     """Whether the user writes its result over the node's."""
     if not user.args or user.args[0] is not node:
         return False
-    named = user.op == "call_method" and str(user.target).endswith("_")
-    return named or user.target in IN_PLACE or bool(getattr(_layer(core, user), "inplace", False))
+    return bool(getattr(_layer(core, user), "inplace", False))
 
 
 class _Stage(fx.Interpreter):

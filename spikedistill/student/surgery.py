@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jaxtyping
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from spikedistill.errors import ConversionError
 from spikedistill.neuron.layer import Spiking
@@ -28,6 +28,15 @@ from spikedistill.neuron.layer import Spiking
 MaxPool = Literal["keep", "average"]
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
+DROPOUT_CALLS = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}
+NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+IN_PLACE_CALLS: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    **{name + "_": name for name in ("add", "sub", "mul", "div")},
+}
+"""What works in place, and what gives the same beside it."""
 ACTIVATION_CALLS = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, "relu", "relu_"}
 LARGEST_SLOPE = 0.3
 """A LeakyReLU up to this slope is taken for a ReLU, whose negative side a neuron without negative spikes lacks."""
@@ -70,22 +79,18 @@ TIMELESS_CALLS = {
         torch.sum,
     ),
     *(torch.reshape, torch.squeeze, torch.unsqueeze, torch.permute, torch.transpose, torch.chunk, torch.split),
-    *(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv),
+    *(operator.add, operator.sub, operator.mul, operator.truediv),
     *(operator.getitem, operator.floordiv, operator.neg, getattr),
-    *(F.conv1d, F.conv2d, F.conv3d, F.linear, F.batch_norm, F.avg_pool2d, F.adaptive_avg_pool2d, F.pad, F.interpolate),
-    *(F.dropout, F.dropout2d, F.max_pool2d, F.adaptive_max_pool2d, F.avg_pool1d, F.max_pool1d, F.adaptive_avg_pool1d),
+    *(F.conv1d, F.conv2d, F.conv3d, F.linear, F.avg_pool2d, F.adaptive_avg_pool2d, F.pad, F.interpolate),
+    *(F.max_pool2d, F.adaptive_max_pool2d, F.avg_pool1d, F.max_pool1d, F.adaptive_avg_pool1d),
     *(F.pixel_shuffle, F.pixel_unshuffle),
 }
 TIMELESS_METHODS = {
     *(
         "add",
-        "add_",
         "sub",
-        "sub_",
         "mul",
-        "mul_",
         "div",
-        "div_",
         "mean",
         "sum",
         "view",
@@ -96,9 +101,9 @@ TIMELESS_METHODS = {
     *("unsqueeze", "permute", "transpose", "contiguous", "size", "dim", "chunk", "split", "expand", "to", "float"),
     *("unflatten", "type_as", "clone", "detach"),
 }
-PRODUCTS = {torch.mul, torch.div, operator.mul, operator.imul, operator.truediv, "mul", "mul_", "div", "div_"}
+PRODUCTS = {torch.mul, torch.div, operator.mul, operator.truediv, "mul", "div"}
 MACHINERY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(str(jaxtyping.__file__)) + os.sep, __file__)
-QUOTIENTS = {torch.div, operator.truediv, "div", "div_"}
+QUOTIENTS = {torch.div, operator.truediv, "div"}
 
 REMEDIES = (
     (
@@ -149,8 +154,10 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def repeat_time(x: Tensor, repeats: int) -> Tensor:
+def repeat_time(x: Any, repeats: Any) -> Any:
     """``[B, ...]`` to ``[repeats*B, ...]``, the same at every step, in the memory order that came."""
+    if isinstance(x, fx.Proxy):  # a student that comes out of pickle is traced anew
+        return x.tracer.create_proxy("call_function", repeat_time, (x, repeats), {})
     return x if repeats == 1 else torch.cat([x] * repeats)
 
 
@@ -174,11 +181,11 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     finally:
         network.train(training)
     _drop_fixed_arguments(graph)
-    _functional_dropout(network, graph)
+    moved = {**_functional_dropout(network, graph), **_functional_norm(network, graph)}
     _follow_in_place(network, graph)
     module = fx.GraphModule(network, graph)
     module.train(training)
-    return module, tracer.ends
+    return module, {path: moved.get(node, node) for path, node in tracer.ends.items()}
 
 
 def _defaults(network: nn.Module) -> dict[str, Any]:
@@ -188,8 +195,10 @@ def _defaults(network: nn.Module) -> dict[str, Any]:
 
 
 def _drop_fixed_arguments(graph: fx.Graph) -> None:
-    """The placeholders and assertions that fixed arguments leave behind."""
+    """The placeholders and assertions that fixed arguments leave behind; an input given by name is the first one."""
     for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "call_module") and not node.args and "input" in node.kwargs:
+            node.args, node.kwargs = (node.kwargs["input"],), {k: v for k, v in node.kwargs.items() if k != "input"}
         checked = node.op == "call_function" and getattr(node.target, "__name__", "").startswith("_assert")
         fixed = node.op == "placeholder" and not node.users and node.prev.op == "placeholder"
         if (
@@ -200,33 +209,70 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _functional_dropout(network: nn.Module, graph: fx.Graph) -> None:
+def _functional_dropout(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Tracing freezes ``F.dropout(training=...)``; a module keeps following train() and eval()."""
-    found = [node for node in graph.nodes if node.op == "call_function" and node.target in (F.dropout, F.dropout2d)]
+    found = [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUT_CALLS]
+    moved = {}
     for number, node in enumerate(found):
-        kind = nn.Dropout if node.target is F.dropout else nn.Dropout2d
+        layer = DROPOUT_CALLS[node.target](_argument(node, 1, "p", 0.5), bool(_argument(node, 3, "inplace", 0.0)))
         name = _free_name(network, f"dropout_{number}")
-        network.add_module(name, kind(_argument(node, 1, "p", 0.5)))
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.call_module(name, (node.args[0],)))
-        graph.erase_node(node)
+        network.add_module(name, layer)
+        moved[node] = _call_instead(graph, node, name)
+    return moved
+
+
+def _functional_norm(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Tracing freezes ``F.batch_norm(training=...)`` too; a module with the same weights and statistics goes on."""
+    moved = {}
+    for node in [node for node in graph.nodes if node.op == "call_function" and node.target is F.batch_norm]:
+        given = {**dict(zip(NORM_ARGUMENTS, node.args)), **node.kwargs}
+        tensors = [given.get(name) for name in NORM_ARGUMENTS[1:5]]
+        own = all(value is None or (isinstance(value, fx.Node) and value.op == "get_attr") for value in tensors)
+        if not own or tensors[0] is None or given.get("training"):
+            raise _refusal("A batch norm without running statistics of its own", "instance_norm", node)
+        found: Any = [None if v is None else operator.attrgetter(str(v.target))(network) for v in tensors]
+        mean, var, weight, bias = found
+        path = str(tensors[0].target).rpartition(".")[0]
+        owner = network.get_submodule(path)
+        kinds = (nn.BatchNorm1d, nn.BatchNorm3d, nn.BatchNorm2d)
+        kind: Any = next((kind for kind in kinds if isinstance(owner, kind)), nn.BatchNorm2d)
+        momentum = getattr(owner, "momentum", given.get("momentum", 0.1))
+        layer = kind(mean.numel(), given.get("eps", 1e-5), momentum, affine=weight is not None or bias is not None)
+        layer.running_mean, layer.running_var, layer.weight, layer.bias = mean, var, weight, bias
+        name = _free_name(owner, "norm")
+        owner.add_module(name, layer)
+        moved[node] = _call_instead(graph, node, f"{path}.{name}" if path else name)
+    return moved
+
+
+def _call_instead(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
+    """Exchange a call on the signal for the call of a module."""
+    with graph.inserting_before(node):
+        call = graph.call_module(name, (node.args[0],))
+    call.stack_trace = node.stack_trace
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    return call
 
 
 def _follow_in_place(network: nn.Module, graph: fx.Graph) -> None:
-    """What is used after an activation that works in place is the activation's result."""
+    """What is used after something that works in place is its result, which then may lie in a place of its own."""
     for node in graph.nodes:
         if _works_in_place(network, node):
             node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
+        if node.op in ("call_function", "call_method"):
+            node.target = IN_PLACE_CALLS.get(node.target, node.target)
 
 
 def _works_in_place(network: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        layer = network.get_submodule(str(node.target))
-        return isinstance(layer, ACTIVATIONS) and layer.inplace
+        return bool(getattr(network.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
     positions: dict[Any, int] = {F.relu: 1, F.relu6: 1, F.leaky_relu: 2}
     position = positions.get(node.target)
     asked = position is not None and bool(_argument(node, position, "inplace", 0.0))
-    return asked or node.target in (F.relu_, torch.relu_, "relu_")
+    return asked or node.target in (F.relu_, torch.relu_, "relu_", *IN_PLACE_CALLS)
 
 
 def _free_name(module: nn.Module, name: str) -> str:
@@ -243,6 +289,7 @@ def find_places(module: fx.GraphModule) -> list[Place]:
         ConversionError: if a part has no spiking meaning, or there is no activation at all.
     """
     _single_input(module.graph)
+    constants = _constants(module.graph)
     places: list[Place] = []
     for node in module.graph.nodes:
         kind = _kind(module, node)
@@ -252,7 +299,7 @@ def find_places(module: fx.GraphModule) -> list[Place]:
             name = str(base) if not count else f"{base}#{count + 1}"
             places.append(Place(node.name, name, kind, source_of(node), _slope_note(module, node)))
         else:
-            _refuse_meaningless(module, node)
+            _refuse_meaningless(module, node, constants)
     if not places:
         raise ConversionError(
             "The network has no ReLU, ReLU6 or LeakyReLU, so nothing would spike: give a network with activations."
@@ -284,7 +331,17 @@ def _slope_note(module: fx.GraphModule, node: fx.Node) -> str:
     return f"negative slope {slope} dropped" if slope else ""
 
 
-def _refuse_meaningless(module: fx.GraphModule, node: fx.Node) -> None:
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """Weights, and what is made of them alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" or (sources and node.op != "output" and all(source in found for source in sources)):
+            found.add(node)
+    return found
+
+
+def _refuse_meaningless(module: fx.GraphModule, node: fx.Node, constants: set[fx.Node]) -> None:
     if node.op in ("placeholder", "get_attr", "output"):
         return
     if node.op == "call_module":
@@ -296,17 +353,17 @@ def _refuse_meaningless(module: fx.GraphModule, node: fx.Node) -> None:
     known = node.target in TIMELESS_METHODS if isinstance(node.target, str) else node.target in TIMELESS_CALLS
     if not known:
         raise _refusal(f"'{name}' (node {node.name})", name, node)
-    if node.target in PRODUCTS and sum(map(_is_signal, (*node.args, *node.kwargs.values()))) > 1:
+    signals = [
+        position
+        for position, value in enumerate((*node.args, *node.kwargs.values()))
+        if isinstance(value, fx.Node) and value not in constants and not _is_size(value)
+    ]
+    if node.target in PRODUCTS and len(signals) > 1:
         raise _refusal(f"the product '{name}' of two signals (node {node.name})", "gate", node)
-    if node.target in QUOTIENTS and any(map(_is_signal, (*node.args[1:], *node.kwargs.values()))):
+    if node.target in QUOTIENTS and any(signals):
         raise _refusal(f"the division '{name}' by a signal (node {node.name})", "gate", node)
     if node.target is operator.floordiv and not _is_size(node):
         raise _refusal(f"'{name}' (node {node.name})", name, node)
-
-
-def _is_signal(value: Any) -> bool:
-    """Whether an argument depends on the input other than by its shape."""
-    return isinstance(value, fx.Node) and value.op != "get_attr" and not _is_size(value)
 
 
 def _is_size(node: Any) -> bool:
@@ -331,13 +388,15 @@ def source_of(node: fx.Node) -> str:
     return ":".join(own[-1]) if own else "an unknown line"
 
 
-def insert_neurons(
-    module: fx.GraphModule, places: list[Place], neurons: dict[str, Spiking], max_pool: MaxPool
-) -> dict[str, None]:
-    """Put the neurons into the graph, in place (its signature: the head of this file); return the timeless nodes."""
+def insert_neurons(module: fx.GraphModule, places: list[Place], neurons: dict[str, Spiking], max_pool: MaxPool) -> None:
+    """Put the neurons into the graph, in place; its signature: the head of this file."""
     graph = module.graph
+    given = _single_input(graph)
+    with graph.inserting_before(given):
+        inputs = graph.placeholder("images")  # the network's own name for it may be one of those below
+    given.replace_all_uses_with(inputs)
+    graph.erase_node(given)
     static = _static_nodes(graph, {place.node for place in places})
-    inputs = _single_input(graph)
     with graph.inserting_after(inputs):
         names = ("keep", "states", "repeats", "timesteps")
         keep, states, repeats, timesteps = (graph.placeholder(name) for name in names)
@@ -373,7 +432,6 @@ def insert_neurons(
     result.args = ((result.args[0], tuple(after), {}),)
     graph.lint()
     module.recompile()
-    return dict.fromkeys(node.name for node in static)
 
 
 def _single_input(graph: fx.Graph) -> fx.Node:
@@ -391,11 +449,12 @@ def _single_input(graph: fx.Graph) -> fx.Node:
 def _static_nodes(graph: fx.Graph, places: set[str]) -> dict[fx.Node, None]:
     """Nodes that depend on the input but on no neuron, in order; none where a size of theirs is used later in time."""
     static: dict[fx.Node, None] = {}
+    constants = _constants(graph)
     for node in graph.nodes:
         if node.op == "placeholder":
             static[node] = None
         elif node.op != "output" and node.name not in places and node.all_input_nodes:
-            fixed = [source for source in node.all_input_nodes if source.op != "get_attr"]
+            fixed = [source for source in node.all_input_nodes if source not in constants]
             if fixed and all(source in static for source in fixed):
                 static[node] = None
     for node in static:

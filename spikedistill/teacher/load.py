@@ -21,6 +21,11 @@ from spikedistill.teacher.taps import taps
 from spikedistill.teacher.zoo import ZOO
 
 
+def is_elsewhere(name: str) -> bool:
+    """Whether an architecture's name asks for a network that is not the zoo's."""
+    return name.startswith(("torchvision/", "timm/")) or ".py:" in name
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What it takes to build a network again.
@@ -30,6 +35,9 @@ class Architecture:
         classes: outputs.
         channels: input channels.
         width: channels of the first stage (zoo only); the architecture's own where not given.
+
+    Raises:
+        ConfigError: if a size is below 1, or a network from elsewhere is to have a width.
     """
 
     name: str
@@ -45,6 +53,8 @@ class Architecture:
         ):
             if value < 1:
                 raise ConfigError(f"{field} (={value}) of '{self.name}' must be 1 or more.")
+        if self.width is not None and is_elsewhere(self.name):
+            raise ConfigError(f"width (={self.width}) is for the zoo's networks, '{self.name}' has its own: give none.")
 
     def build(self) -> nn.Module:
         """The network with fresh weights.
@@ -52,10 +62,10 @@ class Architecture:
         Raises:
             ConfigError: if there is no such architecture.
         """
-        origin, _, name = self.name.partition("/")
         if ".py:" in self.name:
             return _own(self.name, self.classes)
-        if name and origin in ("torchvision", "timm"):
+        if is_elsewhere(self.name):
+            origin, _, name = self.name.partition("/")
             return _library(origin, name, self.classes, self.channels)
         if self.name not in ZOO:
             raise ConfigError(
@@ -143,13 +153,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fill a network; a leading ``module.`` (DataParallel) is dropped.
+    """Fill a network; a leading ``module.`` of all names (DataParallel) is dropped.
 
     Raises:
         WeightsError: if a tensor is missing, superfluous, of the wrong shape or not finite.
     """
-    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     wanted = network.state_dict()
+    if all(name.startswith("module.") for name in tensors) and not wanted.keys() & tensors.keys():
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     optional = {name for name in wanted if name.endswith("num_batches_tracked")}
     faults = [f"'{name}' is missing" for name in wanted.keys() - tensors.keys() - optional]
     faults += [f"'{name}' has no place in the network" for name in tensors.keys() - wanted.keys()]

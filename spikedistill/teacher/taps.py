@@ -38,7 +38,7 @@ def taps(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]
                 raise ConfigError(
                     f"The module '{path}' returns {type(output).__name__}: tap one that returns a tensor."
                 )
-            seen[path] = output
+            seen[path] = output.clone()  # what follows may work in place
 
         handles.append(modules[path].register_forward_hook(keep))
     try:

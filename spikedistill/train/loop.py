@@ -140,16 +140,21 @@ def make_optimiser(module: nn.Module, config: Training) -> torch.optim.Optimizer
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
+def _mix(seed: int, number: int) -> int:
+    """A seed of its own for every number, of a size that generators take."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
 def epoch_order(indices: Tensor, seed: int, epoch: int, batch_size: int) -> list[Tensor]:
     """The batches of an epoch as index tensors; a last batch that is too small is left out."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    generator = torch.Generator().manual_seed(_mix(seed, epoch))
     order = indices[torch.randperm(len(indices), generator=generator)]
     return [part for part in order.split(batch_size) if len(part) == batch_size]
 
 
 def step_seed(seed: int, epoch: int, step: int) -> int:
     """A number of its own for the augmentation of every step."""
-    return ((seed * 1_000_003 + epoch) * 1_000_003 + step) % 2**63
+    return _mix(_mix(seed, epoch), step)
 
 
 def view_of(epoch: int, views: int) -> int:

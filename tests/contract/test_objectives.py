@@ -111,6 +111,9 @@ def test_without_a_teacher_it_says_so(objective, batch):
     alone = Batch(batch.logits, batch.labels, batch.features)
     with pytest.raises(ConfigError, match="asks the teacher, and no teacher was given"):
         objective(alone, adapters)
+    if objective.pairs:
+        with pytest.raises(ConfigError, match="asks the teacher, and no teacher was given"):
+            objective.adapters(alone)
 
 
 @pytest.mark.parametrize("objective", [each for each in ALL if not each.teacher], ids=repr)

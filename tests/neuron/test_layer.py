@@ -143,6 +143,10 @@ class TestAThresholdAChannel:
             spikes, _ = layer(torch.full(shape, 9.0), 2)
             assert torch.equal(spikes, layer.heights(spikes).expand(shape))
 
+    def test_repeats_are_one_or_all(self):
+        with pytest.raises(ShapeError, match="4 time steps with 2 repeats"):
+            reference(IF)(torch.rand(4, 3), 4, repeats=2)
+
     @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2, 2), (4,)])
     def test_refuses_another_number_of_channels(self, shape):
         with pytest.raises(ShapeError, match=r"to a layer with 2 thresholds, one a channel: expected as many channels"):
@@ -176,7 +180,7 @@ class TestLearning:
         threshold = torch.tensor(0.7, requires_grad=True)
         run(current.view(3, 2, 4, 4), None, IF, torch.tensor(1.0), threshold, 3)[0].sum().backward()
         assert threshold.grad != 0
-        torch.testing.assert_close(layer.threshold.grad, threshold.grad / math.sqrt(2 * 4 * 4))
+        torch.testing.assert_close(layer.threshold.grad, threshold.grad / math.sqrt(4 * 4))
 
     def test_the_leak_learns_as_its_logit(self):
         current = torch.rand(6, 4) * 3
@@ -199,6 +203,18 @@ class TestAsAModule:
     def test_the_threshold_given_wins_over_the_neuron(self):
         assert float(Spiking(Neuron(threshold=0.3)).threshold) == pytest.approx(0.3)
         assert float(Spiking(Neuron(threshold=0.3), 2.0).threshold) == 2.0
+
+    @pytest.mark.parametrize("neuron", [IF, LEARNING], ids=["fixed", "learned"])
+    def test_a_new_threshold_lies_where_the_old_one_did(self, neuron):
+        layer = Spiking(neuron).to("meta", torch.float64)
+        layer.set_threshold(0.5)
+        assert layer.threshold.device.type == "meta" and layer.threshold.dtype == torch.float64
+
+    def test_a_backend_that_is_none_is_refused(self):
+        layer = Spiking(IF)
+        layer.backend = "fuse"
+        with pytest.raises(ConfigError, match=r"There is no backend 'fuse'\. Did you mean 'fused'"):
+            layer(torch.rand(2, 3), 1)
 
     @pytest.mark.parametrize("neuron", [IF, LIF, LEARNING], ids=["if", "lif", "plif"])
     def test_its_state_dict_carries_everything_that_was_learned(self, neuron):

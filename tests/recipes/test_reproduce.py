@@ -164,7 +164,7 @@ def test_the_studies_are_recipes_that_can_work(name, budget, tmp_path):
     assert made.name == name and made.cells
     assert len({cell.path for cell in made.cells}) == len(made.cells)
     for cell in made.cells:
-        recipe = dataclasses.replace(cell.recipe, student=cell.recipe.what.settle(cell.recipe.student))
+        recipe = cell.recipe.settled()
         check(recipe, recipe.student, recipe.data, recipe.training)
         assert recipe.who.teacher == str(made.teachers[cell.teacher][1])
         assert recipe.training.seed == cell.seed < made.seeds

@@ -61,10 +61,10 @@ def test_the_weights_know_their_network_normalisation_and_classes(recipe, blobs,
 
 def test_a_network_of_ones_own_is_taught_and_loaded_again(file, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    recipe = Teach(f"{tmp_path / 'own.py'}:small", data=Data(file), training=TRAINING)
+    recipe = Teach(f"{tmp_path / 'own.py'}:small", width=32, data=Data(file), training=TRAINING)
     teach(recipe, tmp_path / "run")
     teacher, architecture = load_teacher(tmp_path / "run")
-    assert architecture.name.endswith("own.py:small")
+    assert architecture.name.endswith("own.py:small") and architecture.width is None
     assert teacher(torch.rand(2, 3, 8, 8)).shape == (2, 3)
 
 

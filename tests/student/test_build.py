@@ -1,4 +1,6 @@
 import copy
+import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -354,9 +356,42 @@ class TestRules:
 def test_images_of_the_wrong_number_of_channels_are_refused():
     student, _ = convert(Teacher(net(3), (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)), calibrate=images(4, 3))
     with pytest.raises(
-        ShapeError, match=r"\(3, 2, 4, 4\) were given to a network of 3 channels: expected \[B, C, H, W\]"
+        ShapeError, match=r"\(3, 2, 4, 4\) were given to a network that takes \[B, 3, H, W\] with B of 1"
     ):
         student(images(3, 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 3, 1, 4, 4), (3, 2, 4, 4), (0, 1, 4, 4), (4,)])
+def test_images_of_another_shape_are_refused(shape):
+    student, _ = convert(net())
+    message = rf"{re.escape(str(shape))} were given to a network that takes \[B, 1, H, W\] .* coding=Frames\(\)"
+    with pytest.raises(ShapeError, match=message):
+        student(torch.rand(shape))
+
+
+def test_a_normalisation_of_more_channels_than_the_network_takes_is_refused():
+    student, _ = convert(net(), inherit=False, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
+    with pytest.raises(ShapeError, match=r"a network that takes \[B, 1, H, W\]"):
+        student(images())
+
+
+def test_the_state_of_another_student_is_refused():
+    student, _ = convert(net())
+    _, state = student.step(images())
+    with pytest.raises(ShapeError, match="The state has 1 layers, the student has 2"):
+        student.step(images(), state[:1])
+
+
+def test_no_image_at_all_is_refused_as_calibration():
+    with pytest.raises(ConfigError, match="need thresholds: give some hundred images"):
+        convert(net(), calibrate=torch.rand(0, 1, 4, 4))
+
+
+def test_a_gradient_that_is_none_is_refused():
+    student, _ = convert(net())
+    student.gradient = "rates"
+    with pytest.raises(ConfigError, match=r"There is no gradient 'rates'\. Did you mean 'rate'"):
+        student(images())
 
 
 @pytest.mark.parametrize("neuron", [ROUNDING, replace(PLIF, learn_threshold=True)], ids=["rounding", "plif"])
@@ -375,6 +410,14 @@ class TestAsAnyModule:
         assert not torch.equal(student(self.given), expected)
         assert list(twin.observe(self.given, ["act2"])[1]) == ["act2"]
         assert list(student.observe(self.given, ["act1"])[1]) == ["act1"]
+
+    def test_is_pickled(self, neuron):
+        student = trained(neuron=neuron)
+        student.observe(self.given, ["act1"])
+        twin = pickle.loads(pickle.dumps(student.eval()))
+        assert torch.equal(twin(self.given), student(self.given))
+        found, expected = (each.observe(self.given, ["act2"])[1]["act2"] for each in (twin, student))
+        assert torch.equal(found, expected)
 
     def test_is_averaged(self, neuron):
         student = trained(neuron=neuron)

@@ -165,6 +165,24 @@ class TestRecord:
         assert len(found) == 10
         assert all(min(abs(value - other) for other in whole) < 1e-6 for value in found.tolist())
 
+    def test_the_last_images_weigh_no_more_than_others(self):
+        module, images = self.network(), torch.zeros(101, 1, 2, 2)
+        images[-1] = 1.0
+        found = record(module, {"_2"}, images, per_channel=True, batch_size=100)["_2"]
+        assert float((found > 0).float().mean()) < 0.03
+
+    @pytest.mark.parametrize("per_channel", [False, True])
+    @pytest.mark.parametrize("size", [7, 14, 15])
+    def test_comes_by_every_place_of_an_image(self, size, per_channel, monkeypatch):
+        monkeypatch.setattr("spikedistill.student.calibrate.RESERVOIR", 300)
+        monkeypatch.setattr("spikedistill.student.calibrate.CHANNEL_RESERVOIR", 300)
+        module = fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.Flatten()))
+        image = torch.arange(size * size).view(1, 1, size, size) + 1.0
+        count = 300 * size // (size * size) + 1
+        found = record(module, {"_0"}, image.repeat(count, 1, 1, 1), per_channel, batch_size=count)["_0"]
+        assert len(found.unique()) > 0.5 * min(size * size, found.numel())
+        assert len(((found.flatten() - 1) % size).unique()) == size
+
 
 class TestBiases:
     """After the correction every channel's mean over time and images is the ANN's."""

@@ -61,6 +61,37 @@ def test_features_stay_where_they_were():
         torch.testing.assert_close(found[path], expected[path], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("spiking", [False, True])
+def test_what_a_container_returns_is_kept_too(spiking):
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+    network = used(nn.Sequential(stem, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 3)))
+    images = torch.rand(2, 3, 16, 16)
+    with taps(network, ("0",)) as expected:
+        network(images)
+    if spiking:
+        student, _ = to_spiking(network, timesteps=1, calibrate=images)
+        _, found = fold(student, keep=("0",)).observe(images, ("0",))
+        torch.testing.assert_close(found["0"][0], expected["0"])
+    else:
+        folded = fold(network, keep=("0",))
+        with taps(folded, ("0",)) as seen:
+            folded(images)
+        torch.testing.assert_close(seen["0"], expected["0"])
+
+
+def test_a_convolution_before_functional_dropout_stays():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(F.relu(F.dropout(self.conv(x), 0.5, self.training)).mean((2, 3)))
+
+    network, images = Dropping().eval(), torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(fold(network)(images), network(images))
+
+
 def test_linear_layers_fold_too():
     network = used(nn.Sequential(nn.Flatten(), nn.Linear(768, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)))
     folded = fold(network)

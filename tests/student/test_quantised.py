@@ -6,7 +6,7 @@ from torch import nn
 
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import cumulative
-from spikedistill.neuron.dynamics import Neuron, run
+from spikedistill.neuron.dynamics import LIF, Neuron, Reset, run
 from spikedistill.student.build import ROUNDING, to_spiking
 from spikedistill.student.coding import Frames
 from spikedistill.student.quantised import clip_floor_shift
@@ -74,6 +74,12 @@ class TestStudent:
         student = learner(*layers, timesteps=4, coding=Frames()).train()
         with pytest.raises(ConfigError, match=r"has no time: give images \(no frames\)"):
             student(torch.rand(4, 5, 1, 4, 4))
+
+    @pytest.mark.parametrize("neuron", [LIF, Neuron(initial=0.5, reset=Reset.ZERO), Neuron()], ids=["lif", "zero", "0"])
+    def test_refuses_neurons_that_answer_otherwise(self, neuron):
+        student = learner(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3), neuron=neuron).train()
+        with pytest.raises(ConfigError, match=r"that of IF with initial 0\.5 and subtractive reset, not of leak"):
+            student(torch.rand(4, 1, 4, 4))
 
     def test_follows_the_skip_connections_of_a_residual_network(self):
         class Skip(nn.Module):

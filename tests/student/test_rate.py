@@ -97,8 +97,17 @@ def test_evaluation_and_firing_rates_do_not_depend_on_it():
     torch.testing.assert_close(exact.eval()(images), rate.eval()(images))
 
 
-def test_dropout_is_refused():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3))
+def test_synchronised_batch_norm_is_refused():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    student, _ = to_spiking(nn.SyncBatchNorm.convert_sync_batchnorm(network), inherit=False)
+    student.gradient = "rate"
+    with pytest.raises(ConfigError, match="SyncBatchNorm asks for those of all"):
+        student(torch.rand(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout, nn.AlphaDropout])
+def test_dropout_is_refused(dropout):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), dropout(0.5), nn.Linear(6, 3))
     student, _ = to_spiking(network, inherit=False)
     student.gradient = "rate"
     with pytest.raises(ConfigError, match=r"dropout \(p=0.5\) would differ"):

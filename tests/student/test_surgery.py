@@ -169,6 +169,16 @@ class TestCallSites:
         student.train()
         assert not torch.equal(student(images), student(images))
 
+    def test_a_feature_that_ends_in_functional_dropout_is_found(self):
+        class Dropping(nn.Module):
+            def forward(self, x):
+                return F.dropout(x, 0.5, self.training)
+
+        network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), Dropping(), nn.Flatten(), nn.Linear(8, 3))
+        student, _ = convert(network, torch.rand(2, 1, 4, 4))
+        _, features = student.eval().observe(torch.rand(2, 1, 4, 4), ["1", "2"])
+        assert torch.equal(features["1"], features["2"])
+
     def test_functional_dropout_keeps_its_probability_and_its_neighbours(self):
         class Dropping(Sized):
             def __init__(self) -> None:
@@ -200,6 +210,77 @@ class TestCallSites:
         network = Named()
         student, _ = convert(network, images, timesteps=64)
         torch.testing.assert_close(student(images).mean(0), network(images), rtol=0, atol=0.05)
+
+
+class Normed(nn.Module):
+    """A batch norm that is a function, as timm's BatchNormAct2d has it."""
+
+    def __init__(self, own: type[nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(1, 4, 3), own(4), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn, x = self.bn, self.conv(x)
+        x = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training, bn.momentum, bn.eps)
+        return self.fc(F.relu(x).flatten(1))
+
+
+class Called(Normed):
+    """The same with its module called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.bn(self.conv(x))).flatten(1))
+
+
+class TestFunctionalBatchNorm:
+    images = torch.rand(6, 1, 4, 4)
+
+    def pair(self, **options) -> list[Student]:
+        networks = [Normed(), Called()]
+        networks[1].load_state_dict(networks[0].state_dict())
+        return [convert(network, self.images, 3, **options)[0] for network in networks]
+
+    def test_learns_and_remembers_as_the_module_does(self):
+        functional, module = self.pair()
+        for student in (functional, module):
+            optimizer = torch.optim.SGD(student.train().parameters(), 0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                student(self.images).mean(0).square().sum().backward()
+                optimizer.step()
+        found = {name.replace("norm.", ""): value for name, value in functional.state_dict().items()}
+        torch.testing.assert_close(found, dict(module.state_dict()))
+        torch.testing.assert_close(functional.eval()(self.images), module.eval()(self.images))
+
+    def test_of_fresh_weights_forgets_the_ann(self):
+        network = Normed()
+        network.bn.running_mean.fill_(3.0)
+        network.bn.weight.data.fill_(2.0)
+        student, _ = to_spiking(network, inherit=False)
+        (norm,) = (layer for layer in student.modules() if isinstance(layer, nn.BatchNorm2d))
+        assert not norm.running_mean.any() and torch.equal(norm.weight.data, torch.ones(4))
+        assert float(network.bn.running_mean[0]) == 3.0
+
+    def test_is_the_ann_s_only_as_long_as_it_is_shared(self):
+        network = Normed()
+        student, _ = convert(network, self.images)
+        student.train()(self.images)
+        assert not network.bn.running_mean.any()
+
+    def test_without_running_statistics_is_refused(self):
+        class Batch(Around):
+            def __init__(self) -> None:
+                super().__init__(lambda x: F.batch_norm(x, None, None, training=True))
+
+        with pytest.raises(ConversionError, match=r"batch norm without running statistics .* measures each input anew"):
+            convert(Batch(), torch.rand(2, 1, 4, 4))
+
+    def test_of_timm_s_networks_learns(self):
+        student, _ = convert(timm.create_model("regnetx_002", num_classes=3), torch.rand(2, 3, 32, 32))
+        norms = [layer for layer in student.modules() if isinstance(layer, nn.BatchNorm2d)]
+        assert norms and all(type(layer) is nn.BatchNorm2d for layer in norms)
+        can_learn(student, torch.rand(2, 3, 32, 32))
+        assert all(int(layer.num_batches_tracked) == 1 for layer in norms)
 
 
 class Sized(nn.Module):
@@ -269,7 +350,31 @@ class MutatedByFunction(Sized):
         return self.fc(x.flatten(1))
 
 
-WAYS = [ViewAfter, ViewBefore, SizeOfTheInput, ShapeUnpacked, ShapeTimesNumber, Flag, Mutated, MutatedByFunction]
+class MutatedBySum(Sized):
+    """A branch joins in place, and the sum is not bound to a name."""
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        y = x / 2
+        y.add_(x).sub_(x / 4)
+        y.mul_(4).div_(5)
+        return self.fc(y.flatten(1))
+
+
+class GivenByName(Sized):
+    def forward(self, x):
+        return self.fc(F.relu(input=self.conv(input=x)).flatten(1))
+
+
+class NamedAsTheStudentsOwn(Sized):
+    def forward(self, states):
+        return super().forward(states)
+
+
+WAYS = [
+    *(ViewAfter, ViewBefore, SizeOfTheInput, ShapeUnpacked, ShapeTimesNumber, Flag, Mutated, MutatedByFunction),
+    *(MutatedBySum, GivenByName, NamedAsTheStudentsOwn),
+]
 
 
 @pytest.mark.parametrize("kind", WAYS, ids=lambda kind: kind.__name__)
@@ -283,7 +388,15 @@ def test_sizes_flags_and_work_in_place_mean_what_they_mean_in_the_ann(kind):
     assert found(images[:2]).shape == (3, 2, 3)
 
 
-@pytest.mark.parametrize("use", [lambda x, scale: x * scale, lambda x, scale: x + scale], ids=["scale", "shift"])
+USES = {
+    "scale": lambda x, scale: x * scale,
+    "shift": lambda x, scale: x + scale,
+    "shaped": lambda x, scale: x * scale.view(1, 4, 1, 1),
+    "divided": lambda x, scale: x / (scale + 1).reshape(1, -1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_a_learned_scale_or_shift_is_no_gate(use):
     class Scaled(Sized):
         def __init__(self) -> None:
@@ -388,7 +501,7 @@ class TestRefusals:
             (lambda x: x * F.relu(x - 1), "the product 'mul' of two signals (node mul)", OTHER),
             (lambda x: x * x, "the product 'mul' of two signals (node mul)", OTHER),
             (lambda x: torch.mul(x, other=x), "the product 'mul' of two signals (node mul)", OTHER),
-            (lambda x: x.mul_(x), "the product 'mul_' of two signals (node mul_)", OTHER),
+            (lambda x: x.mul_(x), "the product 'mul' of two signals (node mul_)", OTHER),
             (lambda x: x / (x + 1), "the product 'truediv' of two signals (node truediv)", OTHER),
             (lambda x: 1 / (x + 1), "'truediv'", OTHER),
             (lambda x: x // 2, "'floordiv'", OTHER),

@@ -112,6 +112,11 @@ class TestArchitecture:
         with pytest.raises(ConfigError, match=r"returned int: it must return a torch\.nn\.Module"):
             Architecture(f"{tmp_path}/own.py:tiny").build()
 
+    @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/test_resnet", "own.py:tiny"])
+    def test_a_network_from_elsewhere_has_its_own_width(self, name):
+        with pytest.raises(ConfigError, match=rf"width \(=32\) is for the zoo's networks, '{name}' has its own"):
+            Architecture(name, width=32)
+
     @pytest.mark.parametrize("field", ["classes", "channels", "width"])
     @pytest.mark.parametrize("value", [0, -1])
     def test_a_size_below_1_is_refused(self, field, value):
@@ -212,6 +217,11 @@ class TestLoadWeights:
         network = nn.Linear(3, 2)
         load_weights(network, {f"module.{name}": tensor for name, tensor in tensors.items()}, "'w.pt'")
         assert_same(network.state_dict(), tensors)
+
+    def test_a_part_called_module_keeps_its_name(self):
+        source, network = (nn.ModuleDict({"module": nn.Linear(3, 2)}) for _ in range(2))
+        load_weights(network, source.state_dict(), "'w.pt'")
+        assert_same(network.state_dict(), source.state_dict())
 
     def test_the_count_of_batches_may_be_missing(self, network):
         tensors = network.state_dict()

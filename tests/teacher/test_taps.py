@@ -31,6 +31,13 @@ def test_what_is_seen_equals_the_direct_computation(network):
     torch.testing.assert_close(logits, network(x), rtol=0, atol=0)
 
 
+def test_what_is_seen_stays_when_the_next_layer_works_in_place():
+    network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True)), torch.randn(5, 3)
+    with taps(network, ["0"]) as seen:
+        network(x)
+    torch.testing.assert_close(seen["0"], network[0](x))
+
+
 def test_a_gradient_flows_through_what_is_seen(network):
     with taps(network, ["0"]) as seen:
         network(torch.ones(1, 3))
