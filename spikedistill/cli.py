@@ -57,6 +57,9 @@ def main() -> None:
     except SpikeDistillError as error:
         Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"spikedistill: {error}", markup=False)
         sys.exit(2)
+    except OSError as error:
+        print(f"spikedistill: {error}: check the path and its permissions.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         again = "the same command" + (" with --resume" if arguments[0] in ("distill", "immunity", "teach") else "")
         print(f"\nspikedistill: interrupted; {again} goes on from the last checkpoint.", file=sys.stderr)
@@ -159,6 +162,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
             else:
                 shown.add_row(name, f"{value:{PLAIN[name]}}" if name in PLAIN else f"{value:.2f} %")
         Console(highlight=False).print(shown)
+        if "agreement" not in results:
+            print("The teacher of this run is not where it was: agreement with it is left out.", file=sys.stderr)
 
     tyro.cli(evaluate, prog="spikedistill evaluate", args=list(arguments))
 

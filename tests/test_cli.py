@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from spikedistill.cli import COMMANDS, main
+from spikedistill.files import read_tensors, write_tensors
 from spikedistill.recipes import STUDENTS, TEACHERS, demo, digits, distill, teach
 from spikedistill.recipes.distill import Distill, TeacherChoice
 from spikedistill.recipes.teach import Teach
@@ -190,6 +192,14 @@ class TestOutput:
         assert len(lines["accuracy_by_step"]) == 3
         assert lines.keys() >= results.keys() - {"firing_rate_by_layer"}
 
+    def test_evaluate_says_where_the_teacher_is_gone(self, home, tmp_path, capsys):
+        shutil.copytree(home / "student", tmp_path / "student")
+        tensors, facts = read_tensors(tmp_path / "student" / "model.safetensors")
+        facts["recipe"]["who"]["teacher"] = "nowhere"
+        write_tensors(tmp_path / "student" / "model.safetensors", tensors, facts)
+        assert call("evaluate", tmp_path / "student") == 0
+        assert "agreement with it is left out" in capsys.readouterr().err
+
     def test_evaluate_prints_early_exit_where_it_is_asked_for(self, home, capsys):
         assert call("evaluate", home / "student", "--confidence", 0) == 0
         lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
@@ -203,7 +213,7 @@ class TestOutput:
         caught = capsys.readouterr()
         assert caught.out.splitlines()[-1] == f"the student is in {out}"
         assert "epoch 1: " not in caught.out and "direct: epoch 1: " in caught.err
-        assert "direct: cpu, float32: float32 was asked for" in caught.err
+        assert "direct: cpu, float32, channels_last: float32 was asked for" in caught.err
 
     def test_demo_compares_what_it_made(self, home, monkeypatch, capsys):
         asked = []

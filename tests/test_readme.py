@@ -10,15 +10,23 @@ from spikedistill import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": 2, "docs/guide.md": 8}
+TEXTS = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for text in TEXTS
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for line in block.splitlines()
     if line.startswith("spikedistill")
 ]
-
-
-PAGES = {"README.md": 2, "docs/guide.md": 8}
+COMMANDS += [
+    found.replace("...", "").replace("STUDY", "kdsnn-pairs")
+    for text in TEXTS
+    for found in re.findall(r"`(spikedistill [^`]+)`", text)
+]
+MAIN_JOB = runpy.run_path(str(ROOT / "benchmarks" / "main_job.py"))
+COMMANDS += [f"spikedistill {kind} cifar10 {shlex.join(options)}" for kind, options in MAIN_JOB["RUNS"].values()]
+COMMANDS = list(dict.fromkeys(COMMANDS))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -74,6 +74,7 @@ TABLE = {
     "data set that is unknown": (f"{TEACH} --data cifar11", r"'cifar11'.*Did you mean 'cifar10'"),
     "data of another kind": (f"{TEACH} --data {{home}}/own.py", r"own\.py' is neither a folder nor a \.npz"),
     "folder without images": (f"{TEACH} --data {{home}}/empty", r"empty' holds no images"),
+    "name that is too long": (f"{TEACH} --data {'x' * 300}", r"File name too long: '?x+'?: check the path"),
     "folder with an unreadable image": (f"{TEACH} --data {{home}}/unreadable", r"b/3\.png' cannot be read"),
     "folder with a cut image": (f"{TEACH} --data {{home}}/cut", r"b/3\.png' cannot be read"),
     "folder of several sizes": (f"{TEACH} --data {{home}}/sizes", r"b/3\.png' has shape \(9, 9, 3\).*--image-size"),

@@ -122,7 +122,15 @@ def _near(positions: Tensor, centre: Tensor, side: int) -> Tensor:
 
 
 def apply_policy(pixels: Pixels, policy: str, generator: torch.Generator) -> Pixels:
-    """A library's augmentation policy, one draw for each random group of the batch."""
+    """A library's augmentation policy, one draw for each random group of the batch.
+
+    Raises:
+        ConfigError: if the images are neither grey nor of three colours.
+    """
+    if pixels.shape[1] not in (1, 3):
+        raise ConfigError(
+            f"policy (={policy}) is for images of 1 or 3 channels, these have {pixels.shape[1]}: give none."
+        )
     transform = _transform(policy)
     order = torch.randperm(len(pixels), generator=generator)
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))

@@ -290,10 +290,11 @@ def pixelate(x: Image, share: float, generator: Generator) -> Tensor:
 
 
 def jpeg(x: Image, quality: int, generator: Generator) -> Tensor:
-    """Written as JPEG of that quality and read again."""
-    pixels = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    again = np.stack([_through_jpeg(image, quality) for image in pixels])
-    return to_unit(torch.from_numpy(again).permute(0, 3, 1, 2))
+    """Written as JPEG of that quality and read again; channels that are not colours each as a grey image."""
+    pixels = (x * 255).round().to(torch.uint8)
+    pixels = pixels if x.shape[1] == 3 else pixels.flatten(0, 1)[:, None]
+    again = np.stack([_through_jpeg(image, quality) for image in pixels.permute(0, 2, 3, 1).numpy()])
+    return to_unit(torch.from_numpy(again).permute(0, 3, 1, 2)).reshape(x.shape)
 
 
 def _through_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:

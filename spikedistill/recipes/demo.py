@@ -19,23 +19,18 @@ def demo(out: Path) -> list[Path]:
     """
     teacher, (scratch, direct, kdsnn) = out / "teacher", (out / name for name in ("scratch", "direct", "kdsnn"))
     unless_done(teacher, lambda resume: teach(digits.teacher(), teacher, resume, Progress.stderr("teacher")))
-    for path, method, inherit, rate in (
-        (scratch, "direct", False, 0.1),
-        (direct, "direct", True, 0.02),
-        (kdsnn, "kdsnn", True, 0.02),
-    ):
-        unless_done(path, _work(_recipe(teacher, method, inherit, rate), path))
+    for path, method, inherit in ((scratch, "direct", False), (direct, "direct", True), (kdsnn, "kdsnn", True)):
+        unless_done(path, _work(_recipe(teacher, method, inherit), path))
     return [teacher, scratch, direct, kdsnn]
 
 
-def _recipe(teacher: Path, method: str, inherit: bool, rate: float) -> Distill:
+def _recipe(teacher: Path, method: str, inherit: bool) -> Distill:
     base = digits.student()
     return dataclasses.replace(
         base,
         who=TeacherChoice(str(teacher)),
         student=dataclasses.replace(base.student, inherit=inherit),
         what=dataclasses.replace(base.what, method=method),  # type: ignore[arg-type]
-        training=dataclasses.replace(base.training, lr=rate),
     )
 
 

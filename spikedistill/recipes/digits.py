@@ -9,10 +9,10 @@ DATA = Data(data="digits", validation=0.1, crop=1)
 
 def teacher() -> Teach:
     """A small ResNet-18: ``spikedistill teach digits``, ten seconds on two cores, 99 percent."""
-    return Teach("resnet18", width=16, data=DATA, training=Training(epochs=15, batch_size=64, lr=0.1))
+    return Teach("resnet18", width=16, data=DATA, training=Training(epochs=15, batch_size=64))
 
 
 def student() -> Distill:
     """Its T=4 student, inherited, KDSNN: ``spikedistill distill digits``, twenty seconds on two cores, 95 percent."""
-    training = Training(epochs=8, batch_size=64, lr=0.02, weight_decay=1e-4)
+    training = Training(epochs=8, batch_size=64, weight_decay=1e-4)
     return Distill(TeacherChoice("runs/digits-teacher"), StudentChoice(timesteps=4), data=DATA, training=training)

@@ -2,23 +2,24 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spikedistill.data.augment import to_unit
 from spikedistill.data.images import ImageSet, evenly, load_images
-from spikedistill.errors import ConfigError
+from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers
 from spikedistill.evaluate.activity import firing_rates
 from spikedistill.evaluate.agreement import agreement, divergence
 from spikedistill.evaluate.early_exit import early_answers
-from spikedistill.files import write_tensors
+from spikedistill.files import read_tensors, write_tensors
 from spikedistill.neuron.dynamics import NEURONS, Neuron, Reset
+from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import SURROGATES
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse, Pairs
@@ -27,7 +28,15 @@ from spikedistill.recipes.teach import check_answers
 from spikedistill.student.build import FRESH, Report, Student, to_spiking
 from spikedistill.student.calibrate import Rule
 from spikedistill.student.coding import CODINGS
-from spikedistill.teacher.load import Architecture, Normalised, Teacher, load_teacher
+from spikedistill.teacher.load import (
+    Architecture,
+    Normalised,
+    Teacher,
+    is_elsewhere,
+    load_teacher,
+    load_weights,
+    pretrained,
+)
 from spikedistill.train.device import choose_device, choose_precision
 from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
@@ -47,7 +56,8 @@ class TeacherChoice:
     """Who teaches."""
 
     teacher: str = "runs/teacher"
-    """A run directory of 'teach', or a weights file (.safetensors, .npz, .pt)."""
+    """A run directory of 'teach', a weights file (.safetensors, .npz, .pt), or torchvision/NAME or timm/NAME: that
+    network with its published weights."""
     teacher_network: str | None = None
     """The network that a bare weights file belongs to: a zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
     teacher_width: int | None = None
@@ -68,6 +78,9 @@ class StudentChoice:
     """Channels of its first stage (zoo networks other than 'same')."""
     inherit: bool | None = None
     """Start from the teacher's weights; by default just if the student is the 'same'."""
+    start: str | None = None
+    """A run of 'distill' with the same student network, whose weights and thresholds training begins with: to go on
+    with another T, method or gradient."""
     timesteps: int = 4
     """Time steps T."""
     neuron: Literal["if", "lif", "plif"] = "if"
@@ -90,7 +103,7 @@ class StudentChoice:
     stand-in of T levels, which has no time and costs what an ANN costs."""
     recompute: bool = False
     """Compute activations again instead of keeping them: less memory, one more forward pass (gradient=exact)."""
-    surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] = "triangle"
+    surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] = "rectangle"
     """Stand-in for the derivative of a spike."""
     rule: Literal["least-squares", "max", "percentile"] = "least-squares"
     """How thresholds are chosen from the teacher's activations."""
@@ -236,8 +249,11 @@ class Distill:
     """How it is trained."""
 
     def settled(self) -> "Distill":
-        """The recipe with what its method decides about the student."""
-        return dataclasses.replace(self, student=self.what.settle(self.student))
+        """The recipe with what its method decides about the student, and its inheritance about the learning rate."""
+        begins = self.student.inherits or self.student.start is not None
+        lr = 0.02 if begins and self.training.lr is None else self.training.peak
+        training = dataclasses.replace(self.training, lr=lr)
+        return dataclasses.replace(self, student=self.what.settle(self.student), training=training)
 
     def written(self) -> dict[str, Any]:
         """What recipe.json holds."""
@@ -248,6 +264,8 @@ class Distill:
         faults = []
         if not self.what.trains and not self.student.inherits:
             faults.append(f"method (={self.what.method}) keeps the teacher's weights: leave student and inherit alone")
+        if not self.what.trains and self.student.start is not None:
+            faults.append(f"start (={self.student.start}) is for methods that train, not for {self.what.method}")
         if self.student.gradient == "quantised" and not self.student.rounds:
             faults.append(
                 "the quantised stand-in is for neuron=if with reset=subtract, initial=0.5 and coding=direct: leave"
@@ -314,14 +332,18 @@ def find_teacher(choice: TeacherChoice, images: ImageSet) -> tuple[Teacher, Arch
     given = None
     if choice.teacher_network is not None:
         given = Architecture(choice.teacher_network, images.classes, images.channels, choice.teacher_width)
-    if given is None and not Path(choice.teacher).exists():
+    published = given is None and is_elsewhere(choice.teacher) and not Path(choice.teacher).exists()
+    if given is None and not published and not Path(choice.teacher).exists():
         raise ConfigError(
             f"There is no teacher at '{choice.teacher}': train one by 'spikedistill teach ... --out {choice.teacher}',"
             " or give a weights file with --teacher-network, --teacher-mean and --teacher-std."
         )
-    teacher, architecture = load_teacher(
-        choice.teacher, architecture=given, mean=choice.teacher_mean, std=choice.teacher_std
-    )
+    if published:
+        teacher, architecture = pretrained(choice.teacher)
+    else:
+        teacher, architecture = load_teacher(
+            choice.teacher, architecture=given, mean=choice.teacher_mean, std=choice.teacher_std
+        )
     if architecture.classes != images.classes:
         raise ConfigError(
             f"The teacher '{choice.teacher}' knows {architecture.classes} classes, '{images.name}' has"
@@ -366,7 +388,39 @@ def build_student(
         std=std,
     )
     student.gradient, student.recompute = choice.gradient, choice.recompute
+    if choice.start is not None:
+        file, tensors, _ = read_student(choice.start)
+        fill(student, tensors, f"'{file}'")
     return student, report, architecture
+
+
+def read_student(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The weights file of a run directory, or that file; its tensors; what it knows of them.
+
+    Raises:
+        WeightsError: if it cannot be read.
+        RunError: if it is no student's.
+    """
+    file = Path(path)
+    file = file / "model.safetensors" if file.is_dir() else file
+    tensors, facts = read_tensors(file)
+    if facts.get("kind") != "student":
+        raise RunError(
+            f"'{file}' holds no student but {facts.get('kind', 'weights of unknown origin')}: give a run of 'distill'."
+        )
+    return file, tensors, facts
+
+
+def fill(student: Student, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load weights, and thresholds whether there is one for each layer or channel.
+
+    Raises:
+        WeightsError: if they do not fit.
+    """
+    for path, layer in student.named_modules():
+        if isinstance(layer, Spiking) and (given := tensors.get(f"{path}.threshold")) is not None:
+            layer.set_threshold(given)
+    load_weights(student, tensors, source)
 
 
 def feature_pairs(method: Method, teacher: nn.Module, student: Student) -> Pairs:

@@ -10,12 +10,19 @@ from torch import Tensor
 from spikedistill.data.images import ImageSet, evenly, load_images
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.early_exit import check_confidence
-from spikedistill.files import read_tensors
-from spikedistill.neuron.layer import Spiking
-from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, find_teacher, measure
+from spikedistill.recipes.distill import (
+    Distill,
+    Method,
+    StudentChoice,
+    TeacherChoice,
+    fill,
+    find_teacher,
+    measure,
+    read_student,
+)
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.coding import CODINGS
-from spikedistill.teacher.load import Architecture, Teacher, load_teacher, load_weights
+from spikedistill.teacher.load import Architecture, Teacher, is_elsewhere, load_teacher
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run
 
@@ -27,13 +34,7 @@ def load_student(path: str | Path) -> tuple[Student, Distill]:
         WeightsError: if the file is missing, broken or not a student.
         RunError: if it holds no recipe.
     """
-    file = Path(path)
-    file = file / "model.safetensors" if file.is_dir() else file
-    tensors, facts = read_tensors(file)
-    if facts.get("kind") != "student":
-        raise RunError(
-            f"'{file}' holds no student but {facts.get('kind', 'weights of unknown origin')}: give a run of 'distill'."
-        )
+    file, tensors, facts = read_student(path)
     try:
         recipe = to_recipe(facts["recipe"])
         architecture = Architecture(**facts["architecture"])
@@ -49,10 +50,7 @@ def load_student(path: str | Path) -> tuple[Student, Distill]:
         mean=facts["mean"],
         std=facts["std"],
     )
-    for path, layer in student.named_modules():
-        if isinstance(layer, Spiking) and (given := tensors.get(f"{path}.threshold")) is not None:
-            layer.set_threshold(given)
-    load_weights(student, tensors, f"'{file}'")
+    fill(student, tensors, f"'{file}'")
     return student.eval(), recipe
 
 
@@ -163,7 +161,8 @@ def evaluate(
         student.set_timesteps(timesteps)
     data = recipe.data
     images = load_images(data.data, data_dir or data.data_dir, data.image_size)
-    teacher = find_teacher(recipe.who, images)[0] if Path(recipe.who.teacher).exists() else None
+    there = Path(recipe.who.teacher).exists() or is_elsewhere(recipe.who.teacher)
+    teacher = find_teacher(recipe.who, images)[0] if there else None
     return measure(student, teacher, images, recipe.training, confidence=confidence)
 
 

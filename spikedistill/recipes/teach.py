@@ -1,6 +1,6 @@
 """Where there is no trained teacher: train one, and save it so that it knows itself."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ class Teach:
 
     def written(self) -> dict[str, Any]:
         """What recipe.json holds."""
-        return {"kind": "teach", **asdict(self)}
+        training = replace(self.training, lr=self.training.peak)
+        return {"kind": "teach", **asdict(replace(self, training=training))}
 
 
 def check_answers(network: Normalised, images: ImageSet, name: str) -> None:

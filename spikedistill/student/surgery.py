@@ -488,6 +488,8 @@ def _exchange(module: fx.GraphModule, target: str) -> None:
     if name.startswith("Adaptive"):
         new = getattr(nn, name)(pool.output_size)
     else:
+        if pool.dilation not in (1, (1,), (1, 1), (1, 1, 1)):
+            raise ConversionError(f"'{target}' has a dilation of {pool.dilation}, average pooling has none: keep it.")
         options = {"ceil_mode": pool.ceil_mode, "count_include_pad": False}
         new = getattr(nn, name)(pool.kernel_size, pool.stride, pool.padding, **options)
     parent, _, child = target.rpartition(".")

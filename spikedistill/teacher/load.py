@@ -5,6 +5,7 @@
 """
 
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,16 +103,20 @@ def _library(origin: str, name: str, classes: int, channels: int) -> nn.Module:
 
 def _own(name: str, classes: int) -> nn.Module:
     file, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    spec = importlib.util.spec_from_file_location(f"spikedistill_own_{Path(file).stem}", file)
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise ConfigError(f"The file '{file}' of architecture '{name}' does not exist: check the path.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    sys.path.insert(0, str(Path(file).resolve().parent))  # for modules that lie beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
         raise ConfigError(
             f"The file '{file}' cannot be imported ({type(error).__name__}: {error}): mend it."
         ) from error
+    finally:
+        sys.path.pop(0)
     maker = getattr(module, function, None)
     if not callable(maker):
         raise ConfigError(unknown(f"function in '{file}'", function, [key for key in vars(module) if key[0] != "_"]))
@@ -204,7 +209,13 @@ class Normalised(nn.Module):
 
     def answer(self, images: Image) -> ClassLogits:
         """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``."""
-        return self.network(self.normalise(images))
+        logits = self.network(self.normalise(images))
+        if not isinstance(logits, Tensor):
+            raise ConfigError(
+                f"{type(self.network).__name__} returns {type(logits).__name__}, not a tensor of logits: switch its"
+                " auxiliary outputs off, or wrap it in a module that returns one."
+            )
+        return logits
 
     def normalise(self, images: Image) -> Image:
         """Images in 0..1 as the network was trained on."""
@@ -244,6 +255,41 @@ class OneStep(Normalised):
         return logits, {path: feature[None] for path, feature in seen.items()}
 
 
+def pretrained(name: str) -> tuple[Teacher, Architecture]:
+    """A network with the weights that its library publishes: downloaded, unless they lie in the library's cache.
+
+    Args:
+        name: ``torchvision/NAME`` (its default weights) or ``timm/NAME``.
+
+    Raises:
+        ConfigError: if there is no such network, it has no weights, or they cannot be had.
+    """
+    origin, _, model = name.partition("/")
+    made: Any
+    try:
+        if origin == "torchvision":
+            import torchvision
+
+            weights = torchvision.models.get_model_weights(model).DEFAULT
+            mean, std = weights.transforms().mean, weights.transforms().std
+            architecture = Architecture(name, len(weights.meta["categories"]))
+            network = architecture.build()
+            network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+        else:
+            import timm
+
+            network = made = timm.create_model(model, pretrained=True)
+            mean, std = made.pretrained_cfg["mean"], made.pretrained_cfg["std"]
+            architecture = Architecture(name, made.num_classes, len(mean))
+    except Exception as error:  # whatever the library and its download raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"The published weights of '{name}' cannot be had ({reason}): check the name and the connection, or give a"
+            " weights file with --teacher-network."
+        ) from error
+    return Teacher(network, mean, std), architecture
+
+
 def load_teacher(
     source: str | Path,
     *,
@@ -272,7 +318,12 @@ def load_teacher(
     if architecture is None:
         if "architecture" not in facts:
             raise ConfigError(f"'{path}' does not say which network its weights belong to: name the architecture.")
-        architecture = Architecture(**facts["architecture"])
+        try:
+            architecture = Architecture(**facts["architecture"])
+        except TypeError as error:
+            raise WeightsError(
+                f"'{path}' names its network in a way that this version does not know ({error}): name the architecture."
+            ) from error
     mean, std = mean or facts.get("mean"), std or facts.get("std")
     if mean is None or std is None:
         raise ConfigError(

@@ -122,9 +122,9 @@ def learning_rate(step: int, steps: int, config: Training) -> float:
     """
     rise = config.warmup * steps
     if step < rise:
-        return config.lr * min(1.0, (step + 1) / rise)
+        return config.peak * min(1.0, (step + 1) / rise)
     gone = (step - rise) / max(1.0, steps - rise)
-    return config.lr * (0.5 * (1 + math.cos(math.pi * gone)) if config.schedule == "cosine" else 1 - gone)
+    return config.peak * (0.5 * (1 + math.cos(math.pi * gone)) if config.schedule == "cosine" else 1 - gone)
 
 
 def make_optimiser(module: nn.Module, config: Training) -> torch.optim.Optimizer:
@@ -136,8 +136,8 @@ def make_optimiser(module: nn.Module, config: Training) -> torch.optim.Optimizer
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        return torch.optim.AdamW(groups, lr=config.peak)
+    return torch.optim.SGD(groups, lr=config.peak, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
 def _mix(seed: int, number: int) -> int:
@@ -230,7 +230,10 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.precision = choose_precision(config, self.device)
-        progress.say(f"{self.device}, {str(self.precision.dtype).removeprefix('torch.')}: {self.precision.reason}")
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        chosen = [str(self.device), *(str(kind).removeprefix("torch.") for kind in (self.precision.dtype, self.layout))]
+        progress.say(f"{', '.join(chosen)}: {self.precision.reason}")
+        self.chosen = dict(zip(("device", "dtype", "layout"), chosen))
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         self.share = config.batch_size // self.accelerator.num_processes
         self.indices, self.held = split(images.train_labels, validation, seed=0)
@@ -240,7 +243,6 @@ class Trainer:
                 f"batch_size (={config.batch_size}) must be at most the {len(self.indices)} training samples and at "
                 f"least the {self.accelerator.num_processes} processes."
             )
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         for network in (student, self.teacher):
             if network is not None:
                 network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
@@ -352,7 +354,7 @@ class Trainer:
         values = {name: float(term.detach()) for name, term in terms.items()}
         if not math.isfinite(sum(values.values())):
             raise ConfigError(
-                f"The loss became {values} in epoch {epoch}, step {step + 1}: lower --lr (={self.config.lr}), or set "
+                f"The loss became {values} in epoch {epoch}, step {step + 1}: lower --lr (={self.config.peak}), or set "
                 "--clip 1, in another --out; the last checkpoint is untouched."
             )
         self.optimiser.zero_grad(set_to_none=True)
@@ -431,7 +433,7 @@ def fit(
         line = trainer.epoch(epoch, done, meters)
         if trainer.accelerator.is_main_process:
             run.append("metrics", line)
-            run.append("timing", {"epoch": epoch, "seconds": time.monotonic() - began})
+            run.append("timing", {"epoch": epoch, "seconds": time.monotonic() - began, **trainer.chosen})
             if events is not None:
                 events.add(line)
         done, meters = 0, Meters()

@@ -63,11 +63,11 @@ class Progress:
 
     def epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
         """A new epoch begins, ``done`` of its steps lie behind."""
-        if self.task is not None:
-            self.bars.remove_task(self.task)
         self.began = time.monotonic()
-        title = f"{self.label} {epoch}/{epochs}"
-        self.task = self.bars.add_task(title, total=steps, completed=done, facts="")
+        title, total = f"{self.label} {epoch}/{epochs}", epochs * steps  # the time left is that of the run
+        if self.task is None:
+            self.task = self.bars.add_task(title, total=total, facts="")
+        self.bars.update(self.task, description=title, completed=(epoch - 1) * steps + done)
 
     def step(self, means: Mapping[str, float]) -> None:
         """One step lies behind; ``means`` are those of the epoch so far."""

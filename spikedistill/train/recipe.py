@@ -56,8 +56,8 @@ class Training:
     """Images a step, over all processes."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum, or AdamW."""
-    lr: float = 0.1
-    """Highest learning rate."""
+    lr: float | None = None
+    """Highest learning rate; by default 0.1, for a student that inherits its weights 0.02."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
@@ -89,15 +89,22 @@ class Training:
     tensorboard: bool = False
     """Also write TensorBoard events."""
 
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return 0.1 if self.lr is None else self.lr
+
     def faults(self) -> list[str]:
         """What cannot work, one sentence each."""
         least = {"epochs": 1, "batch_size": 2}
-        least |= dict.fromkeys(("lr", "weight_decay", "clip", "views", "checkpoint_minutes"), 0)
+        least |= dict.fromkeys(("weight_decay", "clip", "views", "checkpoint_minutes"), 0)
         faults = [
             f"{name} (={getattr(self, name)}) must be {low} or more"
             for name, low in least.items()
             if not getattr(self, name) >= low
         ]
+        if not self.peak >= 0:
+            faults.append(f"lr (={self.lr}) must be 0 or more")
         if 1 <= self.epochs <= self.views and self.cache_dir is None:
             faults.append(f"views (={self.views}) come again only in more epochs (={self.epochs}): lower it, or give 0")
         if self.cache_dir is not None and not self.views:

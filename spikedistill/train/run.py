@@ -3,7 +3,7 @@
 recipe.json             every choice, resolved
 environment.json        versions, processor, threads
 metrics.jsonl           one line an epoch; the same numbers in an interrupted and resumed run
-timing.jsonl            one line an epoch; seconds, which are never the same
+timing.jsonl            one line an epoch; seconds, which are never the same, device, number format and memory order
 checkpoint.safetensors  all that the next step needs
 model.safetensors       the weights, when the run is done
 results.json            the measurements on the test set, when the run is done

@@ -162,6 +162,12 @@ def test_a_negative_size_is_refused(wrong):
         Augment(**wrong)
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_policy_of_colours_refuses_other_channels(channels):
+    with pytest.raises(ConfigError, match=rf"policy \(=trivial\) .* 1 or 3 channels, these have {channels}"):
+        Augment(policy="trivial")(torch.zeros(2, channels, 8, 8, dtype=torch.uint8), 0)
+
+
 def test_an_unknown_policy_is_told_the_nearest():
     with pytest.raises(ConfigError, match=r"no augmentation policy 'trivia'\. Did you mean 'trivial'"):
         Augment(policy="trivia")

@@ -68,10 +68,11 @@ def test_the_result_does_not_depend_on_how_a_set_is_cut(name, monkeypatch):
 
 
 @every
-def test_one_channel_and_other_sizes_work(name):
-    images = scenes(4, 1)[..., :28, :28]
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_other_channels_and_sizes_work(name, channels):
+    images = scenes(4, channels)[..., :28, :28]
     assert corrupt(images, name, 5).shape == images.shape
-    assert corrupt(images[:0], name, 5).shape == (0, 1, 28, 28)
+    assert corrupt(images[:0], name, 5).shape == (0, channels, 28, 28)
 
 
 class TestClosedForms:

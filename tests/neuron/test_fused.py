@@ -8,7 +8,8 @@ from torch import Tensor
 from spikedistill.neuron import fused
 from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset, measure, run
 from spikedistill.neuron.layer import Spiking
-from spikedistill.neuron.surrogate import Rectangle, Sigmoid
+from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid
+from spikedistill.student.build import ROUNDING
 
 T = 3
 
@@ -32,7 +33,8 @@ CASES = {
     "if, to zero, state": Case(Neuron(reset=Reset.ZERO, surrogate=Rectangle()), state=True),
     "lif, state": Case(LIF, state=True),
     "lif, to zero, detached, constant": Case(Neuron(leak=0.4, reset=Reset.ZERO, detach_reset=True), constant=True),
-    "plif": Case(PLIF, keep=False),
+    "rounding, half": Case(ROUNDING, torch.bfloat16, keep=False),
+    "plif": Case(replace(PLIF, surrogate=ATan()), keep=False),
     "plif, learned threshold, half, state": Case(replace(PLIF, learn_threshold=True), torch.bfloat16, state=True),
     "plif, subtractive, detached, current as it is, learned threshold": Case(
         Neuron(leak=0.6, learn_leak=True, learn_threshold=True, detach_reset=True, surrogate=Sigmoid(3.0)),

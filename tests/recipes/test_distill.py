@@ -6,14 +6,14 @@ import torch
 from safetensors.torch import load_file
 
 from spikedistill.data.images import NAMED, load_images
-from spikedistill.errors import ConfigError
+from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.files import read_tensors
 from spikedistill.recipes import STUDENTS, TEACHERS
 from spikedistill.recipes import distill as module
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
 from spikedistill.recipes.runs import evaluate, load_student
 from spikedistill.recipes.teach import Teach, teach
-from spikedistill.teacher.load import load_teacher
+from spikedistill.teacher.load import Architecture, load_teacher
 from spikedistill.teacher.zoo import ZOO
 from spikedistill.train.recipe import Data, Training, check
 from spikedistill.train.run import Run
@@ -191,7 +191,70 @@ class TestWeightsBeforeTraining:
         assert not inherited and equal and not any(equal)
 
 
+class TestLearningRate:
+    def settled(self, **choice) -> float:
+        made = Distill(student=StudentChoice(**choice))
+        assert made.written()["training"]["lr"] == made.settled().training.lr
+        return made.settled().training.lr
+
+    def test_is_small_where_something_is_inherited(self):
+        assert self.settled() == self.settled(student="vgg9", start="runs/first") == 0.02
+        assert self.settled(student="vgg9") == self.settled(inherit=False) == 0.1
+
+    def test_that_was_given_is_kept(self):
+        assert Distill(training=Training(lr=0.5)).settled().training.lr == 0.5
+
+    def test_of_a_teacher_is_written_down(self):
+        assert Teach().written()["training"]["lr"] == 0.1
+
+
+class TestStart:
+    """A student that begins as another one ended."""
+
+    def test_is_the_finished_student_at_another_number_of_steps(self, home, finished):
+        out, _ = finished
+        made = dataclasses.replace(recipe(home), student=StudentChoice(timesteps=3, calibration=32, start=str(out)))
+        images = load_images(str(home / "blobs.npz"))
+        student, _, _ = module.build_student(made, *module.find_teacher(made.who, images), images)
+        ended, _ = load_student(out)
+        ended.set_timesteps(3)
+        pixels = images.test_images.float() / 255
+        assert torch.equal(student.eval()(pixels), ended(pixels))
+
+    def test_is_not_needed_once_the_run_is_finished(self, home, finished, tmp_path):
+        begin, _ = finished
+        shutil.copytree(begin, tmp_path / "begin")
+        made = recipe(home)
+        made = dataclasses.replace(made, student=dataclasses.replace(made.student, start=str(tmp_path / "begin")))
+        results = distill(made, tmp_path / "run")
+        shutil.rmtree(tmp_path / "begin")
+        assert evaluate(tmp_path / "run") == results
+
+    def test_of_another_network_is_refused(self, home, finished, tmp_path):
+        made = recipe(home, student="vgg9")
+        made = dataclasses.replace(made, student=dataclasses.replace(made.student, start=str(finished[0])))
+        with pytest.raises(WeightsError, match=r"model.safetensors' do not fit Student"):
+            distill(made, tmp_path / "run")
+
+    def test_with_a_teacher_is_refused(self, home, tmp_path):
+        made = recipe(home)
+        made = dataclasses.replace(made, student=dataclasses.replace(made.student, start=str(home / "teacher")))
+        with pytest.raises(RunError, match="holds no student but teacher"):
+            distill(made, tmp_path / "run")
+
+    def test_of_a_conversion_is_refused(self):
+        made = Distill(student=StudentChoice(start="runs/first"), what=Method("conversion-max"))
+        assert "start (=runs/first) is for methods that train" in "; ".join(made.faults())
+
+
 class TestTeacher:
+    def test_may_be_a_library_s_with_its_published_weights(self, home, tmp_path, monkeypatch):
+        taught, _ = load_teacher(home / "teacher")
+        published = (taught, Architecture("torchvision/resnet18", 3))
+        monkeypatch.setattr(module, "pretrained", lambda name: published if name == "torchvision/resnet18" else None)
+        images = load_images(str(home / "blobs.npz"))
+        assert module.find_teacher(TeacherChoice("torchvision/resnet18"), images) == published
+
     def test_a_bare_weights_file_needs_network_and_normalisation(self, home, tmp_path):
         tensors = load_file(home / "teacher" / "model.safetensors")
         torch.save(tensors, tmp_path / "weights.pt")
@@ -284,7 +347,7 @@ class TestRefusals:
         own += "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))\n"
         (tmp_path / "own.py").write_text(own)
         with pytest.raises(ConfigError, match="say which features to compare by --pairs"):
-            distill(recipe(home, student=f"{tmp_path / 'own.py'}:make"), tmp_path / "run")
+            distill(dataclasses.replace(recipe(home), student=StudentChoice(f"{tmp_path / 'own.py'}:make")), tmp_path)
 
     def test_a_teacher_that_is_gone(self, home, tmp_path):
         shutil.copytree(home / "teacher", tmp_path / "teacher")

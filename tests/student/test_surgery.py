@@ -624,6 +624,11 @@ class TestMaxPooling:
         torch.testing.assert_close(features["body.2"][..., 0, 0], features["body.1"].mean((-2, -1)))
         assert isinstance(network.body[1], nn.MaxPool2d)
 
+    def test_with_a_dilation_cannot_be_exchanged(self):
+        layers = nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2, 1, dilation=2), nn.Flatten(), nn.Linear(8, 3)
+        with pytest.raises(ConversionError, match="'2' has a dilation of 2, average pooling has none: keep it"):
+            convert(nn.Sequential(*layers), torch.rand(2, 1, 6, 6), max_pool="average")
+
     def test_as_a_function_cannot_be_exchanged(self):
         class Functional(Sized):
             def forward(self, x):

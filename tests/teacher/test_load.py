@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
 from spikedistill.errors import ConfigError, WeightsError
@@ -15,6 +17,7 @@ from spikedistill.teacher.load import (
     Teacher,
     load_teacher,
     load_weights,
+    pretrained,
     read_weights,
 )
 
@@ -77,6 +80,16 @@ class TestArchitecture:
         (tmp_path / "own.py").write_text("from torch import nn\ndef tiny(classes):\n    return nn.Linear(2, classes)\n")
         assert Architecture(f"{tmp_path}/own.py:tiny", classes=7).build().out_features == 7
 
+    def test_a_file_of_ones_own_may_import_its_neighbours_and_hold_dataclasses(self, tmp_path):
+        (tmp_path / "own_layers.py").write_text("from torch import nn\ndef head(n):\n    return nn.Linear(2, n)\n")
+        lines = ["from __future__ import annotations", "from dataclasses import dataclass", "import own_layers"]
+        lines += ["@dataclass", "class Size:", "    classes: int = 3"]
+        lines += ["def tiny(classes):", "    return own_layers.head(Size(classes).classes)"]
+        (tmp_path / "own.py").write_text("\n".join(lines))
+        before = list(sys.path)
+        assert Architecture(f"{tmp_path}/own.py:tiny", classes=7).build().out_features == 7
+        assert sys.path == before
+
     def test_its_facts_survive_json(self):
         assert Architecture(**json.loads(json.dumps(TINY.facts()))) == TINY
 
@@ -122,6 +135,53 @@ class TestArchitecture:
     def test_a_size_below_1_is_refused(self, field, value):
         with pytest.raises(ConfigError, match=rf"{field} \(={value}\) of 'resnet20' must be 1 or more"):
             Architecture("resnet20", **{field: value})
+
+
+class TestPretrained:
+    def test_torchvision_s_come_with_their_normalisation_and_classes(self, monkeypatch):
+        source = torchvision.models.get_model("squeezenet1_1", num_classes=1000)
+        kind = torchvision.models.SqueezeNet1_1_Weights
+        asked = []
+        monkeypatch.setattr(
+            kind, "get_state_dict", lambda self, **options: asked.append(options) or source.state_dict()
+        )
+        teacher, architecture = pretrained("torchvision/squeezenet1_1")
+        assert architecture == Architecture("torchvision/squeezenet1_1", 1000)
+        assert_same(teacher.network.state_dict(), source.state_dict())
+        assert teacher.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+        assert asked[0]["weights_only"] is True
+
+    def test_timm_s_come_with_their_normalisation_and_classes(self, monkeypatch):
+        source, create = timm.create_model("test_resnet", num_classes=11), timm.create_model
+        monkeypatch.setattr(timm, "create_model", lambda name, pretrained: (name, pretrained) and source)
+        teacher, architecture = pretrained("timm/test_resnet")
+        monkeypatch.setattr(timm, "create_model", create)
+        assert architecture == Architecture("timm/test_resnet", 11)
+        assert teacher.std.flatten().tolist() == pytest.approx(source.pretrained_cfg["std"])
+        assert isinstance(architecture.build(), type(source))
+
+    @pytest.mark.parametrize("name", ["torchvision/resnet81", "timm/resnet10x"])
+    def test_those_that_cannot_be_had_are_named_with_the_reason(self, name):
+        with pytest.raises(ConfigError, match=rf"published weights of '{name}' cannot be had \(.+\): check the name"):
+            pretrained(name)
+
+
+def test_a_network_that_returns_several_answers_in_training_is_refused():
+    class Several(nn.Linear):
+        def forward(self, x):
+            answer = super().forward(x.flatten(1))
+            return (answer, answer) if self.training else answer
+
+    network = OneStep(Several(3, 2), (0.0,), (1.0,))
+    assert network.eval()(torch.rand(4, 3, 1, 1)).shape == (1, 4, 2)
+    with pytest.raises(ConfigError, match="Several returns tuple, not a tensor of logits: switch its auxiliary"):
+        network.train()(torch.rand(4, 3, 1, 1))
+
+
+def test_a_file_with_another_kind_of_architecture_is_refused(tmp_path, tensors):
+    write_tensors(tmp_path / "w.safetensors", tensors, {"architecture": {"name": "resnet20", "depth": 20}})
+    with pytest.raises(WeightsError, match=r"names its network in a way that this version does not know .*depth"):
+        load_teacher(tmp_path / "w.safetensors")
 
 
 class TestReadWeights:
