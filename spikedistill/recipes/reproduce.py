@@ -308,4 +308,4 @@ def _page(out: Path) -> str:
     """The page that joins the reports of all studies in a folder."""
     parts = [file.read_text(encoding="utf-8") for file in sorted(out.glob("*.md"))]
     joined = "\n".join(parts).replace("](", f"]({out.name}/")
-    return f"# Results\n\nWritten by `spikedistill reproduce`; every number is in `{out.name}/*.csv`.\n\n{joined}"
+    return f"# Results\n\nWritten by `spikedistill reproduce STUDY`; every number is in `{out.name}/*.csv`.\n\n{joined}"

@@ -9,7 +9,8 @@ from spikedistill.recipes.distill import Distill, Method, StudentChoice
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
-RECIPE = {"kind": "distill", **asdict(Distill(what=Method(pairs=(("layer1", "layer1"),))))}
+BASE = Distill(what=Method(pairs=(("layer1", "layer1"),)), training=Training(lr=0.1))
+RECIPE = {"kind": "distill", **asdict(BASE)}
 
 
 @pytest.fixture
@@ -47,9 +48,8 @@ class TestStart:
         ],
     )
     def test_a_changed_recipe_is_refused_and_names_the_field_alone(self, run, changed, field, untouched):
-        base = Distill(what=Method(pairs=(("layer1", "layer1"),)))
         with pytest.raises(RunError, match=field) as caught:
-            run.start({"kind": "distill", **asdict(replace(base, **changed))}, resume=True)
+            run.start({"kind": "distill", **asdict(replace(BASE, **changed))}, resume=True)
         assert untouched not in str(caught.value)
 
     def test_another_kind_of_run_is_refused(self, run):
