@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from spikedistill.errors import ConfigError, SpikeDistillError, unknown
+from spikedistill.errors import ConfigError, SpikeDistillError, one_of
 
 USAGE = """usage: spikedistill COMMAND [OPTIONS]
 
@@ -51,8 +51,7 @@ def main() -> None:
         print(USAGE)
         return
     try:
-        if arguments[0] not in COMMANDS:
-            raise ConfigError(unknown("command", arguments[0], COMMANDS))
+        one_of("command", arguments[0], COMMANDS)
         COMMANDS[arguments[0]](arguments[1:])
     except SpikeDistillError as error:
         Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"spikedistill: {error}", markup=False)
@@ -100,8 +99,7 @@ def _recipe(
     """The recipe that the first argument names, if it is no option; else the defaults."""
     if not arguments or arguments[0].startswith("-"):
         return "", kind(), arguments
-    if arguments[0] not in known:
-        raise ConfigError(unknown("recipe", arguments[0], known))
+    one_of("recipe", arguments[0], known)
     return arguments[0], known[arguments[0]](), arguments[1:]
 
 
@@ -282,8 +280,7 @@ def _reproduce(arguments: Sequence[str]) -> None:
         from spikedistill.recipes.reproduce import reproduce as run
         from spikedistill.train.progress import Progress
 
-        if study not in STUDIES:
-            raise ConfigError(unknown("study", study, STUDIES))
+        one_of("study", study, STUDIES)
         made = STUDIES[study](budget, data_dir, runs)
         print(run(made, out, seeds, Progress.stderr(study)))
 

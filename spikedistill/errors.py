@@ -43,17 +43,6 @@ class RunError(SpikeDistillError):
     """A run directory cannot be read, resumed or written."""
 
 
-def one_of(kind: str, value: str, options: Iterable[str]) -> None:
-    """Check a name.
-
-    Raises:
-        ConfigError: if it is not among the options.
-    """
-    known = list(options)
-    if value not in known:
-        raise ConfigError(unknown(kind, value, known))
-
-
 MANY = 60
 """More names than this are counted in a message, not listed."""
 
@@ -70,3 +59,14 @@ def unknown(kind: str, name: object, options: Iterable[str]) -> str:
     if len(known) > MANY:
         return f"There is no {kind} '{name}'.{hint} {len(known)} are known, from {known[0]} to {known[-1]}."
     return f"There is no {kind} '{name}'.{hint} Known: {', '.join(known)}."
+
+
+def one_of(kind: str, value: str, options: Iterable[str]) -> None:
+    """Check a name.
+
+    Raises:
+        ConfigError: if it is not among the options.
+    """
+    known = list(options)
+    if value not in known:
+        raise ConfigError(unknown(kind, value, known))

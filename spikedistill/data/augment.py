@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikedistill.errors import ConfigError, unknown
+from spikedistill.errors import ConfigError, one_of
 from spikedistill.shapes import Image, Pixels
 
 POLICIES = ("none", "trivial", "autoaugment")
@@ -41,8 +41,7 @@ class Augment:
     def __post_init__(self) -> None:
         if self.crop < 0 or self.cutout < 0:
             raise ConfigError(f"crop (={self.crop}) and cutout (={self.cutout}) are sizes in pixels: give 0 or more.")
-        if self.policy not in POLICIES:
-            raise ConfigError(unknown("augmentation policy", self.policy, POLICIES))
+        one_of("augmentation policy", self.policy, POLICIES)
 
     def __call__(self, pixels: Pixels, seed: int, turned: Tensor | None = None) -> Image:
         """Change a batch; the same pixels and seed give the same bits.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from spikedistill.data.augment import to_unit
-from spikedistill.errors import ConfigError, unknown
+from spikedistill.errors import ConfigError, one_of
 from spikedistill.shapes import Image
 
 CHUNK = 1000
@@ -54,8 +54,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     Raises:
         ConfigError: if there is no such corruption or severity.
     """
-    if name not in CORRUPTIONS:
-        raise ConfigError(unknown("corruption", name, CORRUPTIONS))
+    one_of("corruption", name, CORRUPTIONS)
     check_severity(severity)
     if not len(images):
         return images

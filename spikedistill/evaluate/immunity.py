@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from spikedistill.data.images import evenly
 from spikedistill.data.noise import CORRUPTIONS, SEVERITIES, check_severity, corrupt
-from spikedistill.errors import ConfigError, unknown
+from spikedistill.errors import ConfigError, one_of
 from spikedistill.evaluate.accuracy import accuracy_by_step, answers, in_batches
 from spikedistill.neuron.layer import Spiking, is_channels_last
 from spikedistill.shapes import Image, Labels
@@ -102,8 +102,7 @@ def troubles(kinds: Sequence[str]) -> list[tuple[str, str]]:
         ConfigError: if there is no such kind.
     """
     for kind in kinds:
-        if kind not in KINDS:
-            raise ConfigError(unknown("kind of trouble", kind, KINDS))
+        one_of("kind of trouble", kind, KINDS)
     pixels = [(corruption.kind, name) for name, corruption in CORRUPTIONS.items()]
     others = [("hardware", name) for name in FAULTS] + [("attack", name) for name in ATTACKS]
     return [(kind, name) for kind, name in [*pixels, *others] if kind in kinds]
@@ -151,8 +150,7 @@ def fault(network: nn.Module, name: str, severity: int, seed: int = 0) -> nn.Mod
     Raises:
         ConfigError: if there is no such fault or severity.
     """
-    if name not in FAULTS:
-        raise ConfigError(unknown("fault", name, FAULTS))
+    one_of("fault", name, FAULTS)
     check_severity(severity)
     make, levels = FAULTS[name]
     faulty = copy.deepcopy(network)

@@ -32,7 +32,7 @@ from spikedistill.teacher.load import (
     Architecture,
     Normalised,
     Teacher,
-    is_elsewhere,
+    is_library_s,
     load_teacher,
     load_weights,
     pretrained,
@@ -66,6 +66,11 @@ class TeacherChoice:
     """Input mean, one value a channel, that a bare weights file was trained with (images in 0..1)."""
     teacher_std: tuple[float, ...] | None = None
     """Input deviation, likewise."""
+
+    @property
+    def published(self) -> bool:
+        """Whether a library's network with its published weights is meant."""
+        return self.teacher_network is None and is_library_s(self.teacher) and not Path(self.teacher).exists()
 
 
 @dataclass(frozen=True)
@@ -332,14 +337,13 @@ def find_teacher(choice: TeacherChoice, images: ImageSet) -> tuple[Teacher, Arch
     given = None
     if choice.teacher_network is not None:
         given = Architecture(choice.teacher_network, images.classes, images.channels, choice.teacher_width)
-    published = given is None and is_elsewhere(choice.teacher) and not Path(choice.teacher).exists()
-    if given is None and not published and not Path(choice.teacher).exists():
+    if choice.published:
+        teacher, architecture = pretrained(choice.teacher)
+    elif given is None and not Path(choice.teacher).exists():
         raise ConfigError(
             f"There is no teacher at '{choice.teacher}': train one by 'spikedistill teach ... --out {choice.teacher}',"
             " or give a weights file with --teacher-network, --teacher-mean and --teacher-std."
         )
-    if published:
-        teacher, architecture = pretrained(choice.teacher)
     else:
         teacher, architecture = load_teacher(
             choice.teacher, architecture=given, mean=choice.teacher_mean, std=choice.teacher_std

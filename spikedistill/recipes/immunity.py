@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from spikedistill.data.noise import SEVERITIES
-from spikedistill.errors import ConfigError, unknown
+from spikedistill.errors import ConfigError, one_of
 from spikedistill.evaluate.immunity import KINDS, Score, area, immunity, mean_corruption_error, troubles
 from spikedistill.files import write_csv, write_text
 from spikedistill.recipes.figures import curves
@@ -57,8 +57,7 @@ def measure_immunity(
     runs, data = load_runs(paths, data_dir)
     names = [run.name for run in runs]
     baseline = names[0] if baseline is None else baseline
-    if baseline not in names:
-        raise ConfigError(unknown("run to compare with", baseline, names))
+    one_of("run to compare with", baseline, names)
     pixels, labels = some(data, images)
     run = Run(out)
     weights = {found.name: fingerprint_of(found.network) for found in runs}

@@ -22,7 +22,7 @@ from spikedistill.recipes.distill import (
 )
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.coding import CODINGS
-from spikedistill.teacher.load import Architecture, Teacher, is_elsewhere, load_teacher
+from spikedistill.teacher.load import Architecture, Teacher, load_teacher
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run
 
@@ -161,7 +161,7 @@ def evaluate(
         student.set_timesteps(timesteps)
     data = recipe.data
     images = load_images(data.data, data_dir or data.data_dir, data.image_size)
-    there = Path(recipe.who.teacher).exists() or is_elsewhere(recipe.who.teacher)
+    there = Path(recipe.who.teacher).exists() or recipe.who.published
     teacher = find_teacher(recipe.who, images)[0] if there else None
     return measure(student, teacher, images, recipe.training, confidence=confidence)
 

@@ -202,18 +202,17 @@ class Student(nn.Module):
 
     def _normalised(self, images: Tensor) -> Tensor:
         dims, channels = self._takes
-        last, own = tuple(images.shape), len(self.mean)
-        fits = len(last) == dims if dims else len(last) > 1
-        fits = fits and last[0] > 0 and (own == 1 or (len(last) > 3 and last[-3] in (1, own)))
-        shown = (images - self.mean) / self.std if fits else images
-        if not fits or (channels and shown.shape[1] != channels):
-            wanted = ("B", channels or (own if own > 1 else "C"), "D", "H", "W")
-            names = wanted if dims is None else (*wanted[:2], *wanted[7 - dims :])
-            raise ShapeError(
-                f"Images of shape {last} were given to a network that takes [{', '.join(map(str, names))}] with B of 1"
-                " or more; frames [T, B, ...] need a student made with coding=Frames()."
-            )
-        return shown
+        own = len(self.mean)
+        fits = images.ndim > 1 and len(images) > 0 and dims in (None, images.ndim)
+        if fits and (own == 1 or (images.ndim > 3 and images.shape[-3] in (1, own))):
+            normalised = (images - self.mean) / self.std
+            if channels in (None, normalised.shape[1]):
+                return normalised
+        axes = ", ".join(["B", str(channels), *"DHW"[5 - dims :]]) if dims else "B, ..."
+        raise ShapeError(
+            f"Images of shape {tuple(images.shape)} were given to a network that takes [{axes}] with B of 1 or more;"
+            " frames [T, B, ...] need a student made with coding=Frames()."
+        )
 
 
 def to_spiking(

@@ -30,11 +30,11 @@ def fold(network: Network, keep: Sequence[str] = ()) -> Network:
         ConversionError: if torch.fx cannot trace the network.
     """
     copied = copy.deepcopy(network).eval()
-    core: nn.Module = copied.core if isinstance(copied, Student) else copied
-    core = core.network if isinstance(core, Normalised) else core
+    core: nn.Module
     if isinstance(copied, Student):
-        graph, ends = copied.core.graph, copied.ends
+        core, graph, ends = copied.core, copied.core.graph, copied.ends
     else:
+        core = copied.network if isinstance(copied, Normalised) else copied
         module, nodes = trace(copy.deepcopy(core))
         graph, ends = module.graph, {path: node.name for path, node in nodes.items()}
     for layer, norm in _neighbours(core, graph, {ends[path] for path in keep if path in ends}):

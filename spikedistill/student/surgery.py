@@ -181,6 +181,7 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     finally:
         network.train(training)
     _drop_fixed_arguments(graph)
+    _input_first(graph)
     moved = {**_functional_dropout(network, graph), **_functional_norm(network, graph)}
     _follow_in_place(network, graph)
     module = fx.GraphModule(network, graph)
@@ -195,10 +196,8 @@ def _defaults(network: nn.Module) -> dict[str, Any]:
 
 
 def _drop_fixed_arguments(graph: fx.Graph) -> None:
-    """The placeholders and assertions that fixed arguments leave behind; an input given by name is the first one."""
+    """The placeholders and assertions that fixed arguments leave behind."""
     for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "call_module") and not node.args and "input" in node.kwargs:
-            node.args, node.kwargs = (node.kwargs["input"],), {k: v for k, v in node.kwargs.items() if k != "input"}
         checked = node.op == "call_function" and getattr(node.target, "__name__", "").startswith("_assert")
         fixed = node.op == "placeholder" and not node.users and node.prev.op == "placeholder"
         if (
@@ -207,6 +206,13 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
             or fixed
         ):
             graph.erase_node(node)
+
+
+def _input_first(graph: fx.Graph) -> None:
+    """An input that was given by name becomes the first argument, where all that follows looks for it."""
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_module") and not node.args and "input" in node.kwargs:
+            node.args, node.kwargs = (node.kwargs["input"],), {k: v for k, v in node.kwargs.items() if k != "input"}
 
 
 def _functional_dropout(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node]:

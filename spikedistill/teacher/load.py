@@ -15,16 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spikedistill.errors import ConfigError, WeightsError, unknown
+from spikedistill.errors import ConfigError, WeightsError, one_of, unknown
 from spikedistill.files import read_tensors
 from spikedistill.shapes import ClassLogits, Image, Logits
 from spikedistill.teacher.taps import taps
 from spikedistill.teacher.zoo import ZOO
 
 
+def is_library_s(name: str) -> bool:
+    """Whether an architecture's name asks for a network of torchvision or timm."""
+    return name.startswith(("torchvision/", "timm/"))
+
+
 def is_elsewhere(name: str) -> bool:
     """Whether an architecture's name asks for a network that is not the zoo's."""
-    return name.startswith(("torchvision/", "timm/")) or ".py:" in name
+    return is_library_s(name) or ".py:" in name
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Architecture:
         """
         if ".py:" in self.name:
             return _own(self.name, self.classes)
-        if is_elsewhere(self.name):
+        if is_library_s(self.name):
             origin, _, name = self.name.partition("/")
             return _library(origin, name, self.classes, self.channels)
         if self.name not in ZOO:
@@ -85,20 +90,25 @@ def _library(origin: str, name: str, classes: int, channels: int) -> nn.Module:
     if origin == "torchvision":
         import torchvision
 
-        if name not in torchvision.models.list_models():
-            raise ConfigError(unknown("torchvision model", name, torchvision.models.list_models()))
+        one_of("torchvision model", name, torchvision.models.list_models())
         if channels != 3:
             raise ConfigError(
                 f"torchvision's models take 3 input channels, the data have {channels}: use a zoo network."
             )
         return torchvision.models.get_model(name, weights=None, num_classes=classes)
+    timm = _timm(name)
+    if not timm.is_model(name):
+        raise ConfigError(unknown("timm model", name, timm.list_models()))
+    return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+
+
+def _timm(name: str) -> Any:
+    """The optional library that a network of this name comes from."""
     try:
         import timm
     except ImportError as error:
         raise ConfigError(f"'timm/{name}' needs timm: pip install 'spikedistill[timm]'.") from error
-    if not timm.is_model(name):
-        raise ConfigError(unknown("timm model", name, timm.list_models()))
-    return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    return timm
 
 
 def _own(name: str, classes: int) -> nn.Module:
@@ -265,7 +275,7 @@ def pretrained(name: str) -> tuple[Teacher, Architecture]:
         ConfigError: if there is no such network, it has no weights, or they cannot be had.
     """
     origin, _, model = name.partition("/")
-    made: Any
+    network: Any
     try:
         if origin == "torchvision":
             import torchvision
@@ -276,11 +286,9 @@ def pretrained(name: str) -> tuple[Teacher, Architecture]:
             network = architecture.build()
             network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
         else:
-            import timm
-
-            network = made = timm.create_model(model, pretrained=True)
-            mean, std = made.pretrained_cfg["mean"], made.pretrained_cfg["std"]
-            architecture = Architecture(name, made.num_classes, len(mean))
+            network = _timm(model).create_model(model, pretrained=True)
+            mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+            architecture = Architecture(name, network.num_classes, len(mean))
     except Exception as error:  # whatever the library and its download raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
