@@ -108,8 +108,8 @@ class StudentChoice:
     stand-in of T levels, which has no time and costs what an ANN costs."""
     recompute: bool = False
     """Compute activations again instead of keeping them: less memory, one more forward pass (gradient=exact)."""
-    surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] = "rectangle"
-    """Stand-in for the derivative of a spike."""
+    surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] | None = None
+    """Stand-in for the derivative of a spike; by default rectangle, for fresh weights triangle."""
     rule: Literal["least-squares", "max", "percentile"] = "least-squares"
     """How thresholds are chosen from the teacher's activations."""
     percentile: float = 99.9
@@ -148,7 +148,7 @@ class StudentChoice:
             detach_reset=fresh if self.detach_reset is None else self.detach_reset,
             threshold=usual if self.threshold is None else self.threshold,
             learn_threshold=self.learn_threshold,
-            surrogate=SURROGATES[self.surrogate](),
+            surrogate=SURROGATES[self.surrogate or ("triangle" if fresh else "rectangle")](),
         )
 
     def faults(self) -> list[str]:

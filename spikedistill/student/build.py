@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from spikedistill.errors import ConfigError, ConversionError, ShapeError, one_of
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.neuron.layer import Spiking
-from spikedistill.neuron.surrogate import Rectangle
+from spikedistill.neuron.surrogate import Rectangle, Triangle
 from spikedistill.shapes import ClassLogits, Image, Logits
 from spikedistill.student.calibrate import Rule, channel_means, correct_biases, record, thresholds
 from spikedistill.student.coding import Coding, Direct
@@ -31,7 +31,7 @@ State = tuple[Tensor, ...]
 ROUNDING = Neuron(initial=0.5, surrogate=Rectangle())
 """The neuron of an inheriting student where none is named: IF that starts at half its threshold, so T steps round. In
 pilots (LOG.md) its students learnt most with the rectangle."""
-FRESH = replace(ROUNDING, threshold=1.5, detach_reset=True)
+FRESH = replace(ROUNDING, threshold=1.5, detach_reset=True, surrogate=Triangle())
 """The same where weights are fresh: in pilots (LOG.md) its students learnt fastest on currents from batch norm."""
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from spikedistill.data.images import NAMED, load_images
 from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.files import read_tensors
+from spikedistill.neuron.surrogate import Rectangle, Triangle
 from spikedistill.recipes import STUDENTS, TEACHERS
 from spikedistill.recipes import distill as module
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
@@ -189,6 +190,12 @@ class TestWeightsBeforeTraining:
     def test_are_fresh_where_inheriting_is_declined(self, home):
         inherited, equal = self.equal(home, inherit=False)
         assert not inherited and equal and not any(equal)
+
+
+def test_the_surrogate_is_a_triangle_just_where_weights_are_fresh_and_none_is_named():
+    assert StudentChoice().make_neuron().surrogate == Rectangle()
+    assert StudentChoice("vgg9").make_neuron().surrogate == Triangle()
+    assert StudentChoice("vgg9", surrogate="rectangle").make_neuron().surrogate == Rectangle()
 
 
 class TestLearningRate:
