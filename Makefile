@@ -12,7 +12,7 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-demo: $(VENV)/ready      ## a teacher, a direct and a distilled student on the embedded digits
+demo: $(VENV)/ready      ## a teacher and three students on the embedded digits, one table
 	$(BIN)/spikedistill demo
 
 check: $(VENV)/ready     ## style and types

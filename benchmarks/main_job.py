@@ -19,7 +19,8 @@ UNLIKE = ["--student", "vgg9", "--student-width", "32", "--epochs", "12", "--lr"
 STRANGER = [
     *("--teacher-network", f"{HERE}/examples/resnet20_cifar.py:resnet20"),
     *("--teacher-mean", "0.485", "0.456", "0.406", "--teacher-std", "0.229", "0.224", "0.225"),
-    *("--per-channel", "--lr", "0.05", "--epochs", "40", "--cutout", "0"),
+    *("--per-channel", "--learn-initial", "--temperature", "4", "--alpha", "0.9"),
+    *("--lr", "0.05", "--ema", "0.999", "--epochs", "24", "--cutout", "0"),
 ]
 RUNS: dict[str, tuple[str, list[str]]] = {
     "teacher": ("teach", []),

@@ -1,6 +1,6 @@
 """Deep spiking neural networks from trained artificial networks, by knowledge distillation.
 
-A trained teacher becomes a spiking student, is taught by an objective, trained, measured, and delivered.
+A trained teacher becomes a spiking student, is taught by an objective, trained and measured.
 """
 
 from spikedistill.data.augment import Augment

@@ -17,10 +17,10 @@ USAGE = """usage: spikedistill COMMAND [OPTIONS]
 
 A trained ANN becomes a spiking student: deep spiking networks by knowledge distillation.
 
-  demo                 teacher, direct and distilled student on the embedded digits (a minute)
+  demo                 a teacher and three students on the embedded digits (a minute)
   teach [RECIPE]       train a teacher (an ANN)
   distill [RECIPE]     teacher -> spiking student -> measured
-  evaluate RUN         measure a finished student again
+  evaluate RUN         measure a finished run again
   compare RUN...       finished runs in one table
   immunity RUN...      finished runs under noise, corruptions, faults and attacks
   energy RUN...        their spikes, synaptic operations and estimated energy
@@ -29,6 +29,12 @@ A trained ANN becomes a spiking student: deep spiking networks by knowledge dist
 
 'spikedistill COMMAND --help' lists the options of a command.
 Begin with: spikedistill demo"""
+
+AGAIN = dict.fromkeys(
+    ("distill", "immunity", "teach"), "the same command with --resume goes on from the last checkpoint"
+)
+AGAIN |= dict.fromkeys(("demo", "reproduce"), "the same command goes on from the last checkpoint")
+"""What an interrupted command leaves, if anything."""
 
 PLAIN = {"divergence": ".4f", "early_exit_steps": ".2f"}
 """Measures that are no percentages, and how they are printed."""
@@ -39,7 +45,8 @@ class Where:
     """Where a run goes."""
 
     out: Path | None = None
-    """Run directory; by default runs/ and a name made of recipe and method."""
+    """Run directory; by default runs/RECIPE-METHOD-tT, for a teacher runs/RECIPE-teacher; without a recipe the name of
+    the data stands for it."""
     resume: bool = False
     """Go on with the run that lies there."""
 
@@ -60,8 +67,7 @@ def main() -> None:
         print(f"spikedistill: {error}: check the path and its permissions.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        again = "the same command" + (" with --resume" if arguments[0] in ("distill", "immunity", "teach") else "")
-        print(f"\nspikedistill: interrupted; {again} goes on from the last checkpoint.", file=sys.stderr)
+        print(f"\nspikedistill: interrupted; {AGAIN.get(arguments[0], 'nothing was kept')}.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -109,7 +115,9 @@ def _parse(command: str, kind: type, default: Any, arguments: Sequence[str]) -> 
         kind.__name__ + "Command",
         [("where", Where, field(default_factory=Where)), ("recipe", kind, field(default=default))],
     )
-    both.__doc__ = kind.__doc__
+    both.__doc__ = (
+        f"{kind.__doc__}\n\nRECIPE comes first, if at all: see 'spikedistill recipes'. Its fields are options."
+    )
     parsed = tyro.cli(
         tyro.conf.OmitArgPrefixes[both],  # type: ignore[valid-type, misc]
         prog=f"spikedistill {command} [RECIPE]",
@@ -120,10 +128,10 @@ def _parse(command: str, kind: type, default: Any, arguments: Sequence[str]) -> 
 
 def _demo(arguments: Sequence[str]) -> None:
     def demo(out: Path = Path("runs/demo")) -> None:
-        """On the embedded digits: train a teacher, a student without it and a student with it, and compare them.
+        """On the embedded digits: train a teacher, two students on labels (fresh, inherited) and one by KDSNN.
 
         Args:
-            out: where the three run directories go; finished ones are kept.
+            out: where the four run directories go; finished ones are kept.
         """
         from spikedistill.recipes.demo import demo as run
 
@@ -139,11 +147,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
         data_dir: str | None = None,
         confidence: float | None = None,
     ) -> None:
-        """Measure a finished student again on its test set.
+        """Measure a finished run again on its test set.
 
         Args:
-            run: a run directory of 'distill'.
-            timesteps: another number of steps than it was trained with.
+            run: a run directory of 'distill' or 'teach'.
+            timesteps: another number of steps than the student was trained with.
             data_dir: another place of the data than it was trained with.
             confidence: also measure early exit: a sample leaves once its likeliest class is above this, 0..1.
         """
@@ -160,7 +168,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
             else:
                 shown.add_row(name, f"{value:{PLAIN[name]}}" if name in PLAIN else f"{value:.2f} %")
         Console(highlight=False).print(shown)
-        if "agreement" not in results:
+        if "agreement" not in results and "accuracy_by_step" in results:
             print("The teacher of this run is not where it was: agreement with it is left out.", file=sys.stderr)
 
     tyro.cli(evaluate, prog="spikedistill evaluate", args=list(arguments))
@@ -271,10 +279,10 @@ def _reproduce(arguments: Sequence[str]) -> None:
 
         Args:
             study: kdsnn-pairs, kdsnn-timesteps, kdsnn-mnist, kdsnn-noise or kdsnn-energy.
-            budget: full is the paper's scale, for a GPU; small is for two cores and some hours.
+            budget: full is the paper's scale, for a GPU; small is for two cores and some hours (mnist: the same).
             data_dir: where named data sets lie.
             runs: where run directories go; the same command goes on with what lies there.
-            out: where STUDY.csv, STUDY.md and pictures go.
+            out: where STUDY.csv, STUDY.md and pictures go; a page of all studies is written beside it, as OUT.md.
             seeds: only the first so many of the study's seeds.
         """
         from spikedistill.recipes.reproduce import reproduce as run

@@ -192,6 +192,13 @@ class TestOutput:
         assert len(lines["accuracy_by_step"]) == 3
         assert lines.keys() >= results.keys() - {"firing_rate_by_layer"}
 
+    def test_evaluate_prints_the_accuracy_of_a_teacher(self, home, capsys):
+        assert call("evaluate", home / "teacher") == 0
+        caught = capsys.readouterr()
+        accuracy = Run(home / "teacher").read("results")["test_accuracy"]
+        assert caught.out.split() == ["measure", "value", "test_accuracy", f"{accuracy:.2f}", "%"]
+        assert not caught.err
+
     def test_evaluate_says_where_the_teacher_is_gone(self, home, tmp_path, capsys):
         shutil.copytree(home / "student", tmp_path / "student")
         tensors, facts = read_tensors(tmp_path / "student" / "model.safetensors")

@@ -4,14 +4,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import spikedistill
 from spikedistill import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {"README.md": 2, "docs/guide.md": 8, "docs/results.md": 0}
-TEXTS = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+PAGES = {"README.md": 2, "docs/guide.md": 7, "docs/results.md": 0}
+TEXTS = [(ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES]
 COMMANDS = [
     line.split("#")[0].strip()
     for text in TEXTS
@@ -58,6 +59,17 @@ def test_the_commands_are_understood(line, monkeypatch):
     monkeypatch.setattr(cli, "_print_table", reached.append)
     cli.COMMANDS[command](arguments)
     assert reached or command == "recipes"
+
+
+def test_the_student_that_is_shipped_answers(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    student, recipe = spikedistill.load_student("examples/resnet20_t4")
+    assert recipe.student.learn_initial and recipe.training.epochs == 24
+    with torch.no_grad():
+        logits = student(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert logits.shape == (4, 2, 10) and logits.isfinite().all()
+    initial = torch.cat([layer.initial.detach() for layer in student.neurons.values()])
+    assert initial.std() > 0.01
 
 
 def test_the_printed_tree_is_the_package():

@@ -226,7 +226,10 @@ TABLE = {
         DISTILL.replace("{out}", "/proc/nowhere/run"),
         r"/proc/nowhere/run.* could not be written",
     ),
-    "evaluating a teacher": ("evaluate {home}/teacher", r"teacher/model\.safetensors' holds no student but teacher"),
+    "evaluating a teacher's weights": (
+        "evaluate {home}/teacher",
+        r"teacher/model\.safetensors' holds no student but teacher",
+    ),
     "evaluating nothing": ("evaluate {home}/nobody", r"nobody' does not exist"),
     "evaluating an unfinished run": ("evaluate {home}/unfinished", r"unfinished/model\.safetensors' does not exist"),
     "evaluating broken weights": ("evaluate {home}/truncated.safetensors", r"truncated\.safetensors' cannot be read"),

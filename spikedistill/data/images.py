@@ -117,6 +117,7 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
 
     Raises:
         DataError: if nothing readable is found there.
+        ConfigError: if ``image_size`` is below 1, or given where nothing is resized.
     """
     path = Path(name).expanduser()
     if image_size is not None and (name in NAMED or not path.is_dir()):

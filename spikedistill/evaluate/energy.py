@@ -107,7 +107,7 @@ def cost_of(operations: Operations, timesteps: int, spikes: float, updates: floa
 
 
 def energies(cost: Cost) -> dict[str, dict[str, float]]:
-    """NJ an answer: model -> ``student``, and ``quantised`` and ``quantised-sparse``, the ANN of equal information.
+    """Energy of an answer, nJ: model -> ``student``; ``quantised`` and ``quantised-sparse``, ANNs of equal information.
 
     The sparse one skips activations that are zero, the other does not.
     """
@@ -123,7 +123,7 @@ def energies(cost: Cost) -> dict[str, dict[str, float]]:
 
 
 def ann_energies(cost: Cost) -> dict[str, float]:
-    """NJ an answer of an ANN with 8-bit activations (float32 in the model of that name): model -> energy."""
+    """Energy of an ANN's answer in nJ, with 8-bit activations (float32 in the model of that name): model -> energy."""
     return {model.name: model.ann(cost.dense, cost.updates, INPUT_BITS) / 1000 for model in MODELS}
 
 

@@ -1,8 +1,9 @@
 """The noise-immunity suite: how much accuracy noise costs, network by network, on equal terms.
 
 Four kinds of trouble, five severities each: ``noise`` and ``natural`` corruptions of the pixels (``data/noise.py``),
-``hardware`` faults of weights and neurons, and ``attack`` by gradients. Every network meets the same pixels; faults are
-drawn from the seed alone. The levels of faults and attacks are this project's choice.
+``hardware`` faults of weights and neurons (of an ANN: of weights alone), and ``attack`` by each network's own gradient.
+Every network meets the same noise and corruptions; faults are drawn from the seed alone. The levels of faults and
+attacks are this project's choice.
 """
 
 import copy

@@ -44,6 +44,7 @@ class Neuron:
         threshold: where a layer without calibration starts, above 0.
         learn_threshold: whether each layer trains its own threshold.
         initial: potential at the first step in units of the threshold, 0 <= initial < 1.
+        learn_initial: whether each layer trains its own initial potential, one a channel where thresholds are.
         surrogate: the derivative of the spike.
 
     Raises:
@@ -59,6 +60,7 @@ class Neuron:
     threshold: float = 1.0
     learn_threshold: bool = False
     initial: float = 0.0
+    learn_initial: bool = False
     surrogate: Surrogate = field(default_factory=Triangle)
 
     def __post_init__(self) -> None:
@@ -129,10 +131,10 @@ def run(
 
     Args:
         current: ``[T, ...]``, or ``[1, ...]`` for a current that is the same at every step.
-        state: potential ``[...]`` in units of the threshold; fresh where None.
+        state: potential ``[...]``, or what spreads over it, in units of the threshold; fresh where None.
         neuron: the model.
         leak: scalar tensor.
-        threshold: scalar tensor; the spikes that leave have this height.
+        threshold: a scalar, or what spreads over the current; the spikes that leave have this height.
         timesteps: T.
 
     Returns:
@@ -167,16 +169,16 @@ def slope_step(
 
 @torch.no_grad()
 def measure(
-    current: Current, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
+    current: Current, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
 ) -> tuple[Spikes, Tensor, Tensor]:
-    """T time steps from a fresh state without graph: spikes ``[T, ...]``, their mean, and its slope.
+    """T time steps from a state (fresh where None) without graph: spikes ``[T, ...]``, their mean, and its slope.
 
     The slope ``[...]`` is the derivative of the mean over time by a shift of the current that is equal at every step:
     what the rate-based gradient multiplies with (Yu et al., arXiv 2410.11488, whose eligibility it is at T = 1).
     """
     exact = current.to(torch.promote_types(current.dtype, torch.float32)) / threshold
-    potential = torch.full_like(exact[0], neuron.initial)
-    tangent, slope = torch.zeros_like(potential), torch.zeros_like(potential)
+    potential = torch.full_like(exact[0], neuron.initial) if state is None else state
+    tangent, slope = torch.zeros_like(exact[0]), torch.zeros_like(exact[0])
     gain = 1.0 - leak if neuron.decay_input else torch.ones_like(leak)
     trains = []
     for t in range(timesteps):

@@ -112,7 +112,7 @@ def _backward(
     grad: Tensor,
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to current ``[T or 1, N]``, state ``[N]`` (None: fresh), leak and threshold (None: fixed)."""
+    """Gradients to current ``[T or 1, N]``, state (None: fresh), leak and threshold (None: fixed)."""
     constant, kind = current.shape[0] < timesteps, current.dtype
     current = current.expand(timesteps, *current.shape[1:])
     before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
@@ -140,7 +140,7 @@ def _backward(
     gathered = sum(to_current[1:], start=to_current[0]).to(kind)[None] if constant else torch.stack(to_current)
     return (
         gathered,
-        None if state is None else rest,
+        None if state is None else rest.sum_to_size(state.shape),
         to_leak.sum() if neuron.learn_leak else None,
         to_threshold.sum_to_size(threshold.shape) if neuron.learn_threshold else None,
     )
@@ -258,7 +258,10 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def fused_run(
     current: Tensor, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``dynamics.run``, for ``[T, N]`` (or ``[1, N]``), with the final state only where ``keep`` asks for it."""
+    """As ``dynamics.run``, for ``[T, N]`` (or ``[1, N]``), with the final state only where ``keep`` asks for it.
+
+    A state that spreads over the neurons (a potential for each channel) is not written out for all of them.
+    """
     current = current.contiguous()
     given = (current, leak, threshold) if state is None else (current, leak, threshold, state)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
@@ -269,11 +272,13 @@ def fused_run(
 
 @torch.no_grad()
 def fused_measure(
-    current: Tensor, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
+    current: Tensor, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``dynamics.measure``, for ``[T, N]`` (or ``[1, N]``)."""
     current = current.contiguous()
-    parts, carry, pieces = [], None, chunks(timesteps)
+    parts, pieces = [], chunks(timesteps)
+    whole = None if state is None else state.float().expand(current.shape[1:])
+    carry = None if whole is None else torch.stack((whole, *[torch.zeros_like(whole)] * 3))
     for steps in pieces:
         share = torch.full_like(leak, 1.0 / timesteps) if steps is pieces[-1] else None
         part, *rest = _call(

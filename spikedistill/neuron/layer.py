@@ -30,6 +30,7 @@ class Spiking(nn.Module):
     """
 
     threshold: Tensor
+    initial: Tensor
     leak_logit: Tensor
 
     def __init__(self, neuron: Neuron, threshold: float | Tensor | None = None, backend: Backend = "auto") -> None:
@@ -56,6 +57,8 @@ class Spiking(nn.Module):
             raise ConfigError(f"threshold (={float(faulty[0]):.4g}) must be above 0 and finite.")
         before = self._parameters.get("threshold", self._buffers.get("threshold"))
         self._hold("threshold", value if before is None else value.to(before), self.neuron.learn_threshold)
+        if self.neuron.learn_initial and (before is None or before.shape != value.shape):
+            self._hold("initial", torch.full_like(self.threshold.detach(), self.neuron.initial), True)
 
     def _hold(self, name: str, value: Tensor, learned: bool) -> None:
         if learned:
@@ -89,12 +92,14 @@ class Spiking(nn.Module):
             ShapeError: if the rows are no multiple of T, or the state is of another shape.
         """
         flat, threshold, order, batch = self._rows(current, timesteps, repeats)
+        kept = self._fresh(batch, order or current.ndim == 2)
         if state is not None and state.shape != (batch, *current.shape[1:]):
             raise ShapeError(
                 f"The state has shape {tuple(state.shape)}, the current asks for {(batch, *current.shape[1:])}: carry a"
                 " state only between calls of one batch."
             )
-        kept = None if state is None else flatten_rows(state, 1, order).reshape(flat.shape[1:])
+        if state is not None:
+            kept = flatten_rows(state, 1, order).reshape(flat.shape[1:])
         if self._compiles(flat):
             spikes, after = fused.fused_run(flat, kept, self.neuron, self.leak, threshold, timesteps, keep)
         else:
@@ -111,7 +116,8 @@ class Spiking(nn.Module):
         """
         flat, threshold, order, batch = self._rows(current, timesteps, repeats)
         run_all = fused.fused_measure if self._compiles(flat) else measure
-        spikes, rate, slope = run_all(flat, self.neuron, self.leak, threshold, timesteps)
+        fresh = self._fresh(batch, order or current.ndim == 2)
+        spikes, rate, slope = run_all(flat, fresh, self.neuron, self.leak, threshold, timesteps)
         shape = (batch, *current.shape[1:])
         trains = restore_rows(spikes, (timesteps * batch, *shape[1:]), order)
         return trains, restore_rows(rate, shape, order), restore_rows(slope, shape, order)
@@ -149,9 +155,13 @@ class Spiking(nn.Module):
                 f"A current of shape {tuple(current.shape)} was given to a layer with {channels} thresholds, one a"
                 " channel: expected as many channels, [rows, channels, ...]."
             )
-        if last or current.ndim == 2:
-            return flat.view(rows, -1, channels), threshold[None], last, batch
-        return flat.view(rows, batch * channels, -1), threshold.repeat(batch)[:, None], last, batch
+        by_channel = last or current.ndim == 2
+        shape = (rows, -1, channels) if by_channel else (rows, batch * channels, -1)
+        return flat.view(shape), _spread(threshold, batch, by_channel), last, batch
+
+    def _fresh(self, batch: int, by_channel: bool) -> Tensor | None:
+        """The learned potential before the first step, shaped to spread over the neurons; None where it is fixed."""
+        return _spread(self.initial, batch, by_channel) if self.neuron.learn_initial else None
 
     def _compiles(self, flat: Tensor) -> bool:
         one_of("backend", self.backend, get_args(Backend))
@@ -181,6 +191,13 @@ def restore_rows(flat: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
         return flat.reshape(shape)
     rows, channels, height, width = shape
     return flat.reshape(rows, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _spread(values: Tensor, batch: int, by_channel: bool) -> Tensor:
+    """Values of channels, one or ``[C]``, for a table ``[N / C, C]``, or ``[B*C, N / (B*C)]`` with channels first."""
+    if values.ndim == 0:
+        return values
+    return values[None] if by_channel else values.repeat(batch)[:, None]
 
 
 def _damped(threshold: Tensor, neurons: int) -> Tensor:

@@ -16,6 +16,6 @@ def teacher() -> Teach:
 def student() -> Distill:
     """Its T=4 student, inherited, KDSNN: ``spikedistill distill cifar10``, 81 minutes, 91.60 percent."""
     training = Training(epochs=8, batch_size=128, weight_decay=1e-4, warmup=0.1)
-    choice = StudentChoice(timesteps=4, surrogate="rectangle", per_channel=False)
+    choice = StudentChoice(timesteps=4, per_channel=False)
     what = Method("kdsnn", temperature=2.0, alpha=0.7)
     return Distill(TeacherChoice("runs/cifar10-teacher"), choice, what, DATA, training)

@@ -55,11 +55,12 @@ CONVERSIONS: dict[str, Rule] = {
 class TeacherChoice:
     """Who teaches."""
 
-    teacher: str = "runs/teacher"
+    teacher: str = "runs/digits-teacher"
     """A run directory of 'teach', a weights file (.safetensors, .npz, .pt), or torchvision/NAME or timm/NAME: that
     network with its published weights."""
     teacher_network: str | None = None
-    """The network that a bare weights file belongs to: a zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
+    """The network that a bare weights file belongs to: a zoo name (resnet18, vgg9 ...), torchvision/NAME, timm/NAME or
+    FILE.py:FUNCTION, which is called with classes=K and returns the module."""
     teacher_width: int | None = None
     """Channels of its first stage (zoo networks)."""
     teacher_mean: tuple[float, ...] | None = None
@@ -92,12 +93,16 @@ class StudentChoice:
     """Integrate-and-fire, leaky, or leaky with a learned leak."""
     leak: float | None = None
     """Share of the potential left after a step (lif, plif); 0.5 by default."""
+    decay_input: bool | None = None
+    """Multiply the current by 1 - leak, as SpikingJelly's LIF does; the neuron's own by default (plif does)."""
     reset: Literal["subtract", "zero"] | None = None
     """What a spike does to the potential; the neuron's own by default."""
     detach_reset: bool | None = None
     """Leave the reset out of the gradient; by default just if weights are fresh."""
     initial: float = 0.5
     """Potential at the first step in thresholds; at 0.5 the mean of T steps rounds the activation."""
+    learn_initial: bool = False
+    """Train that potential, one for each threshold."""
     threshold: float | None = None
     """Where thresholds begin in a student with fresh weights: 1.5 by default, 1 with a leak. Inherited weights are
     calibrated instead."""
@@ -111,7 +116,7 @@ class StudentChoice:
     surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] | None = None
     """Stand-in for the derivative of a spike; by default rectangle, for fresh weights triangle."""
     rule: Literal["least-squares", "max", "percentile"] = "least-squares"
-    """How thresholds are chosen from the teacher's activations."""
+    """How thresholds are chosen from the teacher's activations; conversion methods have a rule of their own."""
     percentile: float = 99.9
     """For the rule of that name."""
     per_channel: bool = True
@@ -134,17 +139,19 @@ class StudentChoice:
     def rounds(self) -> bool:
         """Whether its neurons round, so that they have a quantised stand-in."""
         subtracts = self.neuron == "if" and self.reset in (None, "subtract")
-        return subtracts and self.initial == 0.5 and self.coding == "direct"
+        return subtracts and self.initial == 0.5 and not self.learn_initial and self.coding == "direct"
 
     def make_neuron(self) -> Neuron:
         """The neuron model that the fields describe."""
         base, fresh = NEURONS[self.neuron], not self.inherits
         usual = FRESH.threshold if fresh and self.neuron == "if" else base.threshold
-        given = {"leak": self.leak, "reset": None if self.reset is None else Reset(self.reset)}
+        given: dict[str, Any] = {"leak": self.leak, "decay_input": self.decay_input}
+        given["reset"] = None if self.reset is None else Reset(self.reset)
         return dataclasses.replace(
             base,
-            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+            **{name: value for name, value in given.items() if value is not None},
             initial=self.initial,
+            learn_initial=self.learn_initial,
             detach_reset=fresh if self.detach_reset is None else self.detach_reset,
             threshold=usual if self.threshold is None else self.threshold,
             learn_threshold=self.learn_threshold,
@@ -162,14 +169,19 @@ class StudentChoice:
             faults.append(f"percentile (={self.percentile}) must be above 0 and at most 100")
         if self.neuron == "if" and self.leak is not None:
             faults.append(f"leak (={self.leak}) is for lif and plif; the neuron is 'if'")
+        if self.neuron == "if" and self.decay_input:
+            faults.append("decay_input is for lif and plif; the neuron is 'if'")
         if self.threshold is not None and self.inherits:
             faults.append(f"threshold (={self.threshold}) is for fresh weights; inherited ones are calibrated")
         if self.student == "same" and self.student_width is not None:
             faults.append(f"student_width (={self.student_width}) needs a student of its own: name one by student")
         if self.correct_bias and not self.inherits:
             faults.append("correct_bias needs inherited weights: leave it away, or inherit=True")
-        if self.gradient == "rate" and (self.learn_threshold or self.neuron == "plif"):
-            faults.append("the rate-based gradient does not reach learned thresholds and leaks: take gradient=exact")
+        if self.gradient == "rate" and (self.learn_threshold or self.learn_initial or self.neuron == "plif"):
+            faults.append(
+                "the rate-based gradient does not reach learned thresholds, initial potentials and leaks: take"
+                " gradient=exact"
+            )
         if self.inherit and self.student != "same":
             faults.append(f"inherit needs the teacher's own network; the student is '{self.student}', not 'same'")
         return faults
@@ -203,11 +215,13 @@ class Method:
     adapt: bool | None = None
     """Compare through 1 x 1 convolutions even where channels agree; by default just if weights are not inherited."""
     margin: bool = False
-    """Pass the teacher's features through a margin ReLU."""
+    """Raise the teacher's negative features to their channel's mean below 0; after a ReLU there are none."""
     partial: bool = False
-    """Do not count places that both networks leave inactive."""
+    """Do not count places where the teacher is not above 0 and the student lies below it; none after a ReLU."""
     label_smoothing: float = 0.0
     """Share of probability spread over all classes."""
+    lam: float = 1e-3
+    """Weight of the term that keeps logits near 1, 0..1 (tet)."""
 
     @property
     def trains(self) -> bool:
@@ -229,7 +243,7 @@ class Method:
         soft = {"temperature": self.temperature, "alpha": self.alpha}
         methods: dict[str, Callable[[], Objective]] = {
             "direct": lambda: Direct(smoothing),
-            "tet": lambda: TET(smoothing),
+            "tet": lambda: TET(smoothing, self.lam),
             "conversion-qcfs": lambda: Direct(smoothing),
             "kdsnn-response": lambda: KDSNNResponse(**soft, label_smoothing=smoothing),
             "kdsnn-feature": lambda: KDSNNFeature(**features, label_smoothing=smoothing),  # type: ignore[arg-type]
@@ -273,9 +287,11 @@ class Distill:
             faults.append(f"start (={self.student.start}) is for methods that train, not for {self.what.method}")
         if self.student.gradient == "quantised" and not self.student.rounds:
             faults.append(
-                "the quantised stand-in is for neuron=if with reset=subtract, initial=0.5 and coding=direct: leave"
-                " those as they are, or take gradient=exact"
+                "the quantised stand-in is for neuron=if with reset=subtract, initial=0.5, no learn_initial and"
+                " coding=direct: leave those as they are, or take gradient=exact"
             )
+        if self.training.compile and self.student.gradient != "quantised":
+            faults.append("compile is for ANNs: leave it out, a student's neurons are compiled without it")
         return faults
 
 
@@ -290,6 +306,13 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
 
     Returns:
         What results.json holds: see ``measure``.
+
+    Raises:
+        ConfigError: if the recipe cannot work, or the loss is no longer a number.
+        DataError: if there are no such images.
+        WeightsError: if the teacher's or the starting student's weights cannot be read or do not fit.
+        ConversionError: if the network has a part with no spiking meaning.
+        RunError: if another run lies in the directory.
     """
     progress = progress or Progress.silent()
     recipe = recipe.settled()
@@ -418,13 +441,17 @@ def read_student(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, A
 def fill(student: Student, tensors: Mapping[str, Tensor], source: str) -> None:
     """Load weights, and thresholds whether there is one for each layer or channel.
 
+    A student that learns initial potentials keeps its own where the given one did not learn them.
+
     Raises:
         WeightsError: if they do not fit.
     """
     for path, layer in student.named_modules():
         if isinstance(layer, Spiking) and (given := tensors.get(f"{path}.threshold")) is not None:
             layer.set_threshold(given)
-    load_weights(student, tensors, source)
+    fixed = {f"{path}.initial" for path, layer in student.named_modules() if isinstance(layer, Spiking)}
+    own = {name: value for name, value in student.state_dict().items() if name in fixed - tensors.keys()}
+    load_weights(student, {**tensors, **own}, source)
 
 
 def feature_pairs(method: Method, teacher: nn.Module, student: Student) -> Pairs:
@@ -465,7 +492,8 @@ def measure(
     Returns:
         ``accuracy_by_step`` and ``test_accuracy`` (percent), ``firing_rate`` and ``firing_rate_by_layer``
         (percent of all chances to spike); with a teacher also ``teacher_accuracy``, ``agreement`` (percent) and
-        ``divergence`` (nats); with a confidence ``early_exit_accuracy`` (percent) and ``early_exit_steps`` (mean).
+        ``divergence`` (nats); with a limit ``train_accuracy`` instead of ``test_accuracy``; with a confidence
+        ``early_exit_accuracy`` (percent) and ``early_exit_steps`` (mean).
     """
     pixels, labels = images.test_images, images.test_labels
     if limit is not None:

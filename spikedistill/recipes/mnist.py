@@ -15,5 +15,4 @@ def teacher() -> Teach:
 def student() -> Distill:
     """Its T=4 student, inherited, KDSNN: ``spikedistill distill mnist``."""
     training = Training(epochs=4, batch_size=128, weight_decay=1e-4)
-    choice = StudentChoice(timesteps=4, surrogate="rectangle")
-    return Distill(TeacherChoice("runs/mnist-teacher"), choice, data=DATA, training=training)
+    return Distill(TeacherChoice("runs/mnist-teacher"), StudentChoice(timesteps=4), data=DATA, training=training)

@@ -39,13 +39,13 @@ class Row:
 
 
 def reproduce(study: Study, out: Path, seeds: int | None = None, progress: Progress | None = None) -> str:
-    """Train what is missing of a study, measure it, and write ``NAME.csv``, ``NAME.md`` and ``NAME.png`` to ``out``.
+    """Train what is missing of a study, measure it, and write ``NAME.csv``, ``NAME.md`` and pictures to ``out``.
 
     A student that cannot be trained, as its loss diverges, is left out of a comparison of pairs, and named in it.
 
     Args:
         study: of ``studies.STUDIES``.
-        out: where the files go.
+        out: where the files go; beside it the page of all studies, ``OUT.md``.
         seeds: only the first so many seeds.
         progress: what shows the work.
 
@@ -85,14 +85,29 @@ def _train(study: Study, cells: Sequence[Cell], progress: Progress) -> dict[str,
         _check_recipe(path, recipe)
     failed: dict[str, str] = {}
     for number, (path, recipe, job) in enumerate(work, 1):
+        say = partial(progress.say, f"{number} of {len(work)}: {path.name}")
         try:
-            unless_done(path, job, partial(progress.say, f"{number} of {len(work)}: {path.name}"))
+            if isinstance(recipe, Teach) and _needed_again(path, cells):
+                say()
+                job(True)
+            else:
+                unless_done(path, job, say)
         except ConfigError as error:
             if study.kind != "pairs" or isinstance(recipe, Teach):
                 raise
             failed[path.name] = str(error)
             progress.say(f"{path.name} is left out: {error}")
     return failed
+
+
+def _needed_again(teacher: Path, cells: Sequence[Cell]) -> bool:
+    """Whether a finished teacher's weights are gone, and students are still to be taught.
+
+    So the small files of finished runs can be kept without their weights, and a study goes on elsewhere.
+    """
+    if not (teacher / "results.json").exists() or Run(teacher).model.exists():
+        return False
+    return any(cell.recipe.who.teacher == str(teacher) and not (cell.path / "results.json").exists() for cell in cells)
 
 
 def _check_recipe(path: Path, recipe: Teach | Distill) -> None:
@@ -223,6 +238,19 @@ def _followed(cell: Cell, progress: Progress) -> list[float]:
     return [float(value) for value in run.read(name)["accuracy_by_step"]]
 
 
+NOISE_COLUMNS = """Accuracies in percent; `noise` and `natural` are means over their members and five severities. mCE,
+the mean corruption error of the natural ones, is better below 100. Better: a larger area under the curve from severity
+0 to 5.
+
+"""
+ENERGY_COLUMNS = """Of one image. AC: an accumulate, where a spike meets a weight; MAC: a multiply-accumulate. The ANN
+of so many bits, what T steps are worth, is counted, not trained; its float32 column has 32 bits all the same. Zeros
+skipped: without the connections whose input is zero at every step.
+
+"""
+"""What the columns of the tables mean."""
+
+
 def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
     """Accuracy under every noise and natural corruption at five severities."""
     paths = _paths(study, cells)
@@ -252,7 +280,16 @@ def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
     for kind in ("noise", "natural"):
         curves(out / f"{study.name}-{kind}.png", immunity_panels(scores, names, kind), "severity", "test accuracy (%)")
         pictures += f"\n![{kind}]({study.name}-{kind}.png)\n"
-    return rows, markdown(columns, lines) + pictures
+    ours = next((cell.path.name for cell in cells if cell.method == "kdsnn"), direct)
+    return rows, NOISE_COLUMNS + markdown(columns, lines) + _gaps(columns, lines, ours, direct) + pictures
+
+
+def _gaps(columns: Sequence[str], lines: Sequence[Sequence[str]], ours: str, direct: str) -> str:
+    """What the distilled student has more than the direct one, in points, column by column."""
+    values = {line[0]: line[1:4] for line in lines}
+    gaps = (float(one) - float(other) for one, other in zip(values[ours], values[direct]))
+    said = ", ".join(f"{column} {gap:+.2f}" for column, gap in zip(columns[1:4], gaps))
+    return f"\nHere the distilled student has, in points more than the direct one: {said}.\n"
 
 
 def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
@@ -273,7 +310,8 @@ def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: P
     groups = {bill.network: {kind: (energy, 0.0) for kind, energy in bill.energy["memory"].items()} for bill in bills}
     bars(out / f"{study.name}.png", groups, "nJ an image, with memory traffic")
     warned = "".join(f"- {line}\n" for bill in bills for line in bill.warnings)
-    return rows, markdown(*energy_table(bills)) + f"\n{warned}\n![{study.title}]({study.name}.png)\n"
+    shown = ENERGY_COLUMNS + markdown(*energy_table(bills)) + f"\n{warned}"
+    return rows, shown + f"\n![{study.title}]({study.name}.png)\n"
 
 
 Measure = Callable[[Study, Sequence[Cell], Path, Progress], tuple[list[Row], str]]
@@ -291,10 +329,14 @@ def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
         machine = Run(path).read("environment")
         hardware = machine["cuda"] or f"{machine['processor']}, {machine['cores']} cores"
         machines[f"{hardware}, torch {machine['versions']['torch']}"] = None
-    epochs = {f"{made.training.epochs} ({name}, teacher)": None for name, (made, _) in study.teachers.items()}
+    epochs = {
+        f"{made.training.epochs} ({_sized(name, made.width)}, teacher)": None
+        for name, (made, _) in study.teachers.items()
+    }
     for cell in cells:
         if cell.recipe.what.trains:
-            epochs[f"{cell.recipe.training.epochs} ({cell.teacher} -> {cell.student})"] = None
+            student = _sized(cell.student, cell.recipe.student.student_width)
+            epochs[f"{cell.recipe.training.epochs} ({cell.teacher} -> {student})"] = None
     seeds = ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))
     return (
         f"## {study.title}\n\n"
@@ -304,8 +346,13 @@ def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
     )
 
 
+def _sized(name: str, width: int | None) -> str:
+    return name if width is None else f"{name} of width {width}"
+
+
 def _page(out: Path) -> str:
     """The page that joins the reports of all studies in a folder."""
     parts = [file.read_text(encoding="utf-8") for file in sorted(out.glob("*.md"))]
     joined = "\n".join(parts).replace("](", f"]({out.name}/")
-    return f"# Results\n\nWritten by `spikedistill reproduce STUDY`; every number is in `{out.name}/*.csv`.\n\n{joined}"
+    said = f"accuracies, spikes and energies are in `{out.name}/*.csv`, what is computed from them stands here alone."
+    return f"# Results\n\nWritten by `spikedistill reproduce STUDY`; {said}\n\n{joined}"

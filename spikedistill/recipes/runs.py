@@ -20,6 +20,7 @@ from spikedistill.recipes.distill import (
     measure,
     read_student,
 )
+from spikedistill.recipes.teach import measure as measure_teacher
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.coding import CODINGS
 from spikedistill.teacher.load import Architecture, Teacher, load_teacher
@@ -146,16 +147,22 @@ def _tuple(value: Any) -> Any:
 def evaluate(
     path: Path, timesteps: int | None = None, data_dir: str | None = None, confidence: float | None = None
 ) -> dict[str, Any]:
-    """Measure a finished student again on its test set, perhaps with another number of steps, or with early exit.
+    """Measure a finished run again on its test set: a student perhaps with other steps or early exit, or a teacher.
 
     Returns:
-        As ``distill.measure``; the teacher is left out where its files are gone.
+        As ``distill.measure``; the teacher is left out where its files are gone. Of a teacher ``test_accuracy``.
 
     Raises:
-        ConfigError: if the number of steps is below 1, or the confidence outside 0..1.
+        ConfigError: if the number of steps is below 1, the confidence outside 0..1, or either is asked of a teacher.
     """
     if confidence is not None:
         check_confidence(confidence)
+    if (path / "recipe.json").exists() and Run(path).read("recipe").get("kind") == "teach":
+        if timesteps is not None or confidence is not None:
+            raise ConfigError(
+                f"'{path}' holds a teacher, which has no time steps: leave timesteps and confidence away."
+            )
+        return _evaluate_teacher(path, data_dir)
     student, recipe = load_student(path)
     if timesteps is not None:
         student.set_timesteps(timesteps)
@@ -164,6 +171,12 @@ def evaluate(
     there = Path(recipe.who.teacher).exists() or recipe.who.published
     teacher = find_teacher(recipe.who, images)[0] if there else None
     return measure(student, teacher, images, recipe.training, confidence=confidence)
+
+
+def _evaluate_teacher(path: Path, data_dir: str | None) -> dict[str, Any]:
+    run = load_run(path)
+    images = load_images(run.data.data, data_dir or run.data.data_dir, run.data.image_size)
+    return measure_teacher(run.network, images, run.training)
 
 
 def table(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:

@@ -170,7 +170,7 @@ class _Base:
         path = self.runs / f"{teacher}-teacher"
         training = dataclasses.replace(self.scale.teacher, seed=0)
         self.teachers[teacher] = (Teach(teacher, widths[teacher], data=self.data, training=training), path)
-        choice = StudentChoice(timesteps=timesteps, surrogate="rectangle")
+        choice = StudentChoice(timesteps=timesteps)
         if not like:
             choice = dataclasses.replace(choice, student=student, student_width=widths[student])
         if method in ("conversion-max", "conversion-percentile"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikedistill.data.augment import to_unit
 from spikedistill.data.images import ImageSet, load_images
@@ -26,7 +26,8 @@ class Teach:
     """A teacher and how it is trained."""
 
     network: str = "resnet18"
-    """A zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
+    """A zoo name (resnet18, resnet19, resnet20, resnet34, preact-resnet18, wrn16-2, wrn28-4, pyramidnet18, vgg9, vgg11,
+    vgg16), torchvision/NAME, timm/NAME or FILE.py:FUNCTION, which is called with classes=K and returns the module."""
     width: int | None = None
     """Channels of the first stage; a network that is not the zoo's has its own."""
     label_smoothing: float = 0.0
@@ -82,6 +83,11 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
 
     Returns:
         What results.json holds; ``test_accuracy`` is in percent.
+
+    Raises:
+        ConfigError: if the recipe cannot work, the network does not fit the images, or the loss is no longer a number.
+        DataError: if there are no such images.
+        RunError: if another run lies in the directory.
     """
     progress = progress or Progress.silent()
     check(recipe.data, recipe.training)
@@ -108,10 +114,23 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
             validation=held,
             progress=progress,
         )
-        precision = choose_precision(recipe.training, choose_device(recipe.training.device))
-        logits = answers(network, images.test_images, precision.dtype)
-    results = {"test_accuracy": accuracy_by_step(logits, images.test_labels)[-1]}
+        results = measure(network, images, recipe.training)
     known = {"architecture": architecture.facts(), "mean": mean, "std": std, "class_names": images.class_names}
     write_tensors(run.model, network.network.state_dict(), {"kind": "teacher", **known, "data": images.name, **results})
     run.write("results", results)
     return results
+
+
+def measure(network: nn.Module, images: ImageSet, training: Training) -> dict[str, float]:
+    """The accuracy of an ANN on the test set, ``test_accuracy`` in percent.
+
+    Args:
+        network: it, in evaluation mode or as training left it.
+        images: whose test part is used.
+        training: names device, precision and memory order.
+    """
+    device = choose_device(training.device)
+    layout = torch.channels_last if training.channels_last else torch.contiguous_format
+    network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    logits = answers(network, images.test_images, choose_precision(training, device).dtype)
+    return {"test_accuracy": accuracy_by_step(logits, images.test_labels)[-1]}

@@ -37,7 +37,10 @@ FRESH = replace(ROUNDING, threshold=1.5, detach_reset=True, surrogate=Triangle()
 
 @dataclass(frozen=True)
 class Site:
-    """One activation of the ANN and the neurons that took its place; where thresholds differ by channel, their mean."""
+    """One activation of the ANN and the neurons that took its place.
+
+    Where thresholds differ by channel, ``threshold`` is their mean; ``expected_rate`` is in spikes a step, 0..1.
+    """
 
     name: str
     kind: str
@@ -127,12 +130,21 @@ class Student(nn.Module):
         self.timesteps = timesteps
 
     def forward(self, images: Tensor) -> Logits:
-        """Images ``[B, C, H, W]`` in 0..1 (or frames ``[T, B, C, H, W]``) to logits ``[T, B, K]``; begins afresh."""
+        """Images ``[B, C, H, W]`` in 0..1 (or frames ``[T, B, C, H, W]``) to logits ``[T, B, K]``; begins afresh.
+
+        In training with ``gradient="quantised"`` there is no time: ``[1, B, K]``.
+
+        Raises:
+            ShapeError: if the images are of another shape.
+            ConfigError: if the gradient cannot be had of this network.
+        """
         logits, _, _ = self._run(images, self.timesteps)
         return logits
 
     def observe(self, images: Tensor, paths: Sequence[str]) -> tuple[Logits, dict[str, Tensor]]:
         """Logits ``[T, B, K]`` and the features ``[T, B, ...]`` that the ANN's modules at these paths became.
+
+        In training with ``gradient="rate"`` every step of a feature is their mean.
 
         Raises:
             ConfigError: if the ANN had no module at a path.

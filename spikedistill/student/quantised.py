@@ -35,10 +35,11 @@ def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
 
 
 def _check(neuron: Neuron) -> None:
-    if neuron.leak < 1 or neuron.reset is not Reset.SUBTRACT or neuron.initial != 0.5:
+    if neuron.leak < 1 or neuron.reset is not Reset.SUBTRACT or neuron.initial != 0.5 or neuron.learn_initial:
         raise ConfigError(
-            f"The quantised stand-in is that of IF with initial 0.5 and subtractive reset, not of leak {neuron.leak},"
-            f" initial {neuron.initial} and reset '{neuron.reset.value}': take ROUNDING, or another gradient."
+            f"The quantised stand-in is that of IF with a fixed initial 0.5 and subtractive reset, not of leak"
+            f" {neuron.leak}, initial {neuron.initial}{' (learned)' if neuron.learn_initial else ''} and reset"
+            f" '{neuron.reset.value}': take ROUNDING, or another gradient."
         )
 
 

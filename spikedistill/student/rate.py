@@ -8,7 +8,7 @@ first pass, whose share that comes from the means is differentiated; convolution
 the first pass, so they compute nothing twice. At T = 1 this is the exact gradient. Only the first pass grows with T.
 
 Max pooling is the one part that is not linear: the second pass pools the means and takes the gradient to their largest.
-Gradients do not reach learned leaks and thresholds.
+Gradients do not reach learned leaks, thresholds and initial potentials.
 """
 
 from typing import Any

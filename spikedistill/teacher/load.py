@@ -107,7 +107,7 @@ def _timm(name: str) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise ConfigError(f"'timm/{name}' needs timm: pip install 'spikedistill[timm]'.") from error
+        raise ConfigError(f"'timm/{name}' needs timm: pip install timm.") from error
     return timm
 
 

@@ -91,7 +91,7 @@ class Events:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError("--tensorboard needs TensorBoard: pip install 'spikedistill[tensorboard]'.") from error
+            raise ConfigError("--tensorboard needs TensorBoard: pip install tensorboard.") from error
         self.writer = SummaryWriter(str(path / "tensorboard"))
 
     def add(self, line: Mapping[str, Any]) -> None:

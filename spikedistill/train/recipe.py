@@ -57,7 +57,7 @@ class Training:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum, or AdamW."""
     lr: float | None = None
-    """Highest learning rate; by default 0.1, for a student that inherits its weights 0.02."""
+    """Highest learning rate; by default 0.1, for a student that inherits its weights or starts from a run 0.02."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
@@ -81,7 +81,8 @@ class Training:
     channels_last: bool = True
     """Memory order of images inside the network; faster for convolutions nearly everywhere."""
     compile: bool = False
-    """Compile the whole training step of an ANN (a minute at the start, then about a sixth faster on a CPU)."""
+    """Compile the whole training step of an ANN (a minute at the start, then about a sixth faster on a CPU); of a
+    student only with gradient=quantised."""
     device: str = "auto"
     """cpu, cuda, mps ...; auto takes the best there is."""
     checkpoint_minutes: float = 5.0

@@ -2,6 +2,8 @@
 
 recipe.json             every choice, resolved
 environment.json        versions, processor, threads
+conversion.json         of a student: what became of each activation
+before.json             of a student: measurements on 1000 training images before training
 metrics.jsonl           one line an epoch; the same numbers in an interrupted and resumed run
 timing.jsonl            one line an epoch; seconds, which are never the same, device, number format and memory order
 checkpoint.safetensors  all that the next step needs

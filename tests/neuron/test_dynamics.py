@@ -281,7 +281,7 @@ def test_measuring_gives_the_spikes_their_mean_and_the_derivative_by_a_shift_of_
     current = torch.linspace(-1, 3, 8 if constant else 40, dtype=torch.float64).view(1 if constant else 5, 8)
     leak, threshold, shift = *double(neuron.leak, 0.8), torch.zeros(8, dtype=torch.float64, requires_grad=True)
     expected, _ = run(current + shift, None, neuron, leak, threshold, 5)
-    spikes, rate, slope = measure(current, neuron, leak, threshold, 5)
+    spikes, rate, slope = measure(current, None, neuron, leak, threshold, 5)
     assert torch.equal(spikes, expected) and not slope.requires_grad
     torch.testing.assert_close(rate, expected.mean(0))
     torch.testing.assert_close(slope, torch.autograd.grad(expected.mean(0).sum(), shift)[0])

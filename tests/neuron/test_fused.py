@@ -100,8 +100,8 @@ def test_what_is_measured_equals_the_reference(name):
     for size in (1, 2):
         given = current.view(1 if case.constant else T, -1).repeat(1, size)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            found = fused.fused_measure(given, case.neuron, leak, threshold, T)
-        torch.testing.assert_close(found, measure(given, case.neuron, leak, threshold, T))
+            found = fused.fused_measure(given, None, case.neuron, leak, threshold, T)
+        torch.testing.assert_close(found, measure(given, None, case.neuron, leak, threshold, T))
 
 
 CHAINED = ["if, learned threshold, half, constant", "if, to zero, state", "plif"]
@@ -118,7 +118,8 @@ def test_a_chain_of_chunks_equals_the_reference(name, monkeypatch):
     leak, threshold = torch.tensor(case.neuron.leak), torch.tensor(0.8)
     given = current.view(1 if case.constant else T, -1)
     torch.testing.assert_close(
-        fused.fused_measure(given, case.neuron, leak, threshold, T), measure(given, case.neuron, leak, threshold, T)
+        fused.fused_measure(given, None, case.neuron, leak, threshold, T),
+        measure(given, None, case.neuron, leak, threshold, T),
     )
 
 
@@ -130,7 +131,7 @@ def test_another_number_of_steps_needs_no_new_kernel():
         found, _ = fused.fused_run(current, None, IF, one, one, timesteps, False)
         found.sum().backward()
         torch.testing.assert_close(found, run(current, None, IF, one, one, timesteps)[0])
-        fused.fused_measure(current.detach(), IF, one, one, timesteps)
+        fused.fused_measure(current.detach(), None, IF, one, one, timesteps)
 
     every_way(3 * fused.CHUNK)
     compiled = fused._compiled.cache_info().misses

@@ -45,7 +45,7 @@ class TestFoldedTime:
         current = torch.rand(6 // repeats, 3, 2, 2).contiguous(memory_format=torch.channels_last) * 2
         spikes, rate, slope = reference(LIF, 0.7).measure(current, 3, repeats)
         unfolded = current.unflatten(0, (-1, 2))
-        expected = measure(unfolded, LIF, torch.tensor(0.5), torch.tensor(0.7), 3)
+        expected = measure(unfolded, None, LIF, torch.tensor(0.5), torch.tensor(0.7), 3)
         torch.testing.assert_close((spikes.unflatten(0, (3, 2)), rate, slope), expected)
 
     def test_the_state_is_returned_only_when_asked_for(self):
@@ -136,6 +136,44 @@ class TestAThresholdAChannel:
         parts = [reference(LIF, float(value)).measure(current[:, c : c + 1], 3) for c, value in enumerate(values)]
         for one, expected in zip(found, zip(*parts)):
             torch.testing.assert_close(one, torch.cat(expected, dim=1))
+
+    @settings(deadline=None, max_examples=40)
+    @given(
+        shape=shapes,
+        last=st.booleans(),
+        channels=st.booleans(),
+        repeats=st.sampled_from([1, 3]),
+        backend=st.sampled_from(["reference", "fused"]),
+    )
+    def test_a_learned_initial_potential_is_the_first_state(self, shape, last, channels, repeats, backend):
+        generator = torch.Generator().manual_seed(0)
+        current = torch.randn(shape[0] // repeats, *shape[1:], generator=generator) * 2
+        if last and current.ndim == 4:
+            current = current.contiguous(memory_format=torch.channels_last)
+        threshold = torch.rand(shape[1] if channels else (), generator=generator) + 0.5
+        layer = Spiking(replace(IF, learn_initial=True), threshold, backend)
+        torch.nn.init.uniform_(layer.initial, generator=generator)
+        weights = torch.randn(shape, generator=generator)
+        spread = layer.initial.detach().view(-1, *[1] * (len(shape) - 2)).expand(2, *shape[1:])
+        state = spread.clone().requires_grad_()
+
+        spikes, _ = layer(current, 3, repeats)
+        (spikes * weights).sum().backward()
+        expected, _ = reference(IF, threshold)(current, 3, repeats, state)
+        (expected * weights).sum().backward()
+        assert torch.equal(spikes, expected)
+        summed = state.grad.transpose(0, 1).flatten(1).sum(1) if channels else state.grad.sum()
+        torch.testing.assert_close(layer.initial.grad, summed, rtol=1e-4, atol=1e-4)
+        assert torch.equal(layer.measure(current, 3, repeats)[0], spikes)
+
+    def test_a_learned_initial_potential_has_the_shape_of_the_thresholds(self):
+        layer = reference(replace(IF, initial=0.5, learn_initial=True), 0.7)
+        assert layer.initial.shape == ()
+        layer.set_threshold(torch.ones(3))
+        assert layer.initial.tolist() == [0.5] * 3
+        torch.nn.init.constant_(layer.initial, 0.2)
+        layer.set_threshold(torch.full((3,), 2.0))
+        assert torch.equal(layer.initial, torch.full((3,), 0.2))
 
     def test_its_heights_go_with_a_current(self):
         layer = reference(IF, torch.tensor([0.3, 0.7]))

@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 from spikedistill.data.images import NAMED, load_images
 from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.files import read_tensors
-from spikedistill.neuron.surrogate import Rectangle, Triangle
+from spikedistill.neuron.dynamics import Neuron, Reset
+from spikedistill.neuron.surrogate import ATan, Rectangle, Triangle
+from spikedistill.objective.direct import TET
 from spikedistill.recipes import STUDENTS, TEACHERS
 from spikedistill.recipes import distill as module
 from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
@@ -118,12 +120,35 @@ class TestConversion:
         ({"gradient": "quantised", "neuron": "lif"}, "the quantised stand-in is for neuron=if"),
         ({"gradient": "quantised", "initial": 0.0}, "the quantised stand-in is for neuron=if"),
         ({"gradient": "quantised", "coding": "rate"}, "the quantised stand-in is for neuron=if"),
+        ({"decay_input": True}, "decay_input is for lif and plif"),
+        ({"gradient": "quantised", "learn_initial": True}, "the quantised stand-in is for neuron=if"),
+        ({"gradient": "rate", "learn_initial": True}, "the rate-based gradient does not reach learned thresholds"),
+        ({"gradient": "rate", "neuron": "plif"}, "the rate-based gradient does not reach learned thresholds"),
         ({"correct_bias": True, "student": "vgg9"}, "correct_bias needs inherited weights"),
     ],
 )
 def test_choices_that_exclude_each_other_are_refused(changes, message):
     choice = StudentChoice(**changes)
     assert message in "; ".join(choice.faults() + Distill(student=choice).faults())
+
+
+def test_the_neuron_is_its_fields():
+    neuron = StudentChoice(neuron="lif", decay_input=True, reset="zero", initial=0.0, surrogate="atan").make_neuron()
+    spikingjelly = dict(leak=0.5, decay_input=True, reset=Reset.ZERO, initial=0.0, surrogate=ATan())
+    assert neuron == Neuron(**spikingjelly)
+    assert StudentChoice(neuron="plif").make_neuron().decay_input
+    assert not StudentChoice(neuron="plif", decay_input=False).make_neuron().decay_input
+
+
+def test_the_regulariser_of_tet_has_its_weight():
+    assert Method("tet", lam=0.05).objective((), inherits=True) == TET(lam=0.05)
+
+
+def test_a_compiled_step_is_for_anns():
+    compiled = Distill(training=Training(compile=True))
+    assert any(fault.startswith("compile is for ANNs") for fault in compiled.faults())
+    stand_in = dataclasses.replace(compiled, student=StudentChoice(gradient="quantised"))
+    assert not stand_in.faults()
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +252,22 @@ class TestStart:
         ended.set_timesteps(3)
         pixels = images.test_images.float() / 255
         assert torch.equal(student.eval()(pixels), ended(pixels))
+
+    def test_may_begin_to_learn_initial_potentials(self, home, finished, tmp_path):
+        out, _ = finished
+        made = recipe(home)
+        choice = dataclasses.replace(made.student, start=str(out), learn_initial=True)
+        made = dataclasses.replace(made, student=choice)
+        images = load_images(str(home / "blobs.npz"))
+        student, _, _ = module.build_student(made, *module.find_teacher(made.who, images), images)
+        pixels = images.test_images.float() / 255
+        assert torch.equal(student.eval()(pixels), load_student(out)[0](pixels))
+        results = distill(made, tmp_path)
+        again, _ = load_student(tmp_path)
+        for layer in again.neurons.values():
+            assert layer.initial.shape == layer.threshold.shape
+            assert not torch.equal(layer.initial, torch.full_like(layer.initial, 0.5))
+        assert evaluate(tmp_path) == results
 
     def test_is_not_needed_once_the_run_is_finished(self, home, finished, tmp_path):
         begin, _ = finished

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import re
+import shutil
 from collections import Counter
 
 import PIL.Image
@@ -13,6 +14,7 @@ from spikedistill.recipes.reproduce import reproduce
 from spikedistill.recipes.studies import STUDIES, Cell, Study
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.recipe import Data, Training, check
+from spikedistill.train.run import Run
 
 TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="cpu")
 COLUMNS = ["study", "teacher", "student", "method", "setting", "seed", "timesteps", "metric", "value"]
@@ -84,6 +86,20 @@ def test_what_is_finished_is_not_trained_again(folder, monkeypatch):
     assert reproduce(whole, folder / "pairs") == first
 
 
+def test_goes_on_from_finished_runs_whose_weights_were_not_kept(folder, tmp_path):
+    shutil.copy(folder / "blobs.npz", tmp_path)
+    whole = study(tmp_path, "pairs", ("direct",), seeds=2)
+    reproduce(whole, tmp_path / "out", seeds=1)
+    first = read(tmp_path / "out")
+    for file in (tmp_path / "runs").rglob("*.safetensors"):
+        file.unlink()
+    reproduce(whole, tmp_path / "out", seeds=1)
+    assert read(tmp_path / "out") == first and not (tmp_path / "runs" / "teacher" / "model.safetensors").exists()
+    reproduce(whole, tmp_path / "out")
+    assert read(tmp_path / "out")[:2] == first and len(read(tmp_path / "out")) == 3
+    assert len(Run(tmp_path / "runs" / "teacher").lines("metrics")) == 1
+
+
 def test_time_steps_say_where_conversion_catches_up(folder):
     out = folder / "steps"
     whole = study(folder, "timesteps", ("kdsnn", "conversion-qcfs"))
@@ -105,6 +121,8 @@ def test_noise_is_written_as_settings(folder):
     assert "clean" in settings and {f"gaussian:{severity}" for severity in range(1, 6)} <= settings
     assert len(settings) == 1 + 21 * 5
     assert Counter(line["method"] for line in read(out)) == dict.fromkeys(("teacher", "direct", "kdsnn"), 106)
+    clean = {line["method"]: round(float(line["value"]), 2) for line in read(out) if line["setting"] == "clean"}
+    assert f"more than the direct one: clean {clean['kdsnn'] - clean['direct']:+.2f}, noise" in report
     assert "better than direct-t2-s0" in report and (out / "kdsnn-test-natural.png").exists()
 
 

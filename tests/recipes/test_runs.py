@@ -87,6 +87,14 @@ class TestEvaluate:
     def test_finds_the_results_of_the_run(self, home, name):
         assert evaluate(home / name) == Run(home / name).read("results")
 
+    def test_finds_the_results_of_a_teacher(self, home):
+        assert evaluate(home / "teacher") == Run(home / "teacher").read("results")
+
+    @pytest.mark.parametrize("asked", [{"timesteps": 2}, {"confidence": 0.5}])
+    def test_of_a_teacher_knows_no_time(self, home, asked):
+        with pytest.raises(ConfigError, match="holds a teacher, which has no time steps"):
+            evaluate(home / "teacher", **asked)
+
     def test_with_more_steps_begins_with_the_same_steps(self, home):
         results, longer = Run(home / "two").read("results"), evaluate(home / "two", timesteps=5)
         assert len(longer["accuracy_by_step"]) == 5

@@ -78,7 +78,9 @@ class TestStudent:
     @pytest.mark.parametrize("neuron", [LIF, Neuron(initial=0.5, reset=Reset.ZERO), Neuron()], ids=["lif", "zero", "0"])
     def test_refuses_neurons_that_answer_otherwise(self, neuron):
         student = learner(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3), neuron=neuron).train()
-        with pytest.raises(ConfigError, match=r"that of IF with initial 0\.5 and subtractive reset, not of leak"):
+        with pytest.raises(
+            ConfigError, match=r"that of IF with a fixed initial 0\.5 and subtractive reset, not of leak"
+        ):
             student(torch.rand(4, 1, 4, 4))
 
     def test_follows_the_skip_connections_of_a_residual_network(self):

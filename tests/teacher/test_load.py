@@ -112,7 +112,7 @@ class TestArchitecture:
 
     def test_a_missing_timm_is_named_with_its_remedy(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "timm", None)
-        with pytest.raises(ConfigError, match=r"needs timm: pip install 'spikedistill\[timm\]'"):
+        with pytest.raises(ConfigError, match=r"needs timm: pip install timm"):
             Architecture("timm/test_resnet").build()
 
     def test_an_absent_function_of_ones_own_file_is_told_the_nearest(self, tmp_path):
