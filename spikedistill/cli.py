@@ -279,7 +279,7 @@ def _reproduce(arguments: Sequence[str]) -> None:
 
         Args:
             study: kdsnn-pairs, kdsnn-timesteps, kdsnn-mnist, kdsnn-noise or kdsnn-energy.
-            budget: full is the paper's scale, for a GPU; small is for two cores and some hours (mnist: the same).
+            budget: full is of the paper's size, for a GPU; small is for two cores and some hours (mnist: the same).
             data_dir: where named data sets lie.
             runs: where run directories go; the same command goes on with what lies there.
             out: where STUDY.csv, STUDY.md and pictures go; a page of all studies is written beside it, as OUT.md.

@@ -1,9 +1,10 @@
 """Corrupted images, each with five severities, on raw pixels: the inputs of the noise-immunity suite.
 
-Natural corruptions and four of the noises follow Hendrycks and Dietterich (arXiv 1903.12261) with the constants that
-their code uses for CIFAR-10-C. Frost there pastes photographs of ice, which are not redistributed here: ``frost`` draws
-its crystals from fractal noise instead, and snow draws its flakes likewise; both say so by their docstrings. The other
-noises and their levels are this project's choice.
+Natural corruptions and four of the noises are written anew after Hendrycks and Dietterich (arXiv 1903.12261) with the
+levels of their make_cifar_c.py, and differ in detail: ice is drawn from fractal noise instead of photographs, clouds
+are interpolated noise and rougher, snow falls sideways, elastic changes shear less, glass blur copies neighbours
+instead of exchanging them, zoom blur leaves out a factor that rounding adds there, and grey stays grey under saturate.
+So figures are not those of CIFAR-10-C's files. The other noises and their levels are this project's choice.
 """
 
 import io

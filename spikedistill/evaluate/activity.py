@@ -73,10 +73,11 @@ class Operations:
     """Synaptic operations, counted layer by layer and connection by connection.
 
     An operation is one non-zero input value meeting one non-zero weight: an accumulate (``acs``) where the inputs are
-    spikes, that is zero or one height in every channel, else a multiply-accumulate (``macs``). ``dense`` counts zeros
-    too. Biases do not count. These are the rules of NeuroBench (arXiv 2304.04640): effective ACs and MACs, and dense
-    operations. Beside them, for a network that would run once: ``once``, all connections of a layer, and ``active``,
-    those whose input is not zero at some time step; both summed over images.
+    spikes, that is zero or one height in every channel, else a multiply-accumulate (``macs``). ``dense`` counts
+    all inputs, zeros too. Biases do not count. These are the rules of NeuroBench (arXiv 2304.04640), but that a spike
+    there is 1 or -1, and that its dense operations count weights of zero too. Beside them, for a network that would run
+    once: ``once``, all connections of a layer, and ``active``, those whose input is not zero at some time step; both
+    summed over images.
     """
 
     acs: dict[str, float] = field(default_factory=dict)

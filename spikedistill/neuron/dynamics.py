@@ -44,7 +44,8 @@ class Neuron:
         threshold: where a layer without calibration starts, above 0.
         learn_threshold: whether each layer trains its own threshold.
         initial: potential at the first step in units of the threshold, 0 <= initial < 1.
-        learn_initial: whether each layer trains its own initial potential, one a channel where thresholds are.
+        learn_initial: whether each layer trains its own initial potential, one a channel where thresholds are. While
+            learning it may leave 0..1; this project's choice.
         surrogate: the derivative of the spike.
 
     Raises:
@@ -174,7 +175,8 @@ def measure(
     """T time steps from a state (fresh where None) without graph: spikes ``[T, ...]``, their mean, and its slope.
 
     The slope ``[...]`` is the derivative of the mean over time by a shift of the current that is equal at every step:
-    what the rate-based gradient multiplies with (Yu et al., arXiv 2410.11488, whose eligibility it is at T = 1).
+    what the rate-based gradient multiplies with (Yu et al., arXiv 2410.11488: their eligibility, but for a detached
+    reset to zero).
     """
     exact = current.to(torch.promote_types(current.dtype, torch.float32)) / threshold
     potential = torch.full_like(exact[0], neuron.initial) if state is None else state

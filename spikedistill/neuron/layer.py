@@ -201,6 +201,9 @@ def _spread(values: Tensor, batch: int, by_channel: bool) -> Tensor:
 
 
 def _damped(threshold: Tensor, neurons: int) -> Tensor:
-    """The threshold with its gradient over the root of the layer's size, as in LSQ (arXiv 1902.08153, section 2.2)."""
+    """The threshold with its gradient over the root of how many neurons share it.
+
+    After LSQ (arXiv 1902.08153, section 2.2), whose factor has the number of levels too.
+    """
     scale = 1.0 / math.sqrt(neurons)
     return threshold * scale + (threshold * (1.0 - scale)).detach()

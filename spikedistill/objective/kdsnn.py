@@ -2,8 +2,9 @@
 
 The paper describes a response-based form (soft labels with a temperature, section 3.2) and a feature-based form (inner
 layers of both networks), each joined with the labels in one loss. Its weights, temperature, layers and distances were
-not available to us: the response form below is that of Hinton et al. (arXiv 1503.02531), the feature form follows Heo
-et al. (arXiv 1904.01866), and every constant is this project's choice.
+not available to us: the response form below is that of Hinton et al. (arXiv 1503.02531), the feature form takes
+margin ReLU and partial L2 from Heo et al. (arXiv 1904.01866) as options. Comparing the ends of stages, dividing by the
+teacher's mean square, equal weights of pairs and every constant are this project's choice.
 """
 
 import math
@@ -41,7 +42,7 @@ def feature_distance(student: Tensor, teacher: Tensor, partial: bool = False) ->
     Args:
         student: time-averaged features ``[B, ...]``, already of the teacher's shape.
         teacher: the teacher's features ``[B, ...]``.
-        partial: leave out places where the teacher is not positive and the student lies below it (Heo et al., eq. 2).
+        partial: leave out places where the teacher is not positive and the student lies below it (Heo et al.).
     """
     size = torch.linalg.vector_norm(teacher).square() / teacher.numel()
     wanted = torch.where((student <= teacher) & (teacher <= 0), student.detach(), teacher) if partial else teacher
@@ -49,7 +50,7 @@ def feature_distance(student: Tensor, teacher: Tensor, partial: bool = False) ->
 
 
 def margin_relu(teacher: Tensor) -> Tensor:
-    """``max(x, m)`` with m a channel's mean negative response, here of the batch (Heo et al., section 3.1).
+    """``max(x, m)`` with m a channel's mean negative response, here of the batch (Heo et al.).
 
     Features must be those before an activation; after one there is nothing below 0 and nothing changes.
     """
@@ -195,7 +196,9 @@ class KDSNNFeature(Objective):
 
 @dataclass(frozen=True)
 class KDSNN(Objective):
-    """Both forms at once: ``(1 - alpha) CE + alpha tau^2 KL + weight x`` the distance of inner features.
+    """Both forms at once, this project's combination.
+
+    ``(1 - alpha) CE + alpha tau^2 KL + weight x`` the distance of inner features.
 
     Args: those of ``KDSNNResponse`` and ``KDSNNFeature``.
     """

@@ -342,7 +342,7 @@ def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
         f"## {study.title}\n\n"
         f"`spikedistill reproduce {study.name} --budget {study.budget}`, {datetime.date.today().isoformat()}, on"
         f" {'; '.join(machines)}. Test set, last epoch. Seeds: {seeds}. Epochs:"
-        f" {', '.join(epochs)}.\nThe paper's claim: {study.claim}.\n\n{shown}"
+        f" {', '.join(epochs)}.\nThe paper's claim, as readers report it: {study.claim}.\n\n{shown}"
     )
 
 

@@ -1,9 +1,11 @@
 """The comparisons of the KDSNN paper (Xu et al., CVPR 2023, arXiv 2304.05627) as recipes of recipes.
 
-A study names its teachers and its cells: one cell a student, method and seed. ``full`` has the paper's networks, for a
-GPU; ``small`` has one teacher and few epochs at a quarter of the width, for two cores. The paper gives no
-training schedule, so both schedules are this project's choice. A student of its teacher's own architecture starts from
-the teacher's weights, any other from fresh ones.
+A study names its teachers and its cells: one cell a student, method and seed. ``full`` has networks of the paper's
+size, for a GPU; ``small`` has one teacher and few epochs at a quarter of the width, for two cores. The paper's text was
+not available to us: its claims are quoted from notes of readers, and schedules, noises and some of the networks
+(ResNet-18 as a teacher, VGG-9) are this project's choice. A student of its teacher's own architecture starts from the
+teacher's weights (its direct rival too, so distillation gains less than over training from scratch), any other from
+fresh ones.
 """
 
 import dataclasses
@@ -87,7 +89,7 @@ PAIRS: dict[Budget, tuple[tuple[str, str], ...]] = {
 
 
 def kdsnn_pairs(budget: Budget, data_dir: str | None, runs: Path) -> Study:
-    """Like and unlike pairs on CIFAR-10, T=4: direct, response, feature and joint (the paper's table 1)."""
+    """Like and unlike pairs on CIFAR-10, T=4: direct, response, feature (the paper's table 1), and both at once."""
     base = _Base(budget, data_dir, runs)
     cells = [
         base.cell(teacher, student, method, seed)

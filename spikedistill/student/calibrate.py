@@ -133,7 +133,8 @@ def choose_threshold(activations: Tensor, stairs: Tensor, rule: Rule, percentile
     Args:
         activations: a flat sample of what the ANN's activation returns.
         stairs: the neuron's ``staircase``.
-        rule: ``least-squares`` minimises the squared difference of activation and ``threshold x rate``; ``max`` and
+        rule: ``least-squares`` minimises the squared difference of activation and ``threshold x rate`` (after
+            Li et al., arXiv 2106.06984; here on the neuron's own staircase); ``max`` and
             ``percentile`` take the largest activation, or the value below which that share of the positive ones lies
             (Rueckauer et al., 2017, doi 10.3389/fnins.2017.00682, section 2.2.2, take 99.9 over all).
         percentile: for the rule of that name, 0..100.

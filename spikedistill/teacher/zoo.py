@@ -215,7 +215,7 @@ def wrn28_4(classes: int = 10, channels: int = 3, width: int = 64) -> ResidualNe
 def pyramidnet18(classes: int = 10, channels: int = 3, width: int = 64) -> ResidualNet:
     """PyramidNet of 18 layers (Han et al., arXiv 1610.02915): eight blocks, growing evenly from width to 8 x width.
 
-    KDSNN names a "Pyramidnet18" and gives no widening; 7 x width is this project's choice.
+    KDSNN names a "Pyramidnet18", whose widening is not known to us; 7 x width is this project's choice.
     """
     sizes = [width + round(7 * width * step / 8) for step in range(1, 9)]
     stages = [sizes[0:2], sizes[2:4], sizes[4:6], sizes[6:8]]
