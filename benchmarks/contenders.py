@@ -107,7 +107,7 @@ class Own(Kit):
     """spikedistill: the ANN converted, gradient exact or rate-based."""
 
     gradient = "exact"
-    recompute = False
+    recompute = "nothing"
     kept: Any = None
 
     def build(self) -> nn.Module:
@@ -173,7 +173,13 @@ class OwnRate(Own):
 class OwnRecompute(Own):
     """spikedistill with the exact gradient and activation checkpointing."""
 
-    recompute = True
+    recompute = "stages"
+
+
+class OwnLean(Own):
+    """spikedistill with the exact gradient, all but convolutions computed again."""
+
+    recompute = "neurons"
 
 
 class SpikingJelly(Kit):
@@ -279,6 +285,7 @@ KITS: dict[str, type[Kit]] = {
     "ann": Kit,
     "exact": Own,
     "exact-recompute": OwnRecompute,
+    "exact-lean": OwnLean,
     "rate": OwnRate,
     "spikingjelly": SpikingJelly,
     "spikingjelly-memopt": SpikingJellyMemopt,

@@ -10,7 +10,7 @@ memory, as its training does; SpikingJelly leaves it to the C library, as a user
 
 from rivals import Contender, Figures, finish, median, options
 
-CONTENDERS = ("ann", "exact", "exact-recompute", "rate", "spikingjelly", "spikingjelly-memopt")
+CONTENDERS = ("ann", "exact", "exact-lean", "exact-recompute", "rate", "spikingjelly", "spikingjelly-memopt")
 
 
 def main() -> None:

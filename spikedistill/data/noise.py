@@ -2,9 +2,8 @@
 
 Natural corruptions and four of the noises are written anew after Hendrycks and Dietterich (arXiv 1903.12261) with the
 levels of their make_cifar_c.py, and differ in detail: ice is drawn from fractal noise instead of photographs, clouds
-are interpolated noise and rougher, snow falls sideways, elastic changes shear less, glass blur copies neighbours
-instead of exchanging them, zoom blur leaves out a factor that rounding adds there, and grey stays grey under saturate.
-So figures are not those of CIFAR-10-C's files. The other noises and their levels are this project's choice.
+are interpolated noise, glass blur copies neighbours instead of exchanging them, and grey stays grey under saturate. So
+figures are not those of CIFAR-10-C's files. The other noises and their levels are this project's choice.
 """
 
 import io
@@ -180,11 +179,15 @@ def defocus_blur(x: Image, level: tuple[float, float], generator: Generator) -> 
 
 def motion_blur(x: Image, level: tuple[int, float], generator: Generator) -> Tensor:
     """Blur along a line at a random angle of -45..45 degrees: (radius, deviation)."""
-    radius, deviation = level
+    return _streaked(x, *level, 0.0, generator)
+
+
+def _streaked(x: Tensor, radius: int, deviation: float, turn: float, generator: Generator) -> Tensor:
+    """Each image blurred along a line, at most 45 degrees from the angle ``turn`` (in radians, 0 is to the right)."""
     steps = torch.arange(2 * radius + 1, dtype=torch.float32)
     weights = torch.exp(-0.5 * (steps / deviation) ** 2)
     weights = weights / weights.sum()
-    angle = (torch.rand(len(x), generator=generator) - 0.5) * math.pi / 2
+    angle = turn + (torch.rand(len(x), generator=generator) - 0.5) * math.pi / 2
     blurred = torch.zeros_like(x)
     for step, weight in zip(steps.tolist(), weights.tolist()):
         if weight > 1e-4:
@@ -205,14 +208,13 @@ def _sampled(x: Tensor, grid: Tensor, padding: str = "border") -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
-def zoom_blur(x: Image, most: float, generator: Generator) -> Tensor:
-    """The mean of the image and its enlargements by 1.00, 1.01, ... below ``most``."""
-    factors = [1 + 0.01 * step for step in range(round((most - 1) * 100))]
+def zoom_blur(x: Image, enlargements: int, generator: Generator) -> Tensor:
+    """The mean of the image and so many enlargements of it, by 1.00, 1.01, 1.02 and so on."""
     total = x.clone()
-    for factor in factors:
-        moves = torch.eye(2, 3).repeat(len(x), 1, 1) / factor
+    for step in range(enlargements):
+        moves = torch.eye(2, 3).repeat(len(x), 1, 1) / (1 + 0.01 * step)
         total += _sampled(x, F.affine_grid(moves, list(x.shape), align_corners=False))
-    return total / (len(factors) + 1)
+    return total / (enlargements + 1)
 
 
 def _fractal(batch: int, size: int, decay: float, generator: Generator) -> Tensor:
@@ -233,10 +235,10 @@ def _square(x: Tensor, decay: float, generator: Generator) -> Tensor:
 
 
 def fog(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
-    """Fractal clouds over the image, its brightest value kept: (thickness, decay from scale to scale)."""
+    """Fractal clouds over the image, its brightest value kept: (thickness, decay of the root of each finer scale)."""
     thickness, decay = level
     most = x.amax((1, 2, 3), keepdim=True)
-    return (x + thickness * _square(x, decay, generator)) * most / (most + thickness)
+    return (x + thickness * _square(x, decay**2, generator)) * most / (most + thickness)
 
 
 def frost(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
@@ -247,16 +249,22 @@ def frost(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
 
 
 def snow(x: Image, level: tuple[float, float, float, float, int, float, float], generator: Generator) -> Tensor:
-    """Flakes in motion over a whitened image: (mean, deviation, size, least, radius, blur, share kept)."""
+    """Falling flakes over a whitened image: (mean, deviation, size, least, radius, blur, share kept)."""
     mean, deviation, size, least, radius, blur, kept = level
     _, _, height, width = x.shape
     flakes = mean + deviation * torch.randn(len(x), 1, height, width, generator=generator)
     moves = torch.eye(2, 3).repeat(len(x), 1, 1) / size
     flakes = _sampled(flakes, F.affine_grid(moves, list(flakes.shape), align_corners=False))
     flakes = torch.where(flakes < least, 0.0, flakes).clamp(0, 1)
-    flakes = motion_blur(flakes, (radius, blur), generator)
-    white = torch.maximum(x, x.mean(1, keepdim=True) * 1.5 + 0.5)
+    flakes = _streaked(flakes, radius, blur, -math.pi / 2, generator)
+    white = torch.maximum(x, _luminance(x) * 1.5 + 0.5)
     return kept * x + (1 - kept) * white + flakes + flakes.flip(2, 3)
+
+
+def _luminance(x: Tensor) -> Tensor:
+    """Colours as grey ``[B, 1, H, W]``; channels that are not colours as their mean."""
+    weights = torch.tensor([0.299, 0.587, 0.114]) if x.shape[1] == 3 else torch.full((x.shape[1],), 1 / x.shape[1])
+    return (x * weights.view(-1, 1, 1)).sum(1, keepdim=True)
 
 
 def brightness(x: Image, more: float, generator: Generator) -> Tensor:
@@ -305,11 +313,19 @@ def _through_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
 
 
 def elastic(x: Image, level: tuple[float, float, float], generator: Generator) -> Tensor:
-    """Bent by a smooth field after a small affine move: (strength, smoothness, move), in shares of the side."""
+    """Bent by a smooth field after an affine move: (strength, smoothness, move), in shares of the side.
+
+    The affine move takes three corners of a square of two thirds of the side each up to ``move`` away, both ways.
+    """
     strength, smoothness, move = level
     _, _, height, width = x.shape
+    side = min(height, width)
+    reach = 2 * max(1, side // 3) / side  # from the centre to the square's edges, where half the side is 1
+    near, beside, far = 2 * move * (2 * torch.rand(3, len(x), 2, generator=generator) - 1)
     theta = torch.eye(2, 3).repeat(len(x), 1, 1)
-    theta += (2 * torch.rand(len(x), 2, 3, generator=generator) - 1) * move
+    theta[:, :, 0] += (beside - far) / (2 * reach)
+    theta[:, :, 1] += (near - beside) / (2 * reach)
+    theta[:, :, 2] += (near + far) / 2
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     if strength:
         field = 2 * torch.rand(len(x), 2, height, width, generator=generator) - 1
@@ -333,7 +349,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     ),
     "defocus-blur": Corruption(defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)), "natural"),
     "motion-blur": Corruption(motion_blur, ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5)), "natural"),
-    "zoom-blur": Corruption(zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26), "natural"),
+    "zoom-blur": Corruption(zoom_blur, (7, 12, 16, 21, 26), "natural"),
     "fog": Corruption(fog, ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75)), "natural"),
     "frost": Corruption(frost, ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)), "natural"),
     "snow": Corruption(

@@ -5,10 +5,11 @@ These are estimates from counted operations, not measurements of a chip. Every c
 pJ, 8-bit multiply 0.2 pJ; 64 bits from an 8 KiB cache: 10 pJ).
 
 The ANN of equal information is the student's own network, run once with activations of ``ceil(log2(T + 1))`` bits: T
-steps tell T + 1 values apart (Yan et al., arXiv 2409.08290). How memory is used is this project's choice, without any
-reuse: an accumulate reads its weight and reads and writes the potential it adds to; each neuron's potential is read and
-written once more at every step; a multiply-accumulate reads weight and activation and adds in a register; each
-activation is written once.
+steps tell T + 1 values apart (Yan et al., arXiv 2409.08290). This project's choices: a multiplication of fewer bits
+costs in proportion to them, potentials have 16 bits, a neuron's own arithmetic (leak, comparison, reset) costs nothing.
+How memory is used is its choice too, without any reuse: an accumulate reads its weight and reads and writes the
+potential it adds to; each neuron's potential is read and written once more at every step; a multiply-accumulate reads
+weight and activation and adds in a register; each activation is written once.
 """
 
 import math

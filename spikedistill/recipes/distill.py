@@ -111,8 +111,9 @@ class StudentChoice:
     gradient: Literal["exact", "rate", "quantised"] = "exact"
     """Through every time step; through rates alone: half the time at T=4, and nearly constant in T; or of the quantised
     stand-in of T levels, which has no time and costs what an ANN costs."""
-    recompute: bool = False
-    """Compute activations again instead of keeping them: less memory, one more forward pass (gradient=exact)."""
+    recompute: Literal["nothing", "neurons", "stages"] = "nothing"
+    """Less memory (gradient=exact): compute again, instead of keeping, all but convolutions (neurons), for little time;
+    or all of a stage (stages), for one more forward pass."""
     surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] | None = None
     """Stand-in for the derivative of a spike; by default rectangle, for fresh weights triangle."""
     rule: Literal["least-squares", "max", "percentile"] = "least-squares"

@@ -17,7 +17,7 @@ from spikedistill.student.calibrate import Rule, channel_means, correct_biases, 
 from spikedistill.student.coding import Coding, Direct
 from spikedistill.student.quantised import quantised_run
 from spikedistill.student.rate import rate_run
-from spikedistill.student.recompute import recomputed_run
+from spikedistill.student.recompute import Recompute, recomputed_run
 from spikedistill.student.surgery import MaxPool, Place, find_places, insert_neurons, trace
 from spikedistill.teacher.load import Normalised
 from spikedistill.teacher.zoo import initialise
@@ -81,8 +81,9 @@ class Student(nn.Module):
     Attributes:
         gradient: how gradients are handed back in training.
         ends: for each module path of the ANN the node of ``core`` that carries its output, in order of execution.
-        recompute: whether activations are computed again for the exact gradient instead of kept: the same gradient from
-            less memory, for one more forward pass. The rate-based gradient keeps little and stays as it is.
+        recompute: what is computed again for the exact gradient instead of kept: the same gradient from less memory.
+            ``"nothing"``; ``"neurons"``, all but convolutions, for little time; ``"stages"``, all, for one more forward
+            pass. The rate-based gradient keeps little and stays as it is.
     """
 
     mean: Tensor
@@ -102,7 +103,7 @@ class Student(nn.Module):
         self.coding = coding
         self.timesteps = timesteps
         self.gradient: Gradient = "exact"
-        self.recompute = False
+        self.recompute: Recompute = "nothing"
         self.tapped: tuple[str, ...] = ()
         self.ends = ends
         self._group: str = core.meta["neurons"]
@@ -210,7 +211,10 @@ class Student(nn.Module):
 
     def _through(self, *given: Any) -> Any:
         """The graph's results, with what ``recompute`` asks for."""
-        return recomputed_run(self.core, *given) if self.recompute and torch.is_grad_enabled() else self.core(*given)
+        one_of("recompute", self.recompute, get_args(Recompute))
+        if self.recompute == "nothing" or not torch.is_grad_enabled():
+            return self.core(*given)
+        return recomputed_run(self.core, self.recompute == "stages", *given)
 
     def _normalised(self, images: Tensor) -> Tensor:
         dims, channels = self._takes

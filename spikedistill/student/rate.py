@@ -68,13 +68,13 @@ class _Norm(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """Forward the mean that the first pass kept; backward the convolution's own."""
+    """Forward a result that is known; backward the convolution's own."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, layer: Any) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, layer: Any) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.layer, ctx.bias = layer, bias is not None
-        return mean
+        return result
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
@@ -96,9 +96,15 @@ class _Convolution(torch.autograd.Function):
         return to_x, to_weight, to_bias, None, None
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is a convolution whose backward pass is known: zero padding by numbers, no parametrisation."""
     return type(layer) in CONVOLUTIONS and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def known_convolution(layer: Any, x: Tensor, result: Tensor) -> Tensor:
+    """What a plain convolution made of ``x``, or the mean of that over time, with the convolution's gradients."""
+    bias = None if layer.bias is None else layer.bias.to(result.dtype)
+    return _Convolution.apply(x.to(result.dtype), layer.weight.to(result.dtype), bias, result, layer)
 
 
 class _Pass(fx.Interpreter):
@@ -133,7 +139,7 @@ class _Spiking(_Pass):
         if isinstance(layer, NORMS) and layer.training:
             return self._norm(layer, args[0])
         result = super().call_module(target, args, kwargs)
-        if _is_plain(layer):
+        if is_plain(layer):
             self.kept[self.current] = (self._mean(result),)
         return result
 
@@ -166,11 +172,9 @@ class _Means(_Pass):
         if isinstance(layer, NORMS) and layer.training:
             mean, inverse = self.kept.pop(self.current)
             return _Norm.apply(args[0], layer.weight, layer.bias, mean, inverse, layer.eps)
-        if _is_plain(layer):
+        if is_plain(layer):
             (mean,) = self.kept.pop(self.current)
-            given = (args[0], layer.weight, layer.bias)
-            x, weight, bias = (None if tensor is None else tensor.to(mean.dtype) for tensor in given)
-            return _Convolution.apply(x, weight, bias, mean, layer)
+            return known_convolution(layer, args[0], mean)
         return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

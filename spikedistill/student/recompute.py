@@ -5,6 +5,9 @@ of its blocks. State is an argument and a result of the graph, so a stage that r
 exceptions that are made here: batch norms move their running statistics in the first run alone, and hooks on neurons
 (``evaluate.activity``) hear the first run alone. The last stage keeps what it computes: its gradient is due at once.
 
+A stage may also keep what its convolutions gave. Then batch norms, additions and neurons alone run again, which costs
+little time, and of the three tensors between one convolution and the next (its result, normed, as spikes) one is kept.
+
 This is for gradients through all time steps. The rate-based gradient keeps three tensors ``[B, ...]`` a layer, all of
 them results of the T steps; to compute them again from the spikes ``[T*B, ...]`` that enter a stage would save nothing.
 """
@@ -12,32 +15,41 @@ them results of the T steps; to compute them again from the spikes ``[T*B, ...]`
 import contextlib
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from spikedistill.neuron.layer import Spiking
+from spikedistill.student.rate import is_plain, known_convolution
 
+Recompute = Literal["nothing", "neurons", "stages"]
+"""What is computed again when its gradient is due: nothing, all but convolutions, or all of a stage."""
 FEWEST, MOST = 2, 4
 """Layers of neurons in a stage; between the two it ends where the fewest signals cross, and sooner where as few do."""
 
 
-def recomputed_run(core: fx.GraphModule, *given: Any) -> Any:
+def recomputed_run(core: fx.GraphModule, convolutions: bool, *given: Any) -> Any:
     """What ``core(*given)`` returns, with the same gradients from less memory.
 
     A network that cannot be cut, since it has three layers of neurons or fewer, keeps what it always did.
+
+    Args:
+        core: a student's graph.
+        convolutions: whether they are computed again too.
+        given: what the graph takes.
     """
     nodes = list(core.graph.nodes)
     values: dict[fx.Node, Any] = dict(zip(nodes, given))
     *before, last = stages(core)
     for part in before:
-        stage = _Stage(core, part)
+        stage = _Stage(core, part, convolutions)
         results = checkpoint(stage, *(values[node] for node in stage.reads), use_reentrant=False)
         values.update(zip(stage.returns, results))
         values = {node: value for node, value in values.items() if stage.end < max(node.users, default=node)}
-    stage = _Stage(core, last)
+    stage = _Stage(core, last, True)
     return stage(*(values[node] for node in stage.reads))[-1]
 
 
@@ -96,13 +108,15 @@ def _changes(core: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
 class _Stage(fx.Interpreter):
     """Some nodes of the graph as a function of the values that they read; it returns those that are read after them."""
 
-    def __init__(self, core: fx.GraphModule, nodes: list[fx.Node]) -> None:
+    def __init__(self, core: fx.GraphModule, nodes: list[fx.Node], convolutions: bool) -> None:
         super().__init__(core, garbage_collect_values=False)
         own = set(nodes)
         self.nodes, self.end = nodes, nodes[-1]
         self.reads = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own))
         self.returns = [node for node in nodes if node.op == "output" or any(user not in own for user in node.users)]
-        self.again = False
+        self.again, self.convolutions = False, convolutions
+        self.kept: dict[str, tuple[Tensor, int]] = {}
+        self.current = ""
 
     def __call__(self, *values: Any) -> tuple[Any, ...]:
         self.env = dict(zip(self.reads, values))
@@ -116,12 +130,28 @@ class _Stage(fx.Interpreter):
         finally:
             self.env, self.again = {}, True
 
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n.name
+        return super().run_node(n)
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
+        if not self.convolutions and is_plain(layer):
+            return self._convolution(layer, *args, **kwargs)
         if self.again and isinstance(layer, Spiking):
             return layer.forward(*args, **kwargs)
         with _unmoved(layer) if self.again and isinstance(layer, _BatchNorm) else contextlib.nullcontext():
             return layer(*args, **kwargs)
+
+    def _convolution(self, layer: Any, x: Tensor) -> Tensor:
+        """Its result, of the first run if that was kept and nothing was written over it."""
+        result, version = self.kept.pop(self.current, (None, 0))
+        if result is None or result._version != version:
+            with torch.no_grad():
+                result = layer(x)
+        if not self.again:
+            self.kept[self.current] = result, result._version
+        return known_convolution(layer, x, result)
 
 
 @contextlib.contextmanager

@@ -127,6 +127,29 @@ class TestClosedForms:
         assert moved[0, 0, 0].tolist() == pytest.approx([0, 0, 0, 1, 0, 0, 0, 0], abs=1e-5)
         assert moved[1, 0, 0].tolist() == pytest.approx([0, 0.5, 0.5, 0, 0, 0, 0, 0], abs=1e-5)
 
+    def test_snow_falls_and_motion_blur_drives(self):
+        x = torch.rand(40, 1, 32, 32, generator=Generator().manual_seed(0))
+
+        def steps(changed):
+            return [float(changed.diff(dim=dim).abs().mean()) for dim in (2, 3)]
+
+        falling = noise.snow(torch.zeros(40, 3, 32, 32), CORRUPTIONS["snow"].levels[4], Generator().manual_seed(0))
+        down, right = steps(falling)
+        assert down < 0.8 * right
+        down, right = steps(noise.motion_blur(x, CORRUPTIONS["motion-blur"].levels[4], Generator().manual_seed(0)))
+        assert right < 0.8 * down
+
+    @pytest.mark.parametrize("height, width", [(32, 32), (48, 32)])
+    def test_an_elastic_image_has_three_corners_moved_as_far_as_stated(self, height, width):
+        move, side = 0.05, min(height, width)
+        ramp = torch.arange(width, dtype=torch.float32).expand(4000, 1, height, width)
+        slopes = noise.elastic(ramp, (0.0, 0.0, move), Generator().manual_seed(0))
+        slope = (slopes[:, 0, height // 2, width // 2] - slopes[:, 0, height // 2, width // 2 - 4]) / 4 - 1
+        # Two corners, a distance of 2 * (side // 3) apart, each moved by up to move * width along this axis.
+        apart = 2 * (side // 3) * width / side
+        assert float(slope.abs().max()) <= 2 * move * width / apart + 1e-3
+        assert float(slope.std()) == pytest.approx((2 / 3) ** 0.5 * move * width / apart, rel=0.05)
+
     def test_jpeg_keeps_even_areas_and_loses_fine_detail(self):
         assert distance(corrupt(grey(90, 2), "jpeg", 5), grey(90, 2)) < 1.5 / 255
         generator = Generator().manual_seed(0)

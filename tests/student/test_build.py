@@ -394,6 +394,13 @@ def test_a_gradient_that_is_none_is_refused():
         student(images())
 
 
+def test_what_cannot_be_computed_again_is_refused():
+    student, _ = convert(net())
+    student.recompute = True
+    with pytest.raises(ConfigError, match=r"There is no recompute 'True'\. Known: neurons, nothing, stages"):
+        student(images())
+
+
 @pytest.mark.parametrize("neuron", [ROUNDING, replace(PLIF, learn_threshold=True)], ids=["rounding", "plif"])
 class TestAsAnyModule:
     given = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
