@@ -4,7 +4,8 @@
     python benchmarks/main_job.py --only teacher kdsnn ...                    # some of them
 
 Runs go to runs/NAME; a finished one is kept, an interrupted one goes on from its checkpoint. The stranger's ResNet-20
-(91.73 %) is that of akamaster/pytorch_resnet_cifar10 (BSD-2), its network in examples/resnet20_cifar.py.
+(91.73 %) is that of akamaster/pytorch_resnet_cifar10 (BSD-2), its network in examples/resnet20_cifar.py; its student
+is trained in three stages, each from what came out of the one before.
 """
 
 import argparse
@@ -19,29 +20,33 @@ UNLIKE = ["--student", "vgg9", "--student-width", "32", "--epochs", "12", "--lr"
 STRANGER = [
     *("--teacher-network", f"{HERE}/examples/resnet20_cifar.py:resnet20"),
     *("--teacher-mean", "0.485", "0.456", "0.406", "--teacher-std", "0.229", "0.224", "0.225"),
-    *("--per-channel", "--learn-initial", "--temperature", "4", "--alpha", "0.9"),
-    *("--lr", "0.05", "--ema", "0.999", "--epochs", "24", "--cutout", "0"),
+    *("--per-channel", "--learn-initial", "--temperature", "4", "--alpha", "0.9", "--ema", "0.999", "--cutout", "0"),
 ]
 RUNS: dict[str, tuple[str, list[str]]] = {
     "teacher": ("teach", []),
     "kdsnn": ("distill", []),
     "direct": ("distill", ["--method", "direct"]),
     "scratch": ("distill", ["--method", "direct", *FRESH]),
-    "stranger": ("distill", STRANGER),
+    "stranger": ("distill", [*STRANGER, "--lr", "0.05", "--epochs", "24"]),
+    "stranger-2": ("distill", [*STRANGER, "--lr", "0.03", "--epochs", "12"]),
+    "stranger-3": ("distill", [*STRANGER, "--lr", "0.03", "--epochs", "10", "--learn-threshold"]),
     "unlike-direct": ("distill", ["--method", "direct", *UNLIKE]),
     "unlike-feature": ("distill", ["--method", "kdsnn-feature", *UNLIKE]),
     "unlike-kdsnn": ("distill", ["--method", "kdsnn", *UNLIKE]),
 }
 """Name -> command of spikedistill and what differs from the recipe 'cifar10'. All: seed 0, recipe of the package."""
+START = {"stranger-2": "stranger", "stranger-3": "stranger-2"}
+"""Which run a stage goes on from."""
 
 
 def command(name: str, runs: Path, data_dir: str, stranger: str) -> list[str]:
     kind, options = RUNS[name]
-    teacher = stranger if name == "stranger" else str(runs / "teacher")
+    teacher = stranger if name.startswith("stranger") else str(runs / "teacher")
+    start = ["--start", str(runs / START[name])] if name in START else []
     given = [] if kind == "teach" else ["--teacher", teacher]
     resumed = ["--resume"] if (runs / name).exists() else []
     out = ["--data-dir", data_dir, "--out", str(runs / name)]
-    return [sys.executable, "-m", "spikedistill", kind, "cifar10", *given, *options, *out, *resumed]
+    return [sys.executable, "-m", "spikedistill", kind, "cifar10", *given, *options, *start, *out, *resumed]
 
 
 def main() -> None:
