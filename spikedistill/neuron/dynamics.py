@@ -86,7 +86,7 @@ IF = Neuron()
 LIF = Neuron(leak=0.5)
 """Leaky integrate and fire: half of the potential is left after each step (tau = 2)."""
 PLIF = Neuron(leak=0.5, learn_leak=True, decay_input=True, reset=Reset.ZERO)
-"""LIF with a leak trained per layer, as its paper has it."""
+"""LIF with a leak trained per layer, decayed input and reset to zero, as its paper has it (there with arctan)."""
 
 NEURONS: dict[str, Neuron] = {"if": IF, "lif": LIF, "plif": PLIF}
 

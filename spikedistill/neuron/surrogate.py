@@ -69,7 +69,9 @@ class ATan:
 
 @dataclass(frozen=True)
 class Triangle:
-    """``max(0, width - |u|) / width^2`` (Bellec et al., arXiv 1803.09574; with width 1 that of TET, arXiv 2202.11946).
+    """``max(0, width - |u|) / width^2`` (TET, arXiv 2202.11946, with width 1).
+
+    Bellec et al. (arXiv 1803.09574) damp theirs by 0.3; here it keeps the area of 1.
 
     >>> Triangle(width=1.0).gradient(torch.tensor([-1.0, -0.5, 0.0, 0.5])).tolist()
     [0.0, 0.5, 1.0, 0.5]

@@ -15,7 +15,7 @@ def cross_entropy_of_mean(logits: Logits, labels: Labels, label_smoothing: float
 
 
 def cross_entropy_per_step(logits: Logits, labels: Labels, label_smoothing: float = 0.0) -> Tensor:
-    """``mean_t CE(z_t, y)``: every time step is judged on its own (TET, arXiv 2202.11946, eq. 9)."""
+    """``mean_t CE(z_t, y)``: every time step is judged on its own (TET, arXiv 2202.11946)."""
     steps = logits.shape[0]
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat(steps), label_smoothing=label_smoothing)
 

@@ -239,8 +239,8 @@ def _followed(cell: Cell, progress: Progress) -> list[float]:
 
 
 NOISE_COLUMNS = """Accuracies in percent; `noise` and `natural` are means over their members and five severities. mCE,
-the mean corruption error of the natural ones, is better below 100. Better: a larger area under the curve from severity
-0 to 5.
+the mean corruption error of the natural ones (Hendrycks and Dietterich, arXiv 1903.12261) with the direct student as
+its baseline of 100, is better when small. Better: a larger area under the curve from severity 0 to 5.
 
 """
 ENERGY_COLUMNS = """Of one image. AC: an accumulate, where a spike meets a weight; MAC: a multiply-accumulate. The ANN

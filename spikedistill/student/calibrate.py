@@ -213,7 +213,7 @@ def correct_biases(
 ) -> None:
     """Shift the biases before every layer of neurons so that its channels answer as the ANN's do on average.
 
-    The bias correction of Li et al. (ICML 2021, arXiv 2106.06984, section 4.2), layer after layer: what a layer still
+    The bias correction of Li et al. (ICML 2021, arXiv 2106.06984), layer after layer: what a layer still
     lacks after the ones before it are corrected is added to the batch norm, convolution or linear layer that feeds it.
     A layer fed by nothing that has a bias of its own stays as it is.
 
