@@ -27,9 +27,10 @@ class Augment:
         flip: mirror half of the images left to right; where told whose turn it is, each every other time.
         cutout: side in pixels of a square set to zero (0: none; DeVries and Taylor, arXiv 1708.04552).
         policy: ``none``, ``trivial`` (TrivialAugment, arXiv 2103.10158) or ``autoaugment`` (arXiv 1805.09501).
+        noise: largest standard deviation of Gaussian noise in units of the whole range, 0 to 1 (0: none).
 
     Raises:
-        ConfigError: if a size is negative or the policy unknown.
+        ConfigError: if a size is negative, the noise outside 0 to 1 or the policy unknown.
     """
 
     crop: int = 0
@@ -37,10 +38,13 @@ class Augment:
     cutout: int = 0
     policy: str = "none"
     border: Literal["zeros", "mirror"] = "zeros"
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.crop < 0 or self.cutout < 0:
             raise ConfigError(f"crop (={self.crop}) and cutout (={self.cutout}) are sizes in pixels: give 0 or more.")
+        if not 0 <= self.noise <= 1:
+            raise ConfigError(f"noise (={self.noise}) is a deviation of pixels in 0..1: give 0 to 1.")
         one_of("augmentation policy", self.policy, POLICIES)
 
     def __call__(self, pixels: Pixels, seed: int, turned: Tensor | None = None) -> Image:
@@ -62,6 +66,8 @@ class Augment:
             images = torch.where(turned[:, None, None, None], images.flip(-1), images)
         if self.cutout:
             images = random_cutout(images, self.cutout, generator)
+        if self.noise:
+            images = random_noise(images, self.noise, generator)
         return images
 
 
@@ -113,6 +119,12 @@ def random_cutout(images: Image, side: int, generator: torch.Generator) -> Image
     rows = _near(torch.arange(height), centre_row, side)
     columns = _near(torch.arange(width), centre_column, side)
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+def random_noise(images: Image, largest: float, generator: torch.Generator) -> Image:
+    """Gaussian noise, of each image its own deviation drawn evenly from 0 to the largest, clipped to 0..1."""
+    deviations = largest * torch.rand(len(images), 1, 1, 1, generator=generator)
+    return (images + deviations * torch.randn(images.shape, generator=generator)).clamp_(0.0, 1.0)
 
 
 def _near(positions: Tensor, centre: Tensor, side: int) -> Tensor:

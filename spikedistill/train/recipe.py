@@ -29,10 +29,12 @@ class Data:
     """Augmentation: side in pixels of an erased square."""
     policy: Literal["none", "trivial", "autoaugment"] = "none"
     """Augmentation: a policy of colour and shape changes."""
+    noise: float = 0.0
+    """Augmentation: largest standard deviation of Gaussian noise, 0 to 1; every image draws its own (0.1 is much)."""
 
     def augment(self) -> Augment:
         """The augmentation that the fields describe."""
-        return Augment(self.crop, self.flip, self.cutout, self.policy, self.border)
+        return Augment(self.crop, self.flip, self.cutout, self.policy, self.border, self.noise)
 
     def faults(self) -> list[str]:
         """What cannot work, one sentence each."""
@@ -43,6 +45,8 @@ class Data:
             faults.append(f"image_size (={self.image_size}) is a side in pixels: 1 or more")
         if self.crop < 0 or self.cutout < 0:
             faults.append(f"crop (={self.crop}) and cutout (={self.cutout}) are sizes in pixels: 0 or more")
+        if not 0 <= self.noise <= 1:
+            faults.append(f"noise (={self.noise}) is a deviation of pixels in 0..1: 0 to 1")
         return faults
 
 

@@ -3,16 +3,17 @@ import random
 import pytest
 import torch
 
-from spikedistill.data.augment import Augment, alternate, random_crop, random_cutout, to_unit
+from spikedistill.data.augment import Augment, alternate, random_crop, random_cutout, random_noise, to_unit
 from spikedistill.errors import ConfigError
 
-EVERYTHING = Augment(crop=2, flip=True, cutout=3, policy="trivial")
+EVERYTHING = Augment(crop=2, flip=True, cutout=3, policy="trivial", noise=0.1)
 EACH = [
     Augment(crop=2),
     Augment(flip=True),
     Augment(cutout=3),
     Augment(policy="trivial"),
     Augment(policy="autoaugment"),
+    Augment(noise=0.1),
     EVERYTHING,
 ]
 
@@ -149,6 +150,20 @@ class TestCutout:
         torch.testing.assert_close(outputs[outputs > 0], images[outputs > 0], rtol=0, atol=0)
 
 
+class TestNoise:
+    def test_deviations_are_drawn_evenly_up_to_the_largest(self):
+        noise = random_noise(torch.full((4000, 1, 16, 16), 0.5), 0.1, seeded()) - 0.5
+        deviations = noise.flatten(1).std(1)
+        assert noise.mean().abs() < 1e-3
+        assert deviations.max() < 0.12
+        quartiles = torch.quantile(deviations, torch.tensor([0.25, 0.5, 0.75]))
+        torch.testing.assert_close(quartiles, torch.tensor([0.025, 0.05, 0.075]), rtol=0, atol=0.004)
+
+    def test_images_stay_between_0_and_1(self, pixels):
+        outputs = random_noise(to_unit(pixels), 1.0, seeded())
+        assert outputs.min() == 0 and outputs.max() == 1
+
+
 @pytest.mark.parametrize("policy", ["trivial", "autoaugment"])
 def test_a_policy_changes_images_in_more_than_one_way(pixels, policy):
     image = pixels[:1].expand(32, -1, -1, -1).contiguous()
@@ -160,6 +175,12 @@ def test_a_policy_changes_images_in_more_than_one_way(pixels, policy):
 def test_a_negative_size_is_refused(wrong):
     with pytest.raises(ConfigError, match=r"=-\d.*give 0 or more"):
         Augment(**wrong)
+
+
+@pytest.mark.parametrize("noise", [-0.1, 1.5, float("nan")])
+def test_noise_outside_its_range_is_refused(noise):
+    with pytest.raises(ConfigError, match=rf"noise \(={noise}\).*give 0 to 1"):
+        Augment(noise=noise)
 
 
 @pytest.mark.parametrize("channels", [2, 4])

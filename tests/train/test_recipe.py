@@ -33,6 +33,7 @@ def test_what_is_given_by_default_has_no_fault():
         (Data(validation=-0.1), "validation (=-0.1) is a share of the training set"),
         (Data(crop=-1), "crop (=-1)"),
         (Data(cutout=-3), "cutout (=-3)"),
+        (Data(noise=1.5), "noise (=1.5)"),
         (Data(image_size=0), "image_size (=0)"),
         (StudentChoice(timesteps=0), "timesteps (=0) must be 1 or more"),
         (StudentChoice(calibration=0), "calibration (=0) must be 1 image or more"),
@@ -71,5 +72,7 @@ def test_all_faults_are_reported_at_once():
 
 
 def test_the_fields_of_data_describe_its_augmentation():
-    assert Data(crop=2, flip=True, cutout=3, policy="trivial").augment() == Augment(2, True, 3, "trivial")
+    assert Data(crop=2, flip=True, cutout=3, policy="trivial", noise=0.1).augment() == Augment(
+        2, True, 3, "trivial", noise=0.1
+    )
     assert Data().augment() == Augment()
