@@ -8,8 +8,9 @@ held),  ``kernels`` (how many were compiled).
 Every contender trains the same ResNet-18 for 32x32 images: direct coding, T steps, LIF with half of the potential left
 after a step and subtractive reset, mean of the outputs, an ANN of the same kind as teacher (its answers with
 temperature 2 and weight 0.7 beside the labels; with 'joint' four stages of features too, ours only; 'cached' takes the
-same from disk), SGD. 'default' is what its users get (float32, the usual memory order),
-'bf16' adds bfloat16 autocast, 'best' channels_last too. The peers run as their documentation has it.
+same from disk), SGD. 'default' is what its users get (float32, the usual memory order), 'quick' adds bfloat16 autocast
+where the processor computes bfloat16 (rivals.py says which), 'best' channels_last too. The peers run as their
+documentation has it.
 """
 
 import argparse
@@ -322,7 +323,8 @@ class Worker:
         self.labels = torch.randint(0, 10, (options.batch,))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.kit.options.setting != "default")
+        options = self.kit.options
+        return torch.autocast("cpu", torch.bfloat16, enabled=options.bf16 and options.setting != "default")
 
     def step(self) -> None:
         self.network.train()
@@ -369,7 +371,8 @@ def resident() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=KITS)
-    parser.add_argument("--setting", choices=("default", "bf16", "best"), default="best")
+    parser.add_argument("--setting", choices=("default", "quick", "best"), default="best")
+    parser.add_argument("--bf16", action="store_true", help="what 'quick' and 'best' compute in; else float32")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)

@@ -3,7 +3,8 @@
     python benchmarks/inference.py [--check]        # ResNet-18 (64-128-256-512), T = 1, 2, 4, 8, two threads; minutes
 
 Each contender in a process of its own, in evaluation mode and without graph; ours with batch norm folded. Ours is timed
-in bfloat16 with and without channels_last, a peer in bfloat16 with channels_last and in float32 as a user writes it
+in the quick number format (bfloat16 where the processor computes it) with and without channels_last, a peer in the
+quick one with channels_last and in float32 as a user writes it
 (all with the same handling of freed memory); at each batch and T the faster setting of each counts. Medians over
 alternating rounds. What early exit saves depends on data: ``spikedistill evaluate RUN --confidence P``.
 """
@@ -25,7 +26,7 @@ def start(name: str, size: list[str]) -> list[Contender]:
             *("--setting", setting, *size),
             environment=None if name == "ours" else KEEP,
         )
-        for setting in ("best", "bf16" if own else "default")
+        for setting in ("best", "quick" if own else "default")
     ]
 
 

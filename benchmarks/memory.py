@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--check]           # ResNet-18 (64-128-256-512), T=4, batch 64, two threads; minutes
 
 Resident peak above the process before the model: what a contender's libraries, network, gradients and activations add
-to a process that has torch alone. Each runs alone in a process of its own, some steps in bfloat16 autocast and
-channels_last, without a teacher (the peer in an environment of its own, made at the first run). Ours keeps freed
+to a process that has torch alone. Each runs alone in a process of its own, some steps in channels_last
+and bfloat16 autocast where the processor computes that, without a teacher (the peer in an environment of its own, made at the first run). Ours keeps freed
 memory, as its training does; SpikingJelly leaves it to the C library, as a user's process does.
 """
 

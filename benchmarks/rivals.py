@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import torch
+
+from spikedistill.train.device import choose_precision
+from spikedistill.train.recipe import Training
+
 HERE = Path(__file__).resolve().parent
 PEERS = {
     "spikingjelly": "spikingjelly==2.0.0",
@@ -25,6 +30,8 @@ TOOLS = {"neurobench": "neurobench==2.2.0"}
 """What else has an environment of its own."""
 ENVIRONMENTS = Path(os.environ.get("SPIKEDISTILL_PEERS", "runs/peers"))
 """Where the peers' environments lie; made at the first use, kept for the next."""
+QUICK = choose_precision(Training(), torch.device("cpu"))
+"""The number format of the quick settings, the same for all: bfloat16 where the processor computes it."""
 Row = dict[str, Any]
 Figures = dict[str, tuple[float, Literal["at least", "at most"], float]]
 """Figure -> what it is, and its bound."""
@@ -70,7 +77,8 @@ class Contender:
     @classmethod
     def start(cls, label: str, name: str, *options: str, environment: dict[str, str] | None = None) -> "Contender":
         """Start one: ``options`` are those of contenders.py."""
-        call = [python_of(name), str(HERE / "contenders.py"), name, *options]
+        bf16 = ["--bf16"] if QUICK.dtype == torch.bfloat16 else []
+        call = [python_of(name), str(HERE / "contenders.py"), name, *options, *bf16]
         said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (lives as long as the process)
         process = subprocess.Popen(
             call,
@@ -132,13 +140,13 @@ def spread(times: list[float]) -> float:
 
 
 def machine() -> str:
-    """The processor's name and how many of them."""
+    """The processor's name, how many of them, and the number format of the quick settings."""
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if line.startswith("model name")
     ]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} processors"
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} processors, {QUICK.dtype}: {QUICK.reason}"
 
 
 def show(rows: list[Row]) -> None:

@@ -8,11 +8,11 @@ DATA = Data(data="mnist", validation=0.05, crop=2)
 
 
 def teacher() -> Teach:
-    """VGG-9 of width 32: ``spikedistill teach mnist``."""
-    return Teach("vgg9", width=32, data=DATA, training=Training(epochs=10, batch_size=128))
+    """VGG-9 of width 16: ``spikedistill teach mnist``."""
+    return Teach("vgg9", width=16, data=DATA, training=Training(epochs=10, batch_size=128))
 
 
 def student() -> Distill:
     """Its T=4 student, inherited, KDSNN: ``spikedistill distill mnist``."""
-    training = Training(epochs=4, batch_size=128, weight_decay=1e-4)
+    training = Training(epochs=3, batch_size=128, weight_decay=1e-4)
     return Distill(TeacherChoice("runs/mnist-teacher"), StudentChoice(timesteps=4), data=DATA, training=training)
