@@ -113,9 +113,9 @@ class Own(Kit):
 
     def build(self) -> nn.Module:
         from spikedistill import Neuron, to_spiking
-        from spikedistill.train.device import keep_freed_memory
+        from spikedistill.train.device import keep_freed_memory, take_large_pages
 
-        keep_freed_memory()
+        take_large_pages() if self.options.lean else keep_freed_memory()
         neuron = Neuron(leak=0.5, initial=0.5)
         student, _ = to_spiking(
             Net(self, self.options.width, self.options.blocks),
@@ -171,13 +171,13 @@ class OwnRate(Own):
     gradient = "rate"
 
 
-class OwnRecompute(Own):
+class OwnStages(Own):
     """spikedistill with the exact gradient and activation checkpointing."""
 
     recompute = "stages"
 
 
-class OwnLean(Own):
+class OwnNeurons(Own):
     """spikedistill with the exact gradient, all but convolutions computed again."""
 
     recompute = "neurons"
@@ -285,8 +285,8 @@ class Sinabs(Kit):
 KITS: dict[str, type[Kit]] = {
     "ann": Kit,
     "exact": Own,
-    "exact-recompute": OwnRecompute,
-    "exact-lean": OwnLean,
+    "exact-stages": OwnStages,
+    "exact-neurons": OwnNeurons,
     "rate": OwnRate,
     "spikingjelly": SpikingJelly,
     "spikingjelly-memopt": SpikingJellyMemopt,
@@ -378,6 +378,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--timesteps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lean", action="store_true", help="ours: return freed memory, as keep_memory=False does")
     parser.add_argument("--teacher", choices=("none", "answers", "joint", "cached"), default="none")
     answers, sys.stdout = sys.stdout, sys.stderr
     worker = Worker(parser.parse_args())

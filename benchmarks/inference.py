@@ -4,9 +4,9 @@
 
 Each contender in a process of its own, in evaluation mode and without graph; ours with batch norm folded. Ours is timed
 in the quick number format (bfloat16 where the processor computes it) with and without channels_last, a peer in the
-quick one with channels_last and in float32 as a user writes it
-(all with the same handling of freed memory); at each batch and T the faster setting of each counts. Medians over
-alternating rounds. What early exit saves depends on data: ``spikedistill evaluate RUN --confidence P``.
+quick one with channels_last and in float32 as a user writes it (all with the same handling of freed memory); at each
+batch and T the faster setting of each counts. Medians over alternating rounds. What early exit saves depends on data:
+``spikedistill evaluate RUN --confidence P``.
 """
 
 from rivals import PEERS, Contender, Figures, Row, finish, in_turn, median, options, spread

@@ -3,9 +3,8 @@
     python benchmarks/scaling.py [--check] [--peers spikingjelly]    # ResNet-18 (64-128-256-512), two threads; minutes
 
 Starting from T=4, two blocks a stage and a batch of 64, one of the three is varied at a time. No teacher in the loop; a
-contender each in a process of its own, the quick number format (bfloat16 where the
-processor computes it) and channels_last, medians over alternating rounds. A contender that
-does not live through a point (memory) is left out there.
+contender each in a process of its own, the quick number format (bfloat16 where the processor computes it) and
+channels_last, medians over alternating rounds. A contender that does not live through a point (memory) is left out.
 """
 
 import sys

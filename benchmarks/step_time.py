@@ -3,10 +3,10 @@
     python benchmarks/step_time.py [--check]        # ResNet-18 (64-128-256-512), T=4, batch 64, two threads; minutes
 
 ResNet-18 for 32x32 images, teacher in the loop, each contender in a process of its own (peers in an environment of
-their own, made at the first run); 'best' is bfloat16 autocast (where the
-processor computes bfloat16) and channels_last, and for the peers the same handling of
-freed memory that ours has; 'default' is float32 as a user writes it. Medians over alternating rounds; each peer takes
-turns with ours, one peer after another, so that every ratio comes from one stretch of time.
+their own, made at the first run); 'best' is bfloat16 autocast (where the processor computes bfloat16) and
+channels_last, and for the peers the same handling of freed memory that ours has; 'default' is float32 as a user writes
+it. Medians over alternating rounds; each peer takes turns with ours, one peer after another, so that every ratio comes
+from one stretch of time.
 """
 
 from rivals import PEERS, Contender, Figures, Row, finish, in_turn, median, options, spread

@@ -37,7 +37,7 @@ from spikedistill.teacher.load import (
     load_weights,
     pretrained,
 )
-from spikedistill.train.device import choose_device, choose_precision
+from spikedistill.train.device import choose_device, choose_precision, take_large_pages
 from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
@@ -112,7 +112,7 @@ class StudentChoice:
     """Through every time step; through rates alone: half the time at T=4, and nearly constant in T; or of the quantised
     stand-in of T levels, which has no time and costs what an ANN costs."""
     recompute: Literal["nothing", "neurons", "stages"] = "nothing"
-    """Less memory (gradient=exact): compute again, instead of keeping, all but convolutions (neurons), for little time;
+    """Less memory (gradient=exact): compute again, instead of keeping, all but convolutions (neurons), for less time;
     or all of a stage (stages), for one more forward pass."""
     surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] | None = None
     """Stand-in for the derivative of a spike; by default rectangle, for fresh weights triangle."""
@@ -318,6 +318,8 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     progress = progress or Progress.silent()
     recipe = recipe.settled()
     check(recipe, recipe.student, recipe.data, recipe.training)
+    if not recipe.training.keep_memory:
+        take_large_pages()
     images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
     teacher, architecture = find_teacher(recipe.who, images)
     student, report, network = build_student(recipe, teacher, architecture, images)

@@ -82,7 +82,7 @@ class Student(nn.Module):
         gradient: how gradients are handed back in training.
         ends: for each module path of the ANN the node of ``core`` that carries its output, in order of execution.
         recompute: what is computed again for the exact gradient instead of kept: the same gradient from less memory.
-            ``"nothing"``; ``"neurons"``, all but convolutions, for little time; ``"stages"``, all, for one more forward
+            ``"nothing"``; ``"neurons"``, all but convolutions, for less time; ``"stages"``, all, for one more forward
             pass. The rate-based gradient keeps little and stays as it is.
     """
 

@@ -6,7 +6,7 @@ exceptions that are made here: batch norms move their running statistics in the 
 (``evaluate.activity``) hear the first run alone. The last stage keeps what it computes: its gradient is due at once.
 
 A stage may also keep what its convolutions gave. Then batch norms, additions and neurons alone run again, which costs
-little time, and of the three tensors between one convolution and the next (its result, normed, as spikes) one is kept.
+less time, and of the three tensors between one convolution and the next (its result, normed, as spikes) one is kept.
 
 This is for gradients through all time steps. The rate-based gradient keeps three tensors ``[B, ...]`` a layer, all of
 them results of the T steps; to compute them again from the spikes ``[T*B, ...]`` that enter a stage would save nothing.

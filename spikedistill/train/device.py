@@ -1,6 +1,7 @@
 """Where and in which number format a run computes, with the reason, so that it can be said."""
 
 import ctypes
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def keep_freed_memory() -> bool:
     """Have the C library reuse freed memory instead of handing it back to the system; whether it understood.
 
     Without it glibc maps every tensor above 32 MiB anew, and the system clears its pages one by one: a third of a
-    student's training step on two cores.
+    student's training step on two cores. The price is memory: before version 2.38 glibc leaves holes where it aligns
+    (``benchmarks/memory.py`` shows how much).
     """
     trim_threshold, largest_maps = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
     try:
@@ -50,6 +52,14 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # another C library
         return False
     return bool(mallopt(largest_maps, 0)) and bool(mallopt(trim_threshold, -1))
+
+
+def take_large_pages() -> None:
+    """Have PyTorch ask the system for pages of 2 MiB: what is returned to it then comes back in a few of them.
+
+    For a process that does not keep freed memory. PyTorch looks at this once, so call it before the first tensor.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def choose_precision(config: Training, device: torch.device) -> Precision:

@@ -227,7 +227,7 @@ class Trainer:
         self.objective, self.images, self.config, self.run = objective, images, config, run
         self.augment, self.teacher, self.progress = augment, quick(teacher, objective), progress
         self.device = choose_device(config.device)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and config.keep_memory:
             keep_freed_memory()
         self.precision = choose_precision(config, self.device)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format

@@ -1,6 +1,7 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,9 +101,11 @@ class TestProcessorFlags:
 
 FAULTS = """
 import resource, sys, torch
-from spikedistill.train.device import keep_freed_memory
+from spikedistill.train.device import keep_freed_memory, take_large_pages
 if sys.argv[1] == "keep":
     print(keep_freed_memory())
+elif sys.argv[1] == "pages":
+    take_large_pages()
 for _ in range(3):
     torch.ones(10_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -122,6 +125,15 @@ def test_freed_memory_is_used_again_without_the_system_clearing_it():
     (lost,), (understood, kept) = faults("lose"), faults("keep")
     assert understood == "True"
     assert int(kept) < int(lost) / 10
+
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system has no large pages")
+def test_returned_memory_comes_back_in_large_pages():
+    (lost,), (taken,) = faults("lose"), faults("pages")
+    assert int(taken) < int(lost) / 10
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
