@@ -25,12 +25,14 @@ from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid, Triangle
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
 from spikedistill.objective.terms import Batch, Objective
+from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.runs import load_student
 from spikedistill.recipes.teach import Teach, teach
 from spikedistill.student.build import Report, Student, to_spiking
 from spikedistill.student.coding import Direct as DirectCoding
 from spikedistill.student.coding import Frames, Latency, Rate
+from spikedistill.student.fold import fold
 from spikedistill.teacher.load import Architecture, Teacher, load_teacher
 from spikedistill.train.loop import fit
 from spikedistill.train.recipe import Data, Training
@@ -59,6 +61,7 @@ __all__ = [
     "KDSNNFeature",
     "KDSNNResponse",
     "Latency",
+    "Method",
     "Neuron",
     "Objective",
     "Rate",
@@ -72,8 +75,10 @@ __all__ = [
     "SpikeDistillError",
     "Spiking",
     "Student",
+    "StudentChoice",
     "Teach",
     "Teacher",
+    "TeacherChoice",
     "Training",
     "Triangle",
     "WeightsError",
@@ -85,6 +90,7 @@ __all__ = [
     "early_exit",
     "firing_rates",
     "fit",
+    "fold",
     "immunity",
     "load_images",
     "load_student",

@@ -10,7 +10,8 @@ import pytest
 from spikedistill.cli import COMMANDS, main
 from spikedistill.files import read_tensors, write_tensors
 from spikedistill.recipes import STUDENTS, TEACHERS, demo, digits, distill, teach
-from spikedistill.recipes.distill import Distill, TeacherChoice
+from spikedistill.recipes.choices import TeacherChoice
+from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.loop import Trainer
 from spikedistill.train.recipe import Training

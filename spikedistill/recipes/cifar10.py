@@ -1,6 +1,7 @@
 """CIFAR-10 on two cores: a ResNet-18 of half width, and its student of four time steps."""
 
-from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.recipe import Data, Training
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spikedistill.recipes import digits
-from spikedistill.recipes.distill import Distill, TeacherChoice, distill
+from spikedistill.recipes.choices import TeacherChoice
+from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.runs import unless_done
 from spikedistill.recipes.teach import teach
 from spikedistill.train.progress import Progress

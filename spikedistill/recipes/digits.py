@@ -1,6 +1,7 @@
 """The embedded example: scikit-learn's digits, 8 x 8 pixels, no download."""
 
-from spikedistill.recipes.distill import Distill, StudentChoice, TeacherChoice
+from spikedistill.recipes.choices import StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.recipe import Data, Training
 

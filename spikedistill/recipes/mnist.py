@@ -1,6 +1,7 @@
 """MNIST: a small VGG and its student of four time steps."""
 
-from spikedistill.recipes.distill import Distill, StudentChoice, TeacherChoice
+from spikedistill.recipes.choices import StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.recipe import Data, Training
 

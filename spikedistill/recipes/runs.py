@@ -10,16 +10,8 @@ from torch import Tensor
 from spikedistill.data.images import ImageSet, evenly, load_images
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.early_exit import check_confidence
-from spikedistill.recipes.distill import (
-    Distill,
-    Method,
-    StudentChoice,
-    TeacherChoice,
-    fill,
-    find_teacher,
-    measure,
-    read_student,
-)
+from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill, fill, find_teacher, measure, read_student
 from spikedistill.recipes.teach import measure as measure_teacher
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.coding import CODINGS

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from spikedistill.recipes import cifar10, mnist
-from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.recipe import Data, Training
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from spikedistill.errors import ConfigError
 from spikedistill.train.recipe import Training
@@ -76,6 +77,27 @@ def choose_precision(config: Training, device: torch.device) -> Precision:
         found = [flag for flag in FAST_BF16 if flag in flags]
         return _precision(bool(found), f"the processor ({found[0] if found else 'no bfloat16 instructions'})")
     return Precision(torch.float32, f"bfloat16 is not tried on {device.type}")
+
+
+SAFE_CHANNELS = 16
+"""From so many input channels on oneDNN's strided 1 x 1 convolutions are right with channels last, whatever the
+processor's vectors are."""
+
+
+def choose_layout(config: Training, device: torch.device, *networks: nn.Module) -> torch.memory_format:
+    """Channels last where the configuration asks for it, unless a network would learn from wrong gradients so.
+
+    With channels last oneDNN writes past its workspace in the gradient of the weights of a strided 1 x 1 convolution of
+    few channels: wrong values, or the process dies (oneDNN issue 6035; seen here with torch 2.14.1).
+    """
+    if not config.channels_last:
+        return torch.contiguous_format
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    broken = device.type == "cpu" and any(
+        set(layer.kernel_size) == {1} and max(layer.stride) > 1 and layer.in_channels // layer.groups < SAFE_CHANNELS
+        for layer in layers
+    )
+    return torch.contiguous_format if broken else torch.channels_last
 
 
 def _precision(fast: bool, who: str) -> Precision:

@@ -32,7 +32,7 @@ from spikedistill.teacher.cache import Answer, Cache, fingerprint, fingerprint_o
 from spikedistill.teacher.load import Teacher
 from spikedistill.teacher.taps import taps
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
-from spikedistill.train.device import choose_device, choose_precision, keep_freed_memory
+from spikedistill.train.device import choose_device, choose_layout, choose_precision, keep_freed_memory
 from spikedistill.train.progress import Events, Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
@@ -230,7 +230,9 @@ class Trainer:
         if self.device.type == "cpu" and config.keep_memory:
             keep_freed_memory()
         self.precision = choose_precision(config, self.device)
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.layout = choose_layout(config, self.device, student)
+        if config.channels_last and self.layout is not torch.channels_last:
+            progress.say("channels last is left out: a strided 1 x 1 convolution of few channels would learn wrongly")
         chosen = [str(self.device), *(str(kind).removeprefix("torch.") for kind in (self.precision.dtype, self.layout))]
         progress.say(f"{', '.join(chosen)}: {self.precision.reason}")
         self.chosen = dict(zip(("device", "dtype", "layout"), chosen))

@@ -13,7 +13,8 @@ from spikedistill.neuron.surrogate import ATan, Rectangle, Triangle
 from spikedistill.objective.direct import TET
 from spikedistill.recipes import STUDENTS, TEACHERS
 from spikedistill.recipes import distill as module
-from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
+from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.runs import evaluate, load_student
 from spikedistill.recipes.teach import Teach, teach
 from spikedistill.teacher.load import Architecture, load_teacher

@@ -10,7 +10,8 @@ from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.immunity import Score
 from spikedistill.files import write_csv
 from spikedistill.recipes import immunity as module
-from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
+from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.energy import lines, measure_energy, table
 from spikedistill.recipes.immunity import measure_immunity, summary
 from spikedistill.recipes.teach import Teach, teach

@@ -9,7 +9,8 @@ import pytest
 
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.recipes import reproduce as module
-from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.reproduce import reproduce
 from spikedistill.recipes.studies import STUDIES, Cell, Study
 from spikedistill.recipes.teach import Teach

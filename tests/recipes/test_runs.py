@@ -7,7 +7,8 @@ import torch
 
 from spikedistill.errors import ConfigError, RunError, SpikeDistillError
 from spikedistill.files import read_tensors, write_tensors
-from spikedistill.recipes.distill import Distill, Method, StudentChoice, TeacherChoice, distill
+from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.runs import evaluate, load_student, table, to_recipe
 from spikedistill.recipes.teach import Teach, teach
 from spikedistill.train.recipe import Data, Training

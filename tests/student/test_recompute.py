@@ -14,7 +14,8 @@ from spikedistill.evaluate.activity import firing_rates
 from spikedistill.neuron.dynamics import LIF, PLIF
 from spikedistill.neuron.layer import Spiking
 from spikedistill.objective.kdsnn import KDSNN
-from spikedistill.recipes.distill import Distill, StudentChoice, build_student
+from spikedistill.recipes.choices import StudentChoice
+from spikedistill.recipes.distill import Distill, build_student
 from spikedistill.student.build import ROUNDING, to_spiking
 from spikedistill.student.coding import Frames
 from spikedistill.student.recompute import FEWEST, Recompute, stages

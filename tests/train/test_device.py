@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from spikedistill.errors import ConfigError
 from spikedistill.train import device as module
-from spikedistill.train.device import choose_device, choose_precision
+from spikedistill.train.device import choose_device, choose_layout, choose_precision
 from spikedistill.train.recipe import Training
 
 CPU = torch.device("cpu")
@@ -81,6 +82,26 @@ class TestPrecision:
     def test_auto_does_not_try_it_on_other_devices(self):
         chosen = choose_precision(Training(), torch.device("mps"))
         assert (chosen.dtype, chosen.reason) == (torch.float32, "bfloat16 is not tried on mps")
+
+
+class TestLayout:
+    """oneDNN issue 6035: a strided 1 x 1 convolution of few channels, with channels last, corrupts memory."""
+
+    @pytest.mark.parametrize(
+        "layer, last",
+        [
+            (nn.Conv2d(15, 8, 1, stride=2), False),
+            (nn.Conv2d(32, 32, 1, stride=(1, 2), groups=4), False),
+            (nn.Conv2d(16, 8, 1, stride=2), True),
+            (nn.Conv2d(4, 8, 1), True),
+            (nn.Conv2d(4, 8, 3, stride=2), True),
+        ],
+    )
+    def test_channels_last_is_left_out_where_gradients_would_be_wrong(self, layer, last):
+        expected = torch.channels_last if last else torch.contiguous_format
+        assert choose_layout(Training(), CPU, nn.Sequential(layer)) is expected
+        assert choose_layout(Training(), torch.device("cuda"), nn.Sequential(layer)) is torch.channels_last
+        assert choose_layout(Training(channels_last=False), CPU, layer) is torch.contiguous_format
 
 
 class TestProcessorFlags:

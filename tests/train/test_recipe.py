@@ -4,7 +4,7 @@ import pytest
 
 from spikedistill.data.augment import Augment
 from spikedistill.errors import ConfigError
-from spikedistill.recipes.distill import StudentChoice
+from spikedistill.recipes.choices import StudentChoice
 from spikedistill.train.recipe import Data, Training, check
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from spikedistill.errors import RunError
-from spikedistill.recipes.distill import Distill, Method, StudentChoice
+from spikedistill.recipes.choices import Method, StudentChoice
+from spikedistill.recipes.distill import Distill
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
