@@ -3,7 +3,8 @@
 Reads one command a line, answers with one line of JSON:  ``step N`` (seconds of N training steps),  ``infer N``
 (seconds of N forward passes, in evaluation mode and without graph),  ``timesteps N``, ``batch N`` and ``side N`` (T,
 images and their side in pixels from now on),  ``memory`` (bytes: what the process holds now, and the most it ever
-held),  ``kernels`` (how many were compiled).
+held),  ``kernels`` (how many were compiled),  ``spent`` (seconds of the teacher and the loss in each step so far; ours
+with 'joint' or 'cached').
 
 Every contender trains the same ResNet-18 for 32x32 images: direct coding, T steps, LIF with half of the potential left
 after a step and subtractive reset, mean of the outputs, an ANN of the same kind as teacher (its answers with
@@ -104,12 +105,29 @@ class Kit:
         return 0.3 * loss + 0.7 * 4 * F.kl_div((logits / 2).log_softmax(-1), soft, reduction="batchmean")
 
 
+class Known(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *ends: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.gradients
+
+
 class Own(Kit):
     """spikedistill: the ANN converted, gradient exact or rate-based."""
 
     gradient = "exact"
     recompute = "nothing"
     kept: Any = None
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self.spent: list[float] = []
 
     def build(self) -> nn.Module:
         from spikedistill import Neuron, to_spiking
@@ -137,7 +155,10 @@ class Own(Kit):
         return fold(network)
 
     def loss(self, network: nn.Module, images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Tensor:
-        """The same; with 'joint' and 'cached' KDSNN's features too, the teacher asked, or its answers from disk."""
+        """The same; with 'joint' and 'cached' KDSNN's features too, the teacher asked, or its answers from disk.
+
+        Then ``spent`` gets the seconds of the teacher and of the loss, there and back.
+        """
         if self.options.teacher not in ("joint", "cached"):
             return super().loss(network, images, labels, teacher)
         from spikedistill import KDSNN, Batch
@@ -148,17 +169,22 @@ class Own(Kit):
         ends = [f"stages.{(stage + 1) * self.options.blocks - 1}" for stage in range(4)]
         objective = KDSNN(pairs=tuple((end, end) for end in ends), temperature=2.0, alpha=0.7, adapt=False)
         asking = functools.partial(ask, teacher, images, objective)
-        if self.options.teacher == "joint":
-            theirs, features = asking()
-        else:
-            if self.kept is None:
-                self.folder = tempfile.TemporaryDirectory()
-                self.kept = Cache(Path(self.folder.name), {"benchmark": 1}, asking(), 1, 1)
-            theirs, features = self.kept.answer(1, 0, torch.arange(len(images)), asking)
+        if self.options.teacher == "cached" and self.kept is None:
+            self.folder = tempfile.TemporaryDirectory()
+            self.kept = Cache(Path(self.folder.name), {"benchmark": 1}, asking(), 1, 1)
+        began = time.perf_counter()
+        theirs, features = asking() if self.kept is None else self.kept.answer(1, 0, torch.arange(len(images)), asking)
+        asked = time.perf_counter() - began
         network.set_timesteps(self.options.timesteps)
         logits, ours = observe(network, images, objective)
-        batch = Batch(logits.float(), labels, ours, theirs, features)
-        return total(objective(batch, objective.adapters(batch)))
+        began = time.perf_counter()
+        ends = [logits, *ours.values()]
+        copies = [end.detach().requires_grad_() for end in ends]
+        batch = Batch(copies[0].float(), labels, dict(zip(ours, copies[1:])), theirs, features)
+        loss = total(objective(batch, objective.adapters(batch)))
+        gradients = torch.autograd.grad(loss, copies)
+        self.spent.append(asked + time.perf_counter() - began)
+        return Known.apply(loss.detach(), gradients, *ends)
 
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
         network.set_timesteps(self.options.timesteps)
@@ -231,9 +257,11 @@ class SnnTorch(Kit):
         return snntorch.Leaky(beta=0.5, spike_grad=surrogate.atan(), init_hidden=True, reset_mechanism="subtract")
 
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
-        from snntorch import utils
+        from snntorch import Leaky
 
-        utils.reset(network)
+        for module in network.modules():  # its utils.reset does not look inside a module's modules
+            if isinstance(module, Leaky):
+                module.reset_mem()
         return torch.stack([network(images) for _ in range(self.options.timesteps)]).float().mean(0)
 
 
@@ -346,6 +374,8 @@ class Worker:
         if what == "memory":
             gc.collect()
             return {"began": self.began, "now": resident(), "most": 1024 * resource.getrusage(0).ru_maxrss}
+        if what == "spent":
+            return self.kit.spent
         if what == "kernels":
             from torch._dynamo.utils import counters
 

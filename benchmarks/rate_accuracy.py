@@ -19,13 +19,14 @@ from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.runs import unless_done
 from spikedistill.recipes.studies import Cell, kdsnn_pairs
 from spikedistill.recipes.teach import teach
+from spikedistill.student.build import Gradient
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
 
-GRADIENTS = ("exact", "rate")
+GRADIENTS: tuple[Gradient, ...] = ("exact", "rate")
 
 
-def variant(cell: Cell, gradient: str) -> tuple[Distill, Path]:
+def variant(cell: Cell, gradient: Gradient) -> tuple[Distill, Path]:
     """A student of the study, with another gradient in a run of its own."""
     if gradient == "exact":
         return cell.recipe, cell.path

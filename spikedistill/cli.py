@@ -274,6 +274,7 @@ def _reproduce(arguments: Sequence[str]) -> None:
         runs: Path = Path("runs/studies"),
         out: Path = Path("docs/results"),
         seeds: int | None = None,
+        jobs: int = 1,
     ) -> None:
         """Measure a published comparison: trains what is missing, skips what is finished, writes table, figure, CSV.
 
@@ -284,13 +285,15 @@ def _reproduce(arguments: Sequence[str]) -> None:
             runs: where run directories go; the same command goes on with what lies there.
             out: where STUDY.csv, STUDY.md and pictures go; a page of all studies is written beside it, as OUT.md.
             seeds: only the first so many of the study's seeds.
+            jobs: students trained side by side, each with its share of the cores; on small networks faster than one
+                after another.
         """
         from spikedistill.recipes.reproduce import reproduce as run
         from spikedistill.train.progress import Progress
 
         one_of("study", study, STUDIES)
         made = STUDIES[study](budget, data_dir, runs)
-        print(run(made, out, seeds, Progress.stderr(study)))
+        print(run(made, out, seeds, Progress.stderr(study), jobs))
 
     tyro.cli(reproduce, prog="spikedistill reproduce", args=list(arguments))
 

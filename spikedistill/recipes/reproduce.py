@@ -1,11 +1,16 @@
 """``reproduce``: a study is trained, cell by cell, measured, and written down as CSV, Markdown and pictures."""
 
+import contextlib
 import datetime
+import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.immunity import Score
@@ -38,7 +43,9 @@ class Row:
     value: float
 
 
-def reproduce(study: Study, out: Path, seeds: int | None = None, progress: Progress | None = None) -> str:
+def reproduce(
+    study: Study, out: Path, seeds: int | None = None, progress: Progress | None = None, jobs: int = 1
+) -> str:
     """Train what is missing of a study, measure it, and write ``NAME.csv``, ``NAME.md`` and pictures to ``out``.
 
     A student that cannot be trained, as its loss diverges, is left out of a comparison of pairs, and named in it.
@@ -48,19 +55,23 @@ def reproduce(study: Study, out: Path, seeds: int | None = None, progress: Progr
         out: where the files go; beside it the page of all studies, ``OUT.md``.
         seeds: only the first so many seeds.
         progress: what shows the work.
+        jobs: how many students are trained side by side, each in a process with its share of the processor's cores.
 
     Returns:
         The report in Markdown.
 
     Raises:
-        ConfigError: if the study does not have so many seeds, or a teacher or student cannot be trained.
+        ConfigError: if the study does not have so many seeds, ``jobs`` is not positive, or a teacher or student cannot
+            be trained.
         RunError: if a finished run was made by another recipe than the study's.
     """
     if seeds is not None and not 1 <= seeds <= study.seeds:
         raise ConfigError(f"seeds (={seeds}) must be 1 or more, and at most the {study.seeds} of '{study.name}'.")
+    if jobs < 1:
+        raise ConfigError(f"jobs (={jobs}) must be 1 or more: students trained side by side.")
     progress, out = progress or Progress.silent(), out.resolve()
     cells = [cell for cell in study.cells if cell.seed < (seeds or study.seeds)]
-    failed = _train(study, cells, progress)
+    failed = _train(study, cells, progress, jobs)
     cells = [cell for cell in cells if cell.path.name not in failed]
     if not cells:
         raise ConfigError(f"No student of '{study.name}' could be trained: {next(iter(failed.values()))}")
@@ -73,31 +84,50 @@ def reproduce(study: Study, out: Path, seeds: int | None = None, progress: Progr
     return report
 
 
-def _train(study: Study, cells: Sequence[Cell], progress: Progress) -> dict[str, str]:
+def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -> dict[str, str]:
     """Train what is missing; which students of a comparison of pairs could not be trained, and why."""
-    work: list[tuple[Path, Teach | Distill, Callable[[bool], object]]] = []
     for made, path in study.teachers.values():
-        work.append((path, made, partial(teach, made, path, progress=Progress.stderr(path.name))))
+        _check_recipe(path, made)
     for cell in cells:
-        made_by = partial(distill, cell.recipe, cell.path, progress=Progress.stderr(cell.path.name))
-        work.append((cell.path, cell.recipe, made_by))
-    for path, recipe, _ in work:
-        _check_recipe(path, recipe)
+        _check_recipe(cell.path, cell.recipe)
+    for made, path in study.teachers.values():
+        job = partial(teach, made, path, progress=Progress.stderr(path.name))
+        if _needed_again(path, cells):
+            progress.say(f"{path.name}, whose weights are gone")
+            job(resume=True)
+        else:
+            unless_done(path, job, partial(progress.say, path.name))
+    missing = [cell for cell in cells if not (cell.path / "results.json").exists()]
     failed: dict[str, str] = {}
-    for number, (path, recipe, job) in enumerate(work, 1):
-        say = partial(progress.say, f"{number} of {len(work)}: {path.name}")
-        try:
-            if isinstance(recipe, Teach) and _needed_again(path, cells):
-                say()
-                job(True)
-            else:
-                unless_done(path, job, say)
-        except ConfigError as error:
-            if study.kind != "pairs" or isinstance(recipe, Teach):
-                raise
-            failed[path.name] = str(error)
-            progress.say(f"{path.name} is left out: {error}")
+    waiting: list[Callable[[], object]]
+    with contextlib.ExitStack() as stack:
+        waiting = [partial(_student, cell, Progress.stderr(cell.path.name)) for cell in missing]
+        if jobs > 1:
+            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _take_share, (jobs,))
+            stack.enter_context(pool)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            waiting = [pool.submit(_student, cell).result for cell in missing]
+        for number, (cell, finish) in enumerate(zip(missing, waiting), 1):
+            progress.say(f"{number} of {len(missing)}: {cell.path.name}")
+            try:
+                finish()
+            except ConfigError as error:
+                if study.kind != "pairs":
+                    raise
+                failed[cell.path.name] = str(error)
+                progress.say(f"{cell.path.name} is left out: {error}")
     return failed
+
+
+def _student(cell: Cell, progress: Progress | None = None) -> None:
+    """Train a student, or go on with it; one of several says what it did line by line, as bars would collide."""
+    progress = progress or Progress.lines(cell.path.name)
+    distill(cell.recipe, cell.path, (cell.path / "recipe.json").exists(), progress)
+
+
+def _take_share(jobs: int) -> None:
+    """Leave the other processes their share of the cores."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
 def _needed_again(teacher: Path, cells: Sequence[Cell]) -> bool:

@@ -1,7 +1,7 @@
 """The comparisons of the KDSNN paper (Xu et al., CVPR 2023, arXiv 2304.05627) as recipes of recipes.
 
 A study names its teachers and its cells: one cell a student, method and seed. ``full`` has networks of the paper's
-size, for a GPU; ``small`` has one teacher and few epochs at a quarter of the width, for two cores. The paper's text was
+size, for a GPU; ``small`` has one teacher and few epochs at an eighth of the width, for two cores. The paper's text was
 not available to us: its claims are quoted from notes of readers, and schedules, noises and some of the networks
 (ResNet-18 as a teacher, VGG-9) are this project's choice. A student of its teacher's own architecture starts from the
 teacher's weights (its direct rival too, so distillation gains less than over training from scratch), any other from
@@ -73,10 +73,10 @@ SCALES: dict[Budget, Scale] = {
         Training(epochs=200, batch_size=128, lr=0.1),
     ),
     "small": Scale(
-        {"resnet18": 16, "wrn16-2": 8, "vgg9": 16},
+        {"resnet18": 8, "wrn16-2": 8, "vgg9": 8},
         Training(epochs=20, batch_size=128, lr=0.15, warmup=0.15, ema=0.998, compile=True),
         Training(epochs=2, batch_size=128, lr=0.02, weight_decay=1e-4, warmup=0.1),
-        Training(epochs=5, batch_size=128, lr=0.1, warmup=0.1),
+        Training(epochs=4, batch_size=128, lr=0.1, warmup=0.1),
     ),
 }
 PAIRS: dict[Budget, tuple[tuple[str, str], ...]] = {

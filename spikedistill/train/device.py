@@ -79,23 +79,20 @@ def choose_precision(config: Training, device: torch.device) -> Precision:
     return Precision(torch.float32, f"bfloat16 is not tried on {device.type}")
 
 
-SAFE_CHANNELS = 16
-"""From so many input channels on oneDNN's strided 1 x 1 convolutions are right with channels last, whatever the
-processor's vectors are."""
-
-
-def choose_layout(config: Training, device: torch.device, *networks: nn.Module) -> torch.memory_format:
+def choose_layout(config: Training, device: torch.device, network: nn.Module) -> torch.memory_format:
     """Channels last where the configuration asks for it, unless a network would learn from wrong gradients so.
 
-    With channels last oneDNN writes past its workspace in the gradient of the weights of a strided 1 x 1 convolution of
-    few channels: wrong values, or the process dies (oneDNN issue 6035; seen here with torch 2.14.1).
+    With channels last oneDNN writes past its workspace in the gradient of the weights of a strided 1 x 1 convolution
+    whose input channels do not fill a vector of the processor: wrong values, or the process dies (oneDNN issue 6035;
+    seen here with torch 2.14.1).
     """
     if not config.channels_last:
         return torch.contiguous_format
-    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    vector = 8 if "avx2" in (flags := _processor_flags()) and "avx512f" not in flags else 16
     broken = device.type == "cpu" and any(
-        set(layer.kernel_size) == {1} and max(layer.stride) > 1 and layer.in_channels // layer.groups < SAFE_CHANNELS
-        for layer in layers
+        set(layer.kernel_size) == {1} and max(layer.stride) > 1 and layer.in_channels // layer.groups < vector
+        for layer in network.modules()
+        if isinstance(layer, nn.Conv2d)
     )
     return torch.contiguous_format if broken else torch.channels_last
 

@@ -48,6 +48,11 @@ class Progress:
         """Show the work on standard error, so that standard output holds results alone."""
         return Progress(Console(file=sys.stderr, highlight=False), label)
 
+    @staticmethod
+    def lines(label: str) -> "Progress":
+        """One line an epoch on standard error, on a terminal too: for work side by side with other work."""
+        return Progress(Console(file=sys.stderr, highlight=False, force_terminal=False), label)
+
     def __enter__(self) -> "Progress":
         """Start drawing."""
         self.bars.start()

@@ -6,6 +6,7 @@ from collections import Counter
 
 import PIL.Image
 import pytest
+import torch
 
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.recipes import reproduce as module
@@ -134,6 +135,23 @@ def test_energy_is_written_with_its_quantised_ann(folder):
     metrics = {line["metric"] for line in lines if line["method"] == "kdsnn" and not line["setting"]}
     assert metrics == {"accuracy", "spikes", "synops", "energy_float32", "energy_int8", "energy_memory"}
     assert {line["setting"] for line in lines} == {"", "quantised-ann", "quantised-sparse-ann"}
+
+
+def test_students_side_by_side_learn_what_they_do_one_after_another(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # other processes spare the compilation in this way
+    shutil.copy(folder / "blobs.npz", tmp_path)
+    whole, wild = study(tmp_path, "pairs", ("direct", "kdsnn-response"), seeds=2), study(tmp_path, "pairs", ("tet",))
+    both = dataclasses.replace(whole, cells=whole.cells + changed(wild, lr=1e30).cells)
+    report = reproduce(both, tmp_path / "out", jobs=2)
+    assert "Left out: `tet-t2-s0` (" in report and "The loss became" in report
+    alone = study(folder, "pairs", ("direct", "kdsnn-response"), seeds=2)
+    reproduce(alone, folder / "alone")
+    for beside, cell in zip(whole.cells, alone.cells):
+        assert Run(beside.path).read("environment")["threads"] == max(1, torch.get_num_threads() // 2)
+        (line,), (expected,) = Run(beside.path).lines("metrics"), Run(cell.path).lines("metrics")
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    with pytest.raises(ConfigError, match=r"jobs \(=0\) must be 1 or more"):
+        reproduce(whole, tmp_path / "out", jobs=0)
 
 
 def test_fewer_seeds_can_be_asked_for_but_not_none_or_more(folder):

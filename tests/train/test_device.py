@@ -88,20 +88,36 @@ class TestLayout:
     """oneDNN issue 6035: a strided 1 x 1 convolution of few channels, with channels last, corrupts memory."""
 
     @pytest.mark.parametrize(
-        "layer, last",
+        "layer, narrow, wide",
         [
-            (nn.Conv2d(15, 8, 1, stride=2), False),
-            (nn.Conv2d(32, 32, 1, stride=(1, 2), groups=4), False),
-            (nn.Conv2d(16, 8, 1, stride=2), True),
-            (nn.Conv2d(4, 8, 1), True),
-            (nn.Conv2d(4, 8, 3, stride=2), True),
+            (nn.Conv2d(15, 8, 1, stride=2), True, False),
+            (nn.Conv2d(7, 8, 1, stride=2), False, False),
+            (nn.Conv2d(32, 32, 1, stride=(1, 2), groups=4), True, False),
+            (nn.Conv2d(16, 8, 1, stride=2), True, True),
+            (nn.Conv2d(4, 8, 1), True, True),
+            (nn.Conv2d(4, 8, 3, stride=2), True, True),
         ],
     )
-    def test_channels_last_is_left_out_where_gradients_would_be_wrong(self, layer, last):
-        expected = torch.channels_last if last else torch.contiguous_format
-        assert choose_layout(Training(), CPU, nn.Sequential(layer)) is expected
-        assert choose_layout(Training(), torch.device("cuda"), nn.Sequential(layer)) is torch.channels_last
-        assert choose_layout(Training(channels_last=False), CPU, layer) is torch.contiguous_format
+    def test_channels_last_is_left_out_where_gradients_would_be_wrong(self, monkeypatch, layer, narrow, wide):
+        for flags, last in (({"avx2"}, narrow), ({"avx2", "avx512f"}, wide), ({"asimd"}, wide)):
+            monkeypatch.setattr(module, "_processor_flags", lambda flags=flags: flags)
+            expected = torch.channels_last if last else torch.contiguous_format
+            assert choose_layout(Training(), CPU, nn.Sequential(layer)) is expected
+            assert choose_layout(Training(), torch.device("cuda"), nn.Sequential(layer)) is torch.channels_last
+            assert choose_layout(Training(channels_last=False), CPU, layer) is torch.contiguous_format
+
+    @pytest.mark.parametrize("channels", [8, 12, 16, 24])
+    def test_gradients_are_those_of_the_usual_memory_order(self, channels):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(channels, 16, 1, stride=2, bias=False).double()
+        images, grad = torch.randn(4, channels, 10, 10).double(), torch.randn(4, 16, 5, 5).double()
+        layer(images).backward(grad)
+        expected = layer.weight.grad.float()
+        used = nn.Conv2d(channels, 16, 1, stride=2, bias=False)
+        layout = choose_layout(Training(), CPU, used)
+        used.load_state_dict(layer.state_dict())
+        used.to(memory_format=layout)(images.float().contiguous(memory_format=layout)).backward(grad.float())
+        torch.testing.assert_close(used.weight.grad, expected, rtol=1e-4, atol=1e-4)
 
 
 class TestProcessorFlags:
