@@ -11,28 +11,33 @@ model.safetensors       the weights, when the run is done
 results.json            the measurements on the test set, when the run is done
 scores.jsonl            of 'immunity': one line a score
 answers/                with views: the teacher's answers; may be deleted
+lock                    locked while a process works in the directory
 """
 
+import contextlib
 import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 
 from spikedistill.errors import RunError
 from spikedistill.files import write_text
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """The files of one run; ``path`` is its directory."""
 
     path: Path
+    lock: BaseFileLock | None = field(default=None, init=False, repr=False, compare=False)
+    """From ``start`` on, for as long as this object lives."""
 
     @property
     def checkpoint(self) -> Path:
@@ -45,7 +50,7 @@ class Run:
         return self.path / "model.safetensors"
 
     def start(self, recipe: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None) -> None:
-        """Create the directory, or make sure that what lies there is the same run.
+        """Create the directory, or make sure that what lies there is the same run; keep other processes out of it.
 
         Args:
             recipe: all choices of the run.
@@ -53,8 +58,12 @@ class Run:
             defaults: values of choices that an older version of this package did not write down yet.
 
         Raises:
-            RunError: if a run lies there already and is not to be resumed, or has another recipe.
+            RunError: if a run lies there already and is not to be resumed, or has another recipe; or if another process
+                works there, or nothing can be written.
         """
+        if resume and not self.path.exists():
+            raise RunError(f"There is no run in '{self.path}' to resume: check --out, or leave --resume away.")
+        self._take()
         begun = (self.path / "recipe.json").exists()
         results = (self.path / "results.json", self.path / "scores.jsonl")
         worth_keeping = any(file.exists() for file in (self.checkpoint, self.model, *results))
@@ -71,6 +80,23 @@ class Run:
             raise RunError(f"There is no run in '{self.path}' to resume: check --out, or leave --resume away.")
         self.write("recipe", recipe)
         self.write("environment", environment())
+
+    def _take(self) -> None:
+        """Lock the directory, where the file system knows locks."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / "lock", timeout=0, thread_local=False, is_singleton=True)
+            with contextlib.suppress(NotImplementedError):
+                lock.acquire()
+                self.lock = lock
+        except Timeout:
+            raise RunError(
+                f"Another process works in '{self.path}': wait for it or end it, or choose another --out."
+            ) from None
+        except OSError as error:
+            raise RunError(
+                f"'{self.path}' could not be written ({error}): check the path, or choose another --out."
+            ) from error
 
     def changes(self, recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
         """In what the choices that lie here differ from others; see ``differences``."""

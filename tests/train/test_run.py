@@ -1,4 +1,7 @@
+import errno
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -61,6 +64,46 @@ class TestStart:
         with pytest.raises(RunError, match=r"There is no run in '.*nothing' to resume"):
             Run(tmp_path / "nothing").start(RECIPE, resume=True)
         assert not (tmp_path / "nothing").exists()
+
+
+WORKING = """
+import sys
+from pathlib import Path
+from spikedistill.train.run import Run
+run = Run(Path(sys.argv[1]))
+run.start({}, resume=False)
+print("working", flush=True)
+input()
+"""
+
+
+class TestLock:
+    def test_another_process_is_kept_out_until_the_first_is_gone(self, tmp_path):
+        other = subprocess.Popen(
+            [sys.executable, "-c", WORKING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        try:
+            assert other.stdout.readline() == b"working\n"
+            with pytest.raises(RunError, match=r"Another process works in '.*': wait for it or end it, or choose"):
+                Run(tmp_path).start({}, resume=True)
+        finally:
+            other.kill()
+            other.communicate()
+        Run(tmp_path).start({}, resume=True)
+
+    def test_this_process_may_begin_again_after_a_failure(self, run):
+        again = Run(run.path)
+        again.start(RECIPE, resume=True)
+        assert again == run
+
+    @pytest.mark.filterwarnings("ignore:flock not supported")
+    def test_a_file_system_without_locks_will_do(self, tmp_path, monkeypatch):
+        def missing(*_):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr("fcntl.flock", missing)
+        Run(tmp_path / "run").start(RECIPE, resume=False)
+        assert Run(tmp_path / "run").read("recipe")["kind"] == "distill"
 
 
 class TestRead:
