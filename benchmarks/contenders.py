@@ -131,9 +131,9 @@ class Own(Kit):
 
     def build(self) -> nn.Module:
         from spikedistill import Neuron, to_spiking
-        from spikedistill.train.device import keep_freed_memory, take_large_pages
+        from spikedistill.train.device import keep_freed_memory, return_freed_memory
 
-        take_large_pages() if self.options.lean else keep_freed_memory()
+        return_freed_memory() if self.options.lean else keep_freed_memory()
         neuron = Neuron(leak=0.5, initial=0.5)
         student, _ = to_spiking(
             Net(self, self.options.width, self.options.blocks),

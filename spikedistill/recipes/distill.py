@@ -32,7 +32,7 @@ from spikedistill.teacher.load import (
     load_weights,
     pretrained,
 )
-from spikedistill.train.device import choose_device, choose_precision, take_large_pages
+from spikedistill.train.device import choose_device, choose_precision, return_freed_memory
 from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
@@ -105,7 +105,7 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     recipe = recipe.settled()
     check(recipe, recipe.student, recipe.data, recipe.training)
     if not recipe.training.keep_memory:
-        take_large_pages()
+        return_freed_memory()
     images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
     teacher, architecture = find_teacher(recipe.who, images)
     student, report, network = build_student(recipe, teacher, architecture, images)

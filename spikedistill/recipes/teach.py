@@ -14,7 +14,7 @@ from spikedistill.evaluate.accuracy import accuracy_by_step, answers
 from spikedistill.files import write_tensors
 from spikedistill.objective.direct import Direct
 from spikedistill.teacher.load import Architecture, Normalised, OneStep, is_elsewhere
-from spikedistill.train.device import choose_device, choose_precision, take_large_pages
+from spikedistill.train.device import choose_device, choose_precision, return_freed_memory
 from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
@@ -92,7 +92,7 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
     progress = progress or Progress.silent()
     check(recipe.data, recipe.training)
     if not recipe.training.keep_memory:
-        take_large_pages()
+        return_freed_memory()
     images = load_images(recipe.data.data, recipe.data.data_dir, recipe.data.image_size)
     width = None if is_elsewhere(recipe.network) else recipe.width
     if width != recipe.width:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+TRIM_THRESHOLD, MMAP_THRESHOLD, LARGEST_MAPS = -1, -3, -4
+"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of <malloc.h>."""
+
+
 def keep_freed_memory() -> bool:
     """Have the C library reuse freed memory instead of handing it back to the system; whether it understood.
 
@@ -47,20 +52,25 @@ def keep_freed_memory() -> bool:
     student's training step on two cores. The price is memory: before version 2.38 glibc leaves holes where it aligns
     (``benchmarks/memory.py`` shows how much).
     """
-    trim_threshold, largest_maps = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
+    return _tell_glibc({LARGEST_MAPS: 0, TRIM_THRESHOLD: -1})
+
+
+def return_freed_memory() -> bool:
+    """Have the C library hand every tensor from 1 MiB on back to the system at once; whether it understood.
+
+    PyTorch then asks for it in pages of 2 MiB, so that it comes back in a few of them. PyTorch looks at this once, so
+    call it before the first tensor. Left alone, glibc keeps freed tensors below 32 MiB, and holes among them.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return _tell_glibc({MMAP_THRESHOLD: 2**20})
+
+
+def _tell_glibc(options: Mapping[int, int]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return False
-    return bool(mallopt(largest_maps, 0)) and bool(mallopt(trim_threshold, -1))
-
-
-def take_large_pages() -> None:
-    """Have PyTorch ask the system for pages of 2 MiB: what is returned to it then comes back in a few of them.
-
-    For a process that does not keep freed memory. PyTorch looks at this once, so call it before the first tensor.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return all([mallopt(option, value) for option, value in options.items()])
 
 
 def choose_precision(config: Training, device: torch.device) -> Precision:

@@ -138,11 +138,11 @@ class TestProcessorFlags:
 
 FAULTS = """
 import resource, sys, torch
-from spikedistill.train.device import keep_freed_memory, take_large_pages
+from spikedistill.train.device import keep_freed_memory, return_freed_memory
 if sys.argv[1] == "keep":
     print(keep_freed_memory())
 elif sys.argv[1] == "pages":
-    take_large_pages()
+    print(return_freed_memory())
 for _ in range(3):
     torch.ones(10_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -152,8 +152,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(how):
-    said = subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout
+def faults(how, script=FAULTS):
+    said = subprocess.run([sys.executable, "-c", script, how], check=True, capture_output=True, text=True).stdout
     return said.split()
 
 
@@ -169,10 +169,34 @@ PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system has no large pages")
 def test_returned_memory_comes_back_in_large_pages():
-    (lost,), (taken,) = faults("lose"), faults("pages")
+    (lost,), (_, taken) = faults("lose"), faults("pages")
     assert int(taken) < int(lost) / 10
+
+
+HOLES = """
+import resource, sys, torch
+from pathlib import Path
+from spikedistill.train.device import return_freed_memory
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+if sys.argv[1] == "pages":
+    print(return_freed_memory())
+torch.ones(7_500_000)  # from here on glibc takes what is smaller from its heap, if left alone
+before = resident()
+tensors = [torch.ones(1_000_000 if number % 2 else 100_000) for number in range(200)]
+del tensors[1::2]
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_returned_memory_leaves_no_holes_between_what_is_in_use():
+    (lost,), (understood, taken) = faults("lose", HOLES), faults("pages", HOLES)
+    assert understood == "True"
+    assert int(lost) > 400e6 and int(taken) < 100e6  # 40 MB are in use
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(module.ctypes, "CDLL", lambda name: SimpleNamespace())
-    assert module.keep_freed_memory() is False
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert module.keep_freed_memory() is False and module.return_freed_memory() is False
