@@ -1,11 +1,10 @@
 """``reproduce``: a study is trained, cell by cell, measured, and written down as CSV, Markdown and pictures."""
 
-import contextlib
 import datetime
 import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -99,24 +98,31 @@ def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -
             unless_done(path, job, partial(progress.say, path.name))
     missing = [cell for cell in cells if not (cell.path / "results.json").exists()]
     failed: dict[str, str] = {}
-    waiting: list[Callable[[], object]]
-    with contextlib.ExitStack() as stack:
-        waiting = [partial(_student, cell, Progress.stderr(cell.path.name)) for cell in missing]
-        if jobs > 1:
-            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _take_share, (jobs,))
-            stack.enter_context(pool)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            waiting = [pool.submit(_student, cell).result for cell in missing]
-        for number, (cell, finish) in enumerate(zip(missing, waiting), 1):
-            progress.say(f"{number} of {len(missing)}: {cell.path.name}")
-            try:
-                finish()
-            except ConfigError as error:
-                if study.kind != "pairs":
-                    raise
-                failed[cell.path.name] = str(error)
-                progress.say(f"{cell.path.name} is left out: {error}")
+    for number, (cell, finish) in enumerate(_students(missing, jobs), 1):
+        progress.say(f"{number} of {len(missing)}: {cell.path.name}")
+        try:
+            finish()
+        except ConfigError as error:
+            if study.kind != "pairs":
+                raise
+            failed[cell.path.name] = str(error)
+            progress.say(f"{cell.path.name} is left out: {error}")
     return failed
+
+
+def _students(missing: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Callable[[], object]]]:
+    """Students with what finishes them: their training, or side by side what has become of it, in the order of ends."""
+    if jobs == 1:
+        yield from ((cell, partial(_student, cell, Progress.stderr(cell.path.name))) for cell in missing)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _take_share, (jobs,)) as pool:
+        waiting, running = list(missing), dict[Future[None], Cell]()
+        while waiting or running:
+            while waiting and len(running) < jobs:  # none is handed over before its time: it could not be called back
+                cell = waiting.pop(0)
+                running[pool.submit(_student, cell)] = cell
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result
 
 
 def _student(cell: Cell, progress: Progress | None = None) -> None:
