@@ -98,7 +98,7 @@ def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -
             unless_done(path, job, partial(progress.say, path.name))
     missing = [cell for cell in cells if not (cell.path / "results.json").exists()]
     failed: dict[str, str] = {}
-    for number, (cell, finish) in enumerate(_students(missing, jobs), 1):
+    for number, (cell, finish) in enumerate(side_by_side(missing, jobs), 1):
         progress.say(f"{number} of {len(missing)}: {cell.path.name}")
         try:
             finish()
@@ -110,8 +110,13 @@ def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -
     return failed
 
 
-def _students(missing: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Callable[[], object]]]:
-    """Students with what finishes them: their training, or side by side what has become of it, in the order of ends."""
+def side_by_side(missing: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Callable[[], object]]]:
+    """Students with what finishes them: their training, or with several jobs what has become of it, in order of ends.
+
+    Args:
+        missing: students that are not finished.
+        jobs: how many are trained at once, each in a process with its share of the cores.
+    """
     if jobs == 1:
         yield from ((cell, partial(_student, cell, Progress.stderr(cell.path.name))) for cell in missing)
         return
