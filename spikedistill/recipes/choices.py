@@ -70,7 +70,8 @@ class StudentChoice:
     reset: Literal["subtract", "zero"] | None = None
     """What a spike does to the potential; the neuron's own by default."""
     detach_reset: bool | None = None
-    """Leave the reset out of the gradient; by default just if weights are fresh."""
+    """Leave the reset out of the gradient; by default just if weights are fresh and the gradient is not rate, whose
+    slopes then grow with T."""
     initial: float = 0.5
     """Potential at the first step in thresholds; at 0.5 the mean of T steps rounds the activation."""
     learn_initial: bool = False
@@ -125,7 +126,7 @@ class StudentChoice:
             **{name: value for name, value in given.items() if value is not None},
             initial=self.initial,
             learn_initial=self.learn_initial,
-            detach_reset=fresh if self.detach_reset is None else self.detach_reset,
+            detach_reset=fresh and self.gradient != "rate" if self.detach_reset is None else self.detach_reset,
             threshold=usual if self.threshold is None else self.threshold,
             learn_threshold=self.learn_threshold,
             surrogate=SURROGATES[self.surrogate or ("triangle" if fresh else "rectangle")](),

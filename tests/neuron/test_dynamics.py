@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import IF, LIF, NEURONS, PLIF, Neuron, Reset, measure, run, step
-from spikedistill.neuron.surrogate import ATan, Sigmoid
+from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid
 
 DYADIC = st.integers(-2048, 4096).map(lambda k: k / 1024)
 """Currents that floating point adds and halves without rounding, so that laws hold to the last bit."""
@@ -293,6 +293,17 @@ def test_step_is_one_step_of_run(current, potential, reset):
     neuron = Neuron(leak=0.5, reset=reset)
     spikes, state = step(double(current), double(potential), neuron, double(0.5)[0])
     assert ([float(spikes)], float(state)) == emit(neuron, [current], state=potential)
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 4, 8, 16])
+def test_the_slope_is_that_of_a_rate_that_rises_from_nothing_to_all_unless_the_reset_is_left_out(timesteps):
+    # a neuron that starts at half fires at a rate of round(T x) / T for a current x, so its slope is 1 on average
+    current, one = torch.linspace(0, 1, 4001).expand(timesteps, -1), torch.tensor(1.0)
+    through = Neuron(initial=0.5, surrogate=Rectangle())
+    left_out = dataclasses.replace(through, detach_reset=True)
+    (mean, other) = (float(measure(current, None, n, one, one, timesteps)[2].mean()) for n in (through, left_out))
+    assert mean == pytest.approx(1.0, abs=0.05)
+    assert 1 + 0.3 * (timesteps - 1) - 0.05 < other < (timesteps + 1) / 2 + 0.05
 
 
 class TestRefusals:

@@ -224,6 +224,12 @@ def test_the_surrogate_is_a_triangle_just_where_weights_are_fresh_and_none_is_na
     assert StudentChoice("vgg9", surrogate="rectangle").make_neuron().surrogate == Rectangle()
 
 
+def test_the_reset_is_left_out_of_the_gradient_just_where_weights_are_fresh_and_it_goes_through_time():
+    assert StudentChoice("vgg9").make_neuron().detach_reset and not StudentChoice().make_neuron().detach_reset
+    assert not StudentChoice("vgg9", gradient="rate").make_neuron().detach_reset
+    assert StudentChoice("vgg9", gradient="rate", detach_reset=True).make_neuron().detach_reset
+
+
 class TestLearningRate:
     def settled(self, **choice) -> float:
         made = Distill(student=StudentChoice(**choice))
