@@ -166,8 +166,8 @@ class Own(Kit):
         from spikedistill.teacher.cache import Cache
         from spikedistill.train.loop import ask, observe
 
-        ends = [f"stages.{(stage + 1) * self.options.blocks - 1}" for stage in range(4)]
-        objective = KDSNN(pairs=tuple((end, end) for end in ends), temperature=2.0, alpha=0.7, adapt=False)
+        paths = [f"stages.{(stage + 1) * self.options.blocks - 1}" for stage in range(4)]
+        objective = KDSNN(pairs=tuple((path, path) for path in paths), temperature=2.0, alpha=0.7, adapt=False)
         asking = functools.partial(ask, teacher, images, objective)
         if self.options.teacher == "cached" and self.kept is None:
             self.folder = tempfile.TemporaryDirectory()

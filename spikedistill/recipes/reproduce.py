@@ -133,7 +133,7 @@ def side_by_side(missing: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Cal
 def _student(cell: Cell, progress: Progress | None = None) -> None:
     """Train a student, or go on with it; one of several says what it did line by line, as bars would collide."""
     progress = progress or Progress.lines(cell.path.name)
-    distill(cell.recipe, cell.path, (cell.path / "recipe.json").exists(), progress)
+    unless_done(cell.path, partial(distill, cell.recipe, cell.path, progress=progress))
 
 
 def _take_share(jobs: int) -> None:

@@ -84,7 +84,7 @@ class Training:
     """Number format of the large operations; auto takes bf16 where the processor has it."""
     channels_last: bool = True
     """Memory order of images inside the network; faster for convolutions nearly everywhere. Left out where oneDNN's
-    gradients would be wrong with it (a strided 1 x 1 convolution of fewer than 16 channels on a CPU)."""
+    gradients would be wrong with it (a strided 1 x 1 convolution of few channels on a CPU)."""
     compile: bool = False
     """Compile the whole training step of an ANN (a minute at the start, then about a sixth faster on a CPU); of a
     student only with gradient=quantised."""

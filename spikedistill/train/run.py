@@ -61,23 +61,20 @@ class Run:
             RunError: if a run lies there already and is not to be resumed, or has another recipe; or if another process
                 works there, or nothing can be written.
         """
-        if resume and not self.path.exists():
+        if resume and not (self.path / "recipe.json").exists():
             raise RunError(f"There is no run in '{self.path}' to resume: check --out, or leave --resume away.")
         self._take()
-        begun = (self.path / "recipe.json").exists()
         results = (self.path / "results.json", self.path / "scores.jsonl")
         worth_keeping = any(file.exists() for file in (self.checkpoint, self.model, *results))
         if worth_keeping and not resume:
             raise RunError(f"'{self.path}' already holds a run: go on with it by --resume, or choose another --out.")
-        if resume and begun:
+        if resume:
             if changed := self.changes(recipe, defaults):
                 raise RunError(
                     f"'{self.path}' was begun with another recipe ({'; '.join(changed[:3])}): give the same, or another"
                     " --out."
                 )
             return
-        if resume:
-            raise RunError(f"There is no run in '{self.path}' to resume: check --out, or leave --resume away.")
         self.write("recipe", recipe)
         self.write("environment", environment())
 
