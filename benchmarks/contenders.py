@@ -82,6 +82,10 @@ class Kit:
     def build(self) -> nn.Module:
         return Net(self, self.options.width, self.options.blocks)
 
+    def settle(self, network: nn.Module, layout: torch.memory_format) -> nn.Module:
+        """The network in a memory order."""
+        return network.to(memory_format=layout)
+
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
         """Mean logits ``[B, K]``."""
         return network(images)
@@ -118,7 +122,18 @@ class Known(torch.autograd.Function):
         return None, None, *ctx.gradients
 
 
-class Own(Kit):
+class OwnConvolutions(Kit):
+    """The ANN with spikedistill's convolutions, where it takes them."""
+
+    def settle(self, network: nn.Module, layout: torch.memory_format) -> nn.Module:
+        from spikedistill.train.device import settle
+        from spikedistill.train.recipe import Training
+
+        settle(network, torch.device("cpu"), layout, Training(convolutions=self.options.convolutions))
+        return network
+
+
+class Own(OwnConvolutions):
     """spikedistill: the ANN converted, gradient exact or rate-based."""
 
     gradient = "exact"
@@ -147,7 +162,8 @@ class Own(Kit):
     def teacher(self, network: nn.Module) -> nn.Module:
         from spikedistill import Teacher
 
-        return self.inference(Teacher(network, mean=(0.0,) * 3, std=(1.0,) * 3))
+        layout = torch.channels_last if self.options.setting == "best" else torch.contiguous_format
+        return self.settle(self.inference(Teacher(network, mean=(0.0,) * 3, std=(1.0,) * 3)), layout)
 
     def inference(self, network: nn.Module) -> nn.Module:
         from spikedistill.student.fold import fold
@@ -314,6 +330,7 @@ class Sinabs(Kit):
 
 KITS: dict[str, type[Kit]] = {
     "ann": Kit,
+    "ann-own": OwnConvolutions,
     "exact": Own,
     "exact-stages": OwnStages,
     "exact-neurons": OwnNeurons,
@@ -336,7 +353,7 @@ class Worker:
         self.best = options.setting == "best"
         self.kit = KITS[options.name](options)
         layout = torch.channels_last if self.best else torch.contiguous_format
-        self.network = self.kit.build().to(memory_format=layout)
+        self.network = self.kit.settle(self.kit.build(), layout)
         self.layout, self.side = layout, 32
         self.draw()
         self.teacher: Any = None
@@ -410,6 +427,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--timesteps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--convolutions", default="auto", help="ours: whose, as in spikedistill.train.recipe")
     parser.add_argument("--lean", action="store_true", help="ours: return freed memory, as keep_memory=False does")
     parser.add_argument("--teacher", choices=("none", "answers", "joint", "cached"), default="none")
     answers, sys.stdout = sys.stdout, sys.stderr

@@ -5,8 +5,10 @@
 ResNet-18 for 32x32 images, teacher in the loop, each contender in a process of its own (peers in an environment of
 their own, made at the first run); 'best' is bfloat16 autocast (where the processor computes bfloat16) and
 channels_last, and for the peers the same handling of freed memory that ours has; 'default' is float32 as a user writes
-it. What the teacher and the loss take is timed inside the step. Medians over alternating rounds; each peer takes turns
-with ours, one peer after another, so that every ratio comes from one stretch of time.
+it. Where float32 is computed ours has its own convolutions (``student/winograd.py``), as it does by default; the ANN,
+and ours once, is timed with either. What the teacher and the loss take is timed inside the step. Medians over
+alternating rounds; each peer takes turns with ours, one peer after another, so that every ratio comes from one stretch
+of time.
 """
 
 import sys
@@ -27,8 +29,8 @@ def main() -> None:
     size = ["--width", str(given.width), "--batch", str(given.batch), "--timesteps", str(given.timesteps)]
     best, default = ["--setting", "best", *size], ["--setting", "default", *size]
 
-    def ours(label: str, gradient: str, teacher: str) -> Contender:
-        return Contender.start(label, gradient, *best, "--teacher", teacher)
+    def ours(label: str, gradient: str, teacher: str, convolutions: str = "auto") -> Contender:
+        return Contender.start(label, gradient, *best, "--teacher", teacher, "--convolutions", convolutions)
 
     rows: list[Row] = []
 
@@ -46,7 +48,9 @@ def main() -> None:
 
     alone = measure(
         Contender.start("ann", "ann", *best, environment=KEEP),
+        Contender.start("ann, our convolutions", "ann-own", *best, environment=KEEP),
         ours("exact", "exact", "none"),
+        ours("exact, PyTorch's convolutions", "exact", "none", "torch"),
         ours("exact, KDSNN", "exact", "joint"),
         ours("exact, KDSNN cached", "exact", "cached"),
         ours("rate", "rate", "none"),

@@ -32,7 +32,7 @@ from spikedistill.teacher.load import (
     load_weights,
     pretrained,
 )
-from spikedistill.train.device import choose_device, choose_precision, return_freed_memory
+from spikedistill.train.device import choose_device, choose_precision, return_freed_memory, settle
 from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
@@ -291,7 +291,7 @@ def measure(
     device = choose_device(training.device)
     dtype = choose_precision(training, device).dtype
     layout = torch.channels_last if training.channels_last else torch.contiguous_format
-    student.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    settle(student, device, layout, training)
     with firing_rates(student) as rates:
         logits = answers(student, pixels, dtype)
     steps = accuracy_by_step(logits, labels)
@@ -302,7 +302,7 @@ def measure(
         "firing_rate_by_layer": {name: 100.0 * rate for name, rate in rates.by_layer().items()},
     }
     if teacher is not None:
-        teacher.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        settle(teacher, device, layout, training)
         theirs = answers(teacher, pixels, dtype)
         results["teacher_accuracy"] = accuracy_by_step(theirs, labels)[-1]
         results["agreement"] = agreement(logits, theirs[0])

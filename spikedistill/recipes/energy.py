@@ -13,7 +13,7 @@ from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, en
 from spikedistill.recipes.runs import load_runs, some
 from spikedistill.shapes import Labels
 from spikedistill.student.build import Student
-from spikedistill.train.device import choose_device, choose_precision
+from spikedistill.train.device import choose_device, choose_precision, settle
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def measure_energy(paths: Sequence[Path], images: int | None = 1000, data_dir: s
     bills = []
     for run in runs:
         dtype = choose_precision(run.training, device).dtype
-        network: nn.Module = run.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        bills.append(bill_of(run.name, network, pixels, labels, dtype))
+        settle(run.network, device, torch.channels_last, run.training)
+        bills.append(bill_of(run.name, run.network, pixels, labels, dtype))
     return bills
 
 

@@ -14,7 +14,7 @@ from spikedistill.files import write_csv, write_text
 from spikedistill.recipes.figures import curves
 from spikedistill.recipes.runs import load_runs, some
 from spikedistill.teacher.cache import fingerprint_of
-from spikedistill.train.device import choose_device, choose_precision
+from spikedistill.train.device import choose_device, choose_precision, settle
 from spikedistill.train.run import Run
 
 
@@ -73,7 +73,9 @@ def measure_immunity(
         place = f"{score.name} {score.severity}" if score.severity else "clean"
         say(f"{len(known)} of at most {most * len(names)}: {score.network}, {place}: {score.accuracy:.2f} %")
 
-    networks = {found.name: found.network.to(device, memory_format=torch.channels_last) for found in runs}  # type: ignore[call-overload]
+    for found in runs:
+        settle(found.network, device, torch.channels_last, found.training)
+    networks = {found.name: found.network for found in runs}
     scores = immunity(
         networks,
         pixels,

@@ -14,7 +14,7 @@ from spikedistill.evaluate.accuracy import accuracy_by_step, answers
 from spikedistill.files import write_tensors
 from spikedistill.objective.direct import Direct
 from spikedistill.teacher.load import Architecture, Normalised, OneStep, is_elsewhere
-from spikedistill.train.device import choose_device, choose_precision, return_freed_memory
+from spikedistill.train.device import choose_device, choose_precision, return_freed_memory, settle
 from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
@@ -133,6 +133,6 @@ def measure(network: nn.Module, images: ImageSet, training: Training) -> dict[st
     """
     device = choose_device(training.device)
     layout = torch.channels_last if training.channels_last else torch.contiguous_format
-    network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    settle(network, device, layout, training)
     logits = answers(network, images.test_images, choose_precision(training, device).dtype)
     return {"test_accuracy": accuracy_by_step(logits, images.test_labels)[-1]}

@@ -22,9 +22,10 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.fused import time_mean
 from spikedistill.neuron.layer import Spiking, flatten_rows, is_channels_last, restore_rows
 from spikedistill.student.surgery import repeat_time
+from spikedistill.student.winograd import WinogradConv2d, applies, winograd_backward
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, WinogradConv2d)
 
 
 class _Through(torch.autograd.Function):
@@ -80,6 +81,9 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         layer = ctx.layer
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias)
+        if isinstance(layer, WinogradConv2d) and applies(x, weight):
+            return *winograd_backward(x, weight, grad, needed), None, None
         to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
             grad,
             x,
@@ -91,7 +95,7 @@ class _Convolution(torch.autograd.Function):
             False,
             [0] * len(layer.stride),
             layer.groups,
-            [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias],
+            needed,
         )
         return to_x, to_weight, to_bias, None, None
 

@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from spikedistill.errors import ConversionError
 from spikedistill.neuron.layer import Spiking
+from spikedistill.student.winograd import WinogradConv2d
 
 MaxPool = Literal["keep", "average"]
 
@@ -145,6 +146,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.record_stack_traces = True
         self.ends: dict[str, fx.Node] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, WinogradConv2d) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spikedistill.errors import ConfigError
+from spikedistill.student.winograd import quicken
 from spikedistill.train.recipe import Training
 
 FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
@@ -98,13 +99,35 @@ def choose_layout(config: Training, device: torch.device, network: nn.Module) ->
     """
     if not config.channels_last:
         return torch.contiguous_format
-    vector = 8 if "avx2" in (flags := _processor_flags()) and "avx512f" not in flags else 16
+    vector = 8 if _is_avx2(_processor_flags()) else 16
     broken = device.type == "cpu" and any(
         set(layer.kernel_size) == {1} and max(layer.stride) > 1 and layer.in_channels // layer.groups < vector
         for layer in network.modules()
         if isinstance(layer, nn.Conv2d)
     )
     return torch.contiguous_format if broken else torch.channels_last
+
+
+def settle(network: nn.Module, device: torch.device, layout: torch.memory_format, config: Training) -> str:
+    """Move a network to its device and memory order, and let Winograd's algorithm compute its convolutions.
+
+    Returns:
+        Why they stay PyTorch's; empty where they do not.
+    """
+    network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    if config.convolutions == "torch":
+        return "PyTorch's were asked for"
+    if device.type != "cpu" or layout is not torch.channels_last or config.compile:
+        return "they are for a CPU, channels last, and a step that is not compiled"
+    if choose_precision(config, device).dtype is not torch.float32:
+        return "they are for float32"
+    if config.convolutions == "auto" and not _is_avx2(_processor_flags()):
+        return "auto takes them on processors with AVX2 and no AVX-512"
+    return quicken(network)
+
+
+def _is_avx2(flags: set[str]) -> bool:
+    return "avx2" in flags and "avx512f" not in flags
 
 
 def _precision(fast: bool, who: str) -> Precision:

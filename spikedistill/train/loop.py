@@ -32,7 +32,7 @@ from spikedistill.teacher.cache import Answer, Cache, fingerprint, fingerprint_o
 from spikedistill.teacher.load import Teacher
 from spikedistill.teacher.taps import taps
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
-from spikedistill.train.device import choose_device, choose_layout, choose_precision, keep_freed_memory
+from spikedistill.train.device import choose_device, choose_layout, choose_precision, keep_freed_memory, settle
 from spikedistill.train.progress import Events, Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
@@ -233,9 +233,6 @@ class Trainer:
         self.layout = choose_layout(config, self.device, student)
         if config.channels_last and self.layout is not torch.channels_last:
             progress.say("channels last is left out: a strided 1 x 1 convolution of few channels would learn wrongly")
-        chosen = [str(self.device), *(str(kind).removeprefix("torch.") for kind in (self.precision.dtype, self.layout))]
-        progress.say(f"{', '.join(chosen)}: {self.precision.reason}")
-        self.chosen = dict(zip(("device", "dtype", "layout"), chosen))
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         self.share = config.batch_size // self.accelerator.num_processes
         self.indices, self.held = split(images.train_labels, validation, seed=0)
@@ -245,9 +242,18 @@ class Trainer:
                 f"batch_size (={config.batch_size}) must be at most the {len(self.indices)} training samples and at "
                 f"least the {self.accelerator.num_processes} processes."
             )
-        for network in (student, self.teacher):
-            if network is not None:
-                network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        if self.teacher is not None:
+            settle(self.teacher, self.device, self.layout, config)
+        reason = settle(student, self.device, self.layout, config)
+        if reason and config.convolutions == "winograd":
+            raise ConfigError(f"convolutions (=winograd) cannot be had here ({reason}): give torch, or auto.")
+        self.chosen = {
+            "device": str(self.device),
+            "dtype": str(self.precision.dtype).removeprefix("torch."),
+            "layout": str(self.layout).removeprefix("torch."),
+            "convolutions": "torch" if reason else "winograd",
+        }
+        progress.say(f"{', '.join(self.chosen.values())} convolutions: {self.precision.reason}")
         batch, labels = self.fetch(self.order(1)[0], 0, 1)
         with self.autocast():
             adapters = probe(student, self.teacher, objective, batch, labels)

@@ -85,6 +85,9 @@ class Training:
     channels_last: bool = True
     """Memory order of images inside the network; faster for convolutions nearly everywhere. Left out where oneDNN's
     gradients would be wrong with it (a strided 1 x 1 convolution of few channels on a CPU)."""
+    convolutions: Literal["auto", "torch", "winograd"] = "auto"
+    """PyTorch's, or on a CPU in float32 our own by Winograd's algorithm; auto takes ours where they were found to be
+    faster: on processors with AVX2 and without AVX-512, where there is a C compiler."""
     compile: bool = False
     """Compile the whole training step of an ANN (a minute at the start, then about a sixth faster on a CPU); of a
     student only with gradient=quantised."""

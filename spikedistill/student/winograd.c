@@ -1,0 +1,265 @@
+/* 3 x 3 convolutions, stride 1, one pixel of zeros around, by Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308).
+ *
+ * A tile of 4 x 4 results takes 36 products a pair of channels instead of 144. Images are [N, H, W, channels], their
+ * channels a multiple of LANES. Between the transforms lie, for each of the 36 places of a tile, ordinary products of
+ * matrices: tiles x C by C x K. Both are done for BLOCK tiles at a time, which stay in the caches of a core.
+ *
+ *   u       transformed weights, [36][panels][C][PANEL]: panels of PANEL output channels, the last filled with zeros
+ *   space   BLOCK tiles before and after the products, [36][block][C] and [36][block][panels * PANEL], a thread each
+ *
+ * No result depends on the number of threads.
+ */
+#include <stdint.h>
+
+#define LANES 8
+#define PANEL (2 * LANES)
+#define PLACES 36
+
+typedef int64_t size;
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef struct {
+  size n, h, w, c, k, block;
+} shape;
+
+static inline lanes load(const float *p) { return *(const lanes *)p; }
+static inline void store(float *p, lanes v) { *(lanes *)p = v; }
+static size tiles_of(size side) { return (side + 3) / 4; }
+static size panels_of(size k) { return (k + PANEL - 1) / PANEL; }
+static size smaller(size a, size b) { return a < b ? a : b; }
+
+/* The five small matrices of the paper, applied to a row or column whose elements are `step` apart. */
+
+static inline void input_side(lanes *o, size step, const lanes *d) { /* B^T: 6 -> 6 */
+  lanes a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], c = d[4] - d[2], e = 2 * (d[3] - d[1]);
+  o[0] = 4 * d[0] - 5 * d[2] + d[4];
+  o[step] = a + b;
+  o[2 * step] = a - b;
+  o[3 * step] = c + e;
+  o[4 * step] = c - e;
+  o[5 * step] = 4 * d[1] - 5 * d[3] + d[5];
+}
+
+static inline void output_side(lanes *o, size step, const lanes *m) { /* A^T: 6 -> 4 */
+  lanes a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], e = m[3] - m[4];
+  o[0] = m[0] + a + c;
+  o[step] = b + 2 * e;
+  o[2 * step] = a + 4 * c;
+  o[3 * step] = b + 8 * e + m[5];
+}
+
+static inline void gradient_side(lanes *o, size step, const lanes *d) { /* A: 4 -> 6 */
+  lanes a = d[0] + d[2], b = d[1] + d[3], c = d[0] + 4 * d[2], e = 2 * d[1] + 8 * d[3];
+  o[0] = d[0];
+  o[step] = a + b;
+  o[2 * step] = a - b;
+  o[3 * step] = c + e;
+  o[4 * step] = c - e;
+  o[5 * step] = d[3];
+}
+
+static inline void weight_side(lanes *o, size step, const lanes *g) { /* G: 3 -> 6 */
+  lanes a = (g[0] + g[2]) * (-1.0f / 6), b = g[1] * (1.0f / 6), c = g[0] * (1.0f / 24) + g[2] * (1.0f / 6),
+        e = g[1] * (1.0f / 12);
+  o[0] = 0.25f * g[0];
+  o[step] = a - b;
+  o[2 * step] = a + b;
+  o[3 * step] = c + e;
+  o[4 * step] = c - e;
+  o[5 * step] = g[2];
+}
+
+static inline void weight_gradient_side(lanes *o, size step, const lanes *m) { /* G^T: 6 -> 3 */
+  lanes a = (m[1] + m[2]) * (-1.0f / 6), b = m[3] + m[4];
+  o[0] = 0.25f * m[0] + a + b * (1.0f / 24);
+  o[step] = (m[2] - m[1]) * (1.0f / 6) + (m[3] - m[4]) * (1.0f / 12);
+  o[2 * step] = a + b * (1.0f / 6) + m[5];
+}
+
+/* Pixels of an image [h, w, c] from (y, x) on, zeros outside, into places `step` apart: the 6 x 6 that a tile reads ... */
+static void read_tile(const float *image, size h, size w, size c, size y, size x, float *to, size step) {
+  int inside = y >= 0 && x >= 0 && y + 6 <= h && x + 6 <= w;
+  for (size ch = 0; ch < c; ch += LANES) {
+    lanes half[36], d[6], q[6];
+    for (int j = 0; j < 6; j++) {
+      for (int i = 0; i < 6; i++) {
+        int there = inside || (y + i >= 0 && y + i < h && x + j >= 0 && x + j < w);
+        d[i] = there ? load(image + ((y + i) * w + x + j) * c + ch) : (lanes){0};
+      }
+      input_side(half + j, 6, d);
+    }
+    for (int i = 0; i < 6; i++) {
+      input_side(q, 1, half + 6 * i);
+      for (int j = 0; j < 6; j++) store(to + (6 * i + j) * step + ch, q[j]);
+    }
+  }
+}
+
+/* ... and the 4 x 4 gradients that arrive at its results. */
+static void read_gradient(const float *image, size h, size w, size c, size y, size x, float *to, size step) {
+  for (size ch = 0; ch < c; ch += LANES) {
+    lanes half[24], d[4], q[6];
+    for (int j = 0; j < 4; j++) {
+      for (int i = 0; i < 4; i++)
+        d[i] = y + i < h && x + j < w ? load(image + ((y + i) * w + x + j) * c + ch) : (lanes){0};
+      gradient_side(half + j, 4, d);
+    }
+    for (int i = 0; i < 6; i++) {
+      gradient_side(q, 1, half + 4 * i);
+      for (int j = 0; j < 6; j++) store(to + (6 * i + j) * step + ch, q[j]);
+    }
+  }
+}
+
+static void write_tile(const float *from, size step, const float *bias, float *image, size h, size w, size k, size y,
+                       size x) {
+  for (size ch = 0; ch < k; ch += LANES) {
+    lanes half[24], m[6], q[4], extra = bias ? load(bias + ch) : (lanes){0};
+    for (int j = 0; j < 6; j++) {
+      for (int i = 0; i < 6; i++) m[i] = load(from + (6 * i + j) * step + ch);
+      output_side(half + j, 6, m);
+    }
+    for (int i = 0; i < 4 && y + i < h; i++) {
+      output_side(q, 1, half + 6 * i);
+      for (int j = 0; j < 4 && x + j < w; j++) store(image + ((y + i) * w + x + j) * k + ch, q[j] + extra);
+    }
+  }
+}
+
+/* m[r][0..PANEL) (+)= sum over i < n of a(r, i) * b[i][0..PANEL), some rows at a time that fit the registers */
+#define ROWS(R)                                                                                                      \
+  static inline void rows_##R(const float *a, size row, size next, const float *b, size below, float *m, size wide, \
+                              size n, int add) {                                                                     \
+    lanes sum[R][2];                                                                                                 \
+    for (int r = 0; r < R; r++)                                                                                      \
+      for (int p = 0; p < 2; p++) sum[r][p] = add ? load(m + r * wide + p * LANES) : (lanes){0};                     \
+    for (size i = 0; i < n; i++) {                                                                                   \
+      lanes left = load(b + i * below), right = load(b + i * below + LANES);                                         \
+      for (int r = 0; r < R; r++) {                                                                                  \
+        float value = a[i * next + r * row];                                                                         \
+        sum[r][0] += value * left;                                                                                   \
+        sum[r][1] += value * right;                                                                                  \
+      }                                                                                                              \
+    }                                                                                                                \
+    for (int r = 0; r < R; r++)                                                                                      \
+      for (int p = 0; p < 2; p++) store(m + r * wide + p * LANES, sum[r][p]);                                        \
+  }
+ROWS(6) ROWS(5) ROWS(4) ROWS(3) ROWS(2) ROWS(1)
+
+static void product(const float *a, size row, size next, const float *b, size below, size panel, float *m, size wide,
+                    size rows, size n, size panels, int add) {
+  for (size p = 0; p < panels; p++, b += panel, m += PANEL)
+    for (size r = 0; r < rows; r += 6) {
+      const float *here = a + r * row;
+      float *to = m + r * wide;
+      switch (rows - r) {
+        case 1: rows_1(here, row, next, b, below, to, wide, n, add); break;
+        case 2: rows_2(here, row, next, b, below, to, wide, n, add); break;
+        case 3: rows_3(here, row, next, b, below, to, wide, n, add); break;
+        case 4: rows_4(here, row, next, b, below, to, wide, n, add); break;
+        case 5: rows_5(here, row, next, b, below, to, wide, n, add); break;
+        default: rows_6(here, row, next, b, below, to, wide, n, add);
+      }
+    }
+}
+
+/* How many floats `u` and, for each thread, `space` take. */
+size weight_floats(size c, size k) { return PLACES * c * panels_of(k) * PANEL; }
+size space_floats(size c, size k, size block) { return PLACES * block * (c + panels_of(k) * PANEL); }
+
+/* w: [k][c][3][3], its elements `at` apart along each axis */
+static void transform_weights(const float *w, const size *at, float *u, size c, size k, int threads) {
+  size panels = panels_of(k), step = panels * c * PANEL;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (size place = 0; place < panels * c; place++) {
+    size first = place / c * PANEL, ch = place % c;
+    float kernel[9][PANEL];
+    for (int i = 0; i < 9; i++)
+      for (size o = 0; o < PANEL; o++)
+        kernel[i][o] = first + o < k ? w[(first + o) * at[0] + ch * at[1] + i / 3 * at[2] + i % 3 * at[3]] : 0;
+    for (size o = 0; o < PANEL; o += LANES) {
+      lanes half[18], g[3], q[6];
+      for (int j = 0; j < 3; j++) {
+        for (int i = 0; i < 3; i++) g[i] = load(kernel[3 * i + j] + o);
+        weight_side(half + j, 3, g);
+      }
+      for (int i = 0; i < 6; i++) {
+        weight_side(q, 1, half + 3 * i);
+        for (int j = 0; j < 6; j++) store(u + (6 * i + j) * step + place * PANEL + o, q[j]);
+      }
+    }
+  }
+}
+
+/* y[n, h, w, k] = x[n, h, w, c] * w, plus a bias or none. The gradient to x is the same with w turned and transposed. */
+void convolve(const float *x, const float *w, const size *at, const float *bias, float *y, float *u, float *space,
+              const shape *s, int threads) {
+  size across = tiles_of(s->w), each = tiles_of(s->h) * across, tiles = s->n * each;
+  size panels = panels_of(s->k), wide = panels * PANEL, blocks = (tiles + s->block - 1) / s->block;
+  transform_weights(w, at, u, s->c, s->k, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    int mine = 0;
+#ifdef _OPENMP
+    extern int omp_get_thread_num(void);
+    mine = omp_get_thread_num();
+#endif
+    float *before = space + mine * space_floats(s->c, s->k, s->block), *after = before + PLACES * s->block * s->c;
+#pragma omp for schedule(dynamic)
+    for (size b = 0; b < blocks; b++) {
+      size first = b * s->block, count = smaller(s->block, tiles - first);
+      for (size r = 0; r < count; r++) {
+        size image = (first + r) / each, tile = (first + r) % each;
+        read_tile(x + image * s->h * s->w * s->c, s->h, s->w, s->c, tile / across * 4 - 1, tile % across * 4 - 1,
+                  before + r * s->c, s->block * s->c);
+      }
+      for (size i = 0; i < PLACES; i++)
+        product(before + i * s->block * s->c, s->c, 1, u + i * s->c * wide, PANEL, s->c * PANEL,
+                after + i * s->block * wide, wide, count, s->c, panels, 0);
+      for (size r = 0; r < count; r++) {
+        size image = (first + r) / each, tile = (first + r) % each;
+        write_tile(after + r * wide, s->block * wide, bias, y + image * s->h * s->w * s->k, s->h, s->w, s->k,
+                   tile / across * 4, tile % across * 4);
+      }
+    }
+  }
+}
+
+/* to_w: [k][c][3][3], contiguous: the gradient of y to w where `gradient` arrives at y; `space` of one thread. */
+void weight_gradient(const float *x, const float *gradient, float *to_w, float *u, float *space, const shape *s,
+                     int threads) {
+  size across = tiles_of(s->w), each = tiles_of(s->h) * across, tiles = s->n * each;
+  size panels = panels_of(s->k), wide = panels * PANEL, blocks = (tiles + s->block - 1) / s->block;
+  float *before = space, *after = before + PLACES * s->block * s->c;
+#pragma omp parallel num_threads(threads)
+  {
+    for (size b = 0; b < blocks; b++) {
+      size first = b * s->block, count = smaller(s->block, tiles - first);
+#pragma omp for schedule(static)
+      for (size r = 0; r < count; r++) {
+        size image = (first + r) / each, tile = (first + r) % each, y = tile / across * 4, left = tile % across * 4;
+        read_tile(x + image * s->h * s->w * s->c, s->h, s->w, s->c, y - 1, left - 1, before + r * s->c,
+                  s->block * s->c);
+        read_gradient(gradient + image * s->h * s->w * s->k, s->h, s->w, s->k, y, left, after + r * wide,
+                      s->block * wide);
+      }
+#pragma omp for schedule(static)
+      for (size i = 0; i < PLACES; i++)
+        product(before + i * s->block * s->c, 1, s->c, after + i * s->block * wide, wide, PANEL, u + i * s->c * wide,
+                wide, s->c, count, panels, b > 0);
+    }
+#pragma omp for schedule(static)
+    for (size ch = 0; ch < s->c; ch++)
+      for (size o = 0; o < s->k; o += LANES) {
+        lanes half[18], m[6], q[3];
+        for (int j = 0; j < 6; j++) {
+          for (int i = 0; i < 6; i++) m[i] = load(u + ((6 * i + j) * s->c + ch) * wide + o);
+          weight_gradient_side(half + j, 6, m);
+        }
+        for (int i = 0; i < 3; i++) {
+          weight_gradient_side(q, 1, half + 6 * i);
+          for (int j = 0; j < 3; j++)
+            for (size l = 0; l < LANES; l++) to_w[((o + l) * s->c + ch) * 9 + 3 * i + j] = q[j][l];
+        }
+      }
+  }
+}
