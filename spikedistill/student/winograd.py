@@ -47,9 +47,10 @@ def quicken(network: nn.Module) -> str:
         network: any, in any mode; its images should be in channels last.
 
     Returns:
-        Why nothing was changed; empty where something was.
+        Why it has no such layer; empty where it has.
     """
-    fitting = [layer for layer in network.modules() if type(layer) is nn.Conv2d and _fits(layer)]
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    fitting = [layer for layer in convolutions if type(layer) in (nn.Conv2d, WinogradConv2d) and _fits(layer)]
     if not fitting:
         return f"no convolution of 3 x 3, stride 1 and padding 1 over {LEAST_CHANNELS} channels or more"
     if isinstance(built := _library(), str):
