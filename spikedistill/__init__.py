@@ -33,6 +33,7 @@ from spikedistill.student.build import Report, Student, to_spiking
 from spikedistill.student.coding import Direct as DirectCoding
 from spikedistill.student.coding import Frames, Latency, Rate
 from spikedistill.student.fold import fold
+from spikedistill.student.winograd import quicken
 from spikedistill.teacher.load import Architecture, Teacher, load_teacher
 from spikedistill.train.loop import fit
 from spikedistill.train.recipe import Data, Training
@@ -96,6 +97,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "operations",
+    "quicken",
     "split",
     "teach",
     "to_spiking",

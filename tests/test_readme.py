@@ -11,7 +11,7 @@ from spikedistill import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {"README.md": 2, "docs/guide.md": 8, "docs/results.md": 0}
+PAGES = {"README.md": 2, "docs/guide.md": 9, "docs/results.md": 0}
 TEXTS = [(ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES]
 COMMANDS = [
     line.split("#")[0].strip()
@@ -82,7 +82,11 @@ def test_the_printed_tree_is_the_package():
         printed.add(name if line[2] != " " else folder + name)
     package = ROOT / "spikedistill"
     hidden = {"__init__.py", "__main__.py"}
-    real = {str(file.relative_to(package)) for file in package.rglob("*.py") if file.name not in hidden}
+    real = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.[cp]*")
+        if file.suffix in (".py", ".c") and file.name not in hidden
+    }
     folders = {str(file.parent.relative_to(package)) + "/" for file in package.glob("*/*.py")}
     assert printed == real | folders
 

@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -243,7 +243,8 @@ class Trainer:
                 f"least the {self.accelerator.num_processes} processes."
             )
         if self.teacher is not None:
-            settle(self.teacher, self.device, self.layout, config)
+            own = self.teacher is not teacher  # the caller's keeps its layers
+            settle(self.teacher, self.device, self.layout, config if own else replace(config, convolutions="torch"))
         reason = settle(student, self.device, self.layout, config)
         if reason and config.convolutions == "winograd":
             raise ConfigError(f"convolutions (=winograd) cannot be had here ({reason}): give torch, or auto.")

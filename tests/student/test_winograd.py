@@ -14,7 +14,6 @@ from spikedistill.student.fold import fold
 from spikedistill.student.winograd import LEAST_CHANNELS, LEAST_TILES, WinogradConv2d, applies, quicken
 from spikedistill.teacher.zoo import ZOO
 
-
 pytestmark = pytest.mark.usefixtures("without_compiler")
 
 

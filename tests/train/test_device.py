@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from spikedistill.errors import ConfigError
+from spikedistill.student.winograd import WinogradConv2d
 from spikedistill.train import device as module
-from spikedistill.train.device import choose_device, choose_layout, choose_precision
+from spikedistill.train.device import choose_device, choose_layout, choose_precision, settle
 from spikedistill.train.recipe import Training
 
 CPU = torch.device("cpu")
@@ -118,6 +119,37 @@ class TestLayout:
         used.load_state_dict(layer.state_dict())
         used.to(memory_format=layout)(images.float().contiguous(memory_format=layout)).backward(grad.float())
         torch.testing.assert_close(used.weight.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+class TestConvolutions:
+    @pytest.mark.parametrize(
+        "asked, flags, layout, compiled, reason",
+        [
+            ("auto", {"avx2"}, torch.channels_last, False, ""),
+            ("winograd", {"avx2"}, torch.channels_last, False, ""),
+            ("torch", {"avx2"}, torch.channels_last, False, "PyTorch's were asked for"),
+            ("auto", {"avx2", "avx512f"}, torch.channels_last, False, "auto takes them on processors with AVX2"),
+            ("auto", {"asimd"}, torch.channels_last, False, "auto takes them on processors with AVX2"),
+            ("winograd", {"avx2", "avx512f"}, torch.channels_last, False, ""),
+            ("winograd", {"avx2", "avx512_bf16"}, torch.channels_last, False, "they are for float32"),
+            ("winograd", {"avx2"}, torch.contiguous_format, False, "channels last"),
+            ("winograd", {"avx2"}, torch.channels_last, True, "a step that is not compiled"),
+        ],
+    )
+    def test_are_winograd_s_where_they_are_asked_for_or_known_to_be_faster(
+        self, monkeypatch, asked, flags, layout, compiled, reason
+    ):
+        monkeypatch.setattr(module, "_processor_flags", lambda: flags)
+        network = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1))
+        found = settle(network, CPU, layout, Training(convolutions=asked, compile=compiled))
+        assert reason in found and bool(reason) == bool(found)
+        assert type(network[0]) is (nn.Conv2d if reason else WinogradConv2d)
+        assert network[0].weight.is_contiguous(memory_format=layout)
+
+    def test_other_devices_keep_pytorch_s(self):
+        network = nn.Conv2d(32, 32, 3, padding=1)
+        reason = settle(network, torch.device("meta"), torch.channels_last, Training(convolutions="winograd"))
+        assert "for a CPU" in reason and type(network) is nn.Conv2d and network.weight.is_meta
 
 
 class TestProcessorFlags:

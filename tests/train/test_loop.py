@@ -551,3 +551,41 @@ class TestViews:
         with pytest.raises(ConfigError, match=r"answers to 2 views need 163\.1 KiB in '.*answers', where 1000 bytes"):
             self.train(blobs, tmp_path, choices(epochs=3, views=2))
         assert not list((tmp_path / "answers").iterdir()) and not Run(tmp_path).checkpoint.exists()
+
+
+class TestConvolutions:
+    def network(self):
+        torch.manual_seed(1)
+        stem = [nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+        return nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3))
+
+    def test_winograd_s_train_the_same_network_and_timing_names_them(self, blobs, tmp_path):
+        found = {}
+        for whose in ("torch", "winograd"):
+            student, run = learner(self.network()), Run(tmp_path / whose)
+            run.path.mkdir()
+            fit(student, Direct(), blobs, choices(convolutions=whose, channels_last=True, lr=0.01), run)
+            assert {line["convolutions"] for line in run.lines("timing")} == {whose}
+            found[whose] = student.state_dict()
+        for name, expected in found["torch"].items():
+            torch.testing.assert_close(found["winograd"][name], expected, rtol=1e-3, atol=1e-4)
+        assert not same(found["torch"], found["winograd"])
+
+    def test_winograd_s_that_cannot_be_had_are_refused(self, blobs, tmp_path):
+        with pytest.raises(ConfigError, match=r"=winograd\) cannot be had here \(no convolution"):
+            fit(learner(flat()), Direct(), blobs, choices(convolutions="winograd", channels_last=True), Run(tmp_path))
+        assert not (tmp_path / "metrics.jsonl").exists()
+
+    def test_a_teacher_that_cannot_be_traced_stays_as_it_was(self, blobs, tmp_path):
+        class Reads(nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x):
+                return self.inner(x) if float(x.sum()) > -1e9 else x
+
+        teacher = Teacher(Reads(self.network()), MEAN, STD)
+        config = choices(epochs=1, convolutions="winograd", channels_last=True)
+        fit(learner(self.network()), KDSNNResponse(2.0, 0.5), blobs, config, Run(tmp_path), teacher=teacher)
+        assert all(type(layer) is nn.Conv2d for layer in teacher.modules() if isinstance(layer, nn.Conv2d))
