@@ -3,7 +3,8 @@
     python benchmarks/rate_accuracy.py --data-dir DATA --jobs 2 [--check]   # hours; what is finished is kept
 
 KDSNN students of ``spikedistill reproduce kdsnn-pairs --budget small`` (CIFAR-10, T=4), whose runs are shared, and the
-same with ``gradient="rate"``: one that inherits its teacher's weights (resnet18) and one with fresh ones (vgg9). Test
+same with ``gradient="rate"``: one with fresh weights (vgg9) and leaky neurons, which the gradient suits; the same with
+neurons that forget nothing; and one that inherits its teacher's weights (resnet18), whose neurons must not forget. Test
 accuracy after the last epoch; nothing is chosen on it.
 """
 
@@ -24,14 +25,14 @@ from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
 
 GRADIENTS: tuple[Gradient, ...] = ("exact", "rate")
+STUDENTS = {"vgg9-lif": ("vgg9", "lif"), "vgg9-if": ("vgg9", "if"), "resnet18-if": ("resnet18", "if")}
 
 
-def variant(cell: Cell, gradient: Gradient) -> Cell:
-    """A student of the study, with another gradient in a run of its own."""
-    if gradient == "exact":
-        return cell
-    student = dataclasses.replace(cell.recipe.student, gradient=gradient)
-    path = cell.path.with_name(f"{cell.path.name}-{gradient}")
+def variant(cell: Cell, neuron: str, gradient: Gradient) -> Cell:
+    """A student of the study, with another neuron and gradient in a run of its own."""
+    student = dataclasses.replace(cell.recipe.student, neuron=neuron, gradient=gradient)
+    other = [name for name, usual in ((neuron, "if"), (gradient, "exact")) if name != usual]
+    path = cell.path.with_name("-".join([cell.path.name, *other]))
     return dataclasses.replace(cell, recipe=dataclasses.replace(cell.recipe, student=student), path=path)
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"))
     parser.add_argument("--data-dir")
-    parser.add_argument("--students", nargs="+", default=["resnet18", "vgg9"], metavar="NAME")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="students trained side by side")
     parser.add_argument("--check", action="store_true", help="end with code 1 where a bound is missed")
@@ -49,9 +50,9 @@ def main() -> None:
     unless_done(path, partial(teach, made, path, progress=Progress.stderr(path.name)), partial(print, path.name))
     groups = {
         (name, gradient): [
-            variant(cell, gradient)
+            variant(cell, STUDENTS[name][1], gradient)
             for cell in study.cells
-            if (cell.student, cell.method) == (name, "kdsnn") and cell.seed < given.seeds
+            if (cell.student, cell.method) == (STUDENTS[name][0], "kdsnn") and cell.seed < given.seeds
         ]
         for name in given.students
         for gradient in GRADIENTS
