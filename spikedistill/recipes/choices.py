@@ -82,8 +82,8 @@ class StudentChoice:
     learn_threshold: bool = False
     """Train each layer's threshold."""
     gradient: Literal["exact", "rate", "quantised"] = "exact"
-    """Through every time step; through rates alone: half the time at T=4, and nearly constant in T; or of the quantised
-    stand-in of T levels, which has no time and costs what an ANN costs."""
+    """Through every time step; through rates alone, in half the time at T=4, for neurons that forget (lif: others learn
+    less by it); or of the quantised stand-in of T levels, which has no time and costs what an ANN costs."""
     recompute: Literal["nothing", "neurons", "stages"] = "nothing"
     """Less memory (gradient=exact): compute again, instead of keeping, all but convolutions (neurons), for less time;
     or all of a stage (stages), for one more forward pass."""

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -166,6 +167,27 @@ class TestOverTime:
     def test_what_is_the_same_at_every_step_is_handed_on(self):
         feature = torch.randn(2, 4).expand(3, 2, 4)
         assert over_time(feature).data_ptr() == feature.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["channels last", "vectors", "cut out of a larger map", "the same at every step"])
+def test_features_of_one_shape_have_the_distance_of_their_mean_and_its_gradient(name, dtype):
+    same = name == "the same at every step"
+    given = draw_feature("channels last" if same else name, dtype).detach()
+    given = (given[0] if same else given).requires_grad_()
+    feature = given.expand(3, *given.shape) if same else given
+    teacher, labels = torch.randn(feature.shape[1:]), torch.tensor([0, 1])
+    objective = KDSNNFeature(pairs=(("a", "b"),), weight=2.0)
+    batch = Batch(torch.zeros(3, 2, 4), labels, {"b": feature}, None, {"a": teacher})
+    distance = objective(batch, objective.adapters(batch))["features"]
+    (found,) = torch.autograd.grad(distance, given)
+    exact = given.detach().double().requires_grad_()
+    mean = exact if same else exact.mean(0)
+    expected = 2.0 * F.mse_loss(mean, teacher.double()) / teacher.double().square().mean()
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(distance.double(), expected, rtol=tolerance, atol=0)
+    (wanted,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
 class TestMatchSize:
