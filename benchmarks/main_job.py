@@ -9,10 +9,11 @@ is trained in three stages, each from what came out of the one before.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
+
+from spikedistill.train.run import Run
 
 HERE = Path(__file__).resolve().parent.parent
 FRESH = ["--inherit", "False", "--lr", "0.1", "--weight-decay", "5e-4"]
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--stranger", default="resnet20.npz")
     given = parser.parse_args()
     for name in given.only:
-        if not (given.runs / name / "results.json").exists():
+        if not Run(given.runs / name).finished:
             call = command(name, given.runs, given.data_dir, given.stranger)
             print("$", *call, file=sys.stderr, flush=True)
             subprocess.run(call, check=True)
@@ -67,8 +68,8 @@ def main() -> None:
 def report(paths: list[Path]) -> None:
     """One line a run: accuracy at every step, agreement with the teacher, spikes, and minutes of training."""
     for path in paths:
-        results = json.loads((path / "results.json").read_text())
-        seconds = [json.loads(line)["seconds"] for line in (path / "timing.jsonl").read_text().splitlines()]
+        run = Run(path)
+        results, seconds = run.read("results"), [line["seconds"] for line in run.lines("timing")]
         steps = ", ".join(f"{value:.2f}" for value in results.get("accuracy_by_step", [results["test_accuracy"]]))
         more = "".join(f"  {key} {results[key]:.2f}" for key in ("agreement", "firing_rate") if key in results)
         print(f"{path.name:16} {len(seconds):3} epochs {sum(seconds) / 60:6.1f} min  accuracy {steps}{more}")

@@ -57,7 +57,7 @@ def main() -> None:
         for name in given.students
         for gradient in GRADIENTS
     }
-    missing = [cell for cells in groups.values() for cell in cells if not (cell.path / "results.json").exists()]
+    missing = [cell for cells in groups.values() for cell in cells if not Run(cell.path).finished]
     for cell, finish_it in side_by_side(missing, given.jobs):
         finish_it()
         print(cell.path.name, flush=True)

@@ -96,7 +96,7 @@ def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -
             job(resume=True)
         else:
             unless_done(path, job, partial(progress.say, path.name))
-    missing = [cell for cell in cells if not (cell.path / "results.json").exists()]
+    missing = [cell for cell in cells if not Run(cell.path).finished]
     failed: dict[str, str] = {}
     for number, (cell, finish) in enumerate(side_by_side(missing, jobs), 1):
         progress.say(f"{number} of {len(missing)}: {cell.path.name}")
@@ -146,9 +146,9 @@ def _needed_again(teacher: Path, cells: Sequence[Cell]) -> bool:
 
     So the small files of finished runs can be kept without their weights, and a study goes on elsewhere.
     """
-    if not (teacher / "results.json").exists() or Run(teacher).model.exists():
+    if not Run(teacher).finished or Run(teacher).model.exists():
         return False
-    return any(cell.recipe.who.teacher == str(teacher) and not (cell.path / "results.json").exists() for cell in cells)
+    return any(cell.recipe.who.teacher == str(teacher) and not Run(cell.path).finished for cell in cells)
 
 
 def _check_recipe(path: Path, recipe: Teach | Distill) -> None:
@@ -157,7 +157,7 @@ def _check_recipe(path: Path, recipe: Teach | Distill) -> None:
     Raises:
         RunError: if there is one.
     """
-    if (path / "results.json").exists():
+    if Run(path).finished:
         changes = Run(path).changes(recipe.written(), type(recipe)().written())
         changes = [line for line in changes if not line.startswith("data_dir ")]
         if changes:

@@ -117,7 +117,7 @@ def unless_done(path: Path, work: Callable[[bool], object], say: Callable[[], ob
         work: told whether to resume.
         say: called before.
     """
-    if not (path / "results.json").exists():
+    if not Run(path).finished:
         say()
         work((path / "recipe.json").exists())
 

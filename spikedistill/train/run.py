@@ -45,6 +45,11 @@ class Run:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def finished(self) -> bool:
+        """Whether the measurements on the test set lie there, which come last."""
+        return (self.path / "results.json").exists()
+
+    @property
     def model(self) -> Path:
         """The finished weights."""
         return self.path / "model.safetensors"
@@ -64,8 +69,8 @@ class Run:
         if resume and not (self.path / "recipe.json").exists():
             raise RunError(f"There is no run in '{self.path}' to resume: check --out, or leave --resume away.")
         self._take()
-        results = (self.path / "results.json", self.path / "scores.jsonl")
-        worth_keeping = any(file.exists() for file in (self.checkpoint, self.model, *results))
+        files = (self.checkpoint, self.model, self.path / "scores.jsonl")
+        worth_keeping = self.finished or any(file.exists() for file in files)
         if worth_keeping and not resume:
             raise RunError(f"'{self.path}' already holds a run: go on with it by --resume, or choose another --out.")
         if resume:
