@@ -112,9 +112,7 @@ def _backward(
     grad: Tensor,
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to current ``[T or 1, N]``, state (None: fresh), leak and threshold (None: fixed)."""
-    constant, kind = current.shape[0] < timesteps, current.dtype
-    current = current.expand(timesteps, *current.shape[1:])
+    """Gradients to current ``[T, N]``, state (None: fresh), leak and threshold (None: fixed)."""
     before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
     gain = (1.0 - leak) if neuron.decay_input else torch.ones_like(leak)
     rest = torch.zeros_like(before[0]) if grad_state is None else grad_state
@@ -128,8 +126,7 @@ def _backward(
             q = q - (rest if neuron.reset is Reset.SUBTRACT else u * rest)
         past = rest if neuron.reset is Reset.SUBTRACT else rest * (1.0 - s)
         p = past + q * neuron.surrogate.gradient(u - 1.0)
-        step = gain * p / threshold
-        to_current.append(step if constant else step.to(kind))
+        to_current.append((gain * p / threshold).to(current.dtype))
         x = current[t].float() / threshold
         if neuron.learn_leak:
             to_leak = to_leak + p * (before[t] - x if neuron.decay_input else before[t])
@@ -137,9 +134,8 @@ def _backward(
             to_threshold = to_threshold + arriving * s - gain * p * x / threshold
         rest = leak * p
     to_current.reverse()
-    gathered = sum(to_current[1:], start=to_current[0]).to(kind)[None] if constant else torch.stack(to_current)
     return (
-        gathered,
+        torch.stack(to_current),
         None if state is None else rest.sum_to_size(state.shape),
         to_leak.sum() if neuron.learn_leak else None,
         to_threshold.sum_to_size(threshold.shape) if neuron.learn_threshold else None,
@@ -206,18 +202,19 @@ class _Fused(torch.autograd.Function):
         rest = None if grad_state is None else grad_state.contiguous()
         if rest is None and len(states) > 1:
             rest = torch.zeros_like(current[0], dtype=torch.float32)
+        constant = current.shape[0] < ctx.timesteps
+        given = current.float() if constant else current  # steps are summed before they are rounded
         parts, to_leak, to_threshold = [], None, None
         for steps, state in reversed(list(zip(chunks(ctx.timesteps), states))):
-            now = current[steps] if current.shape[0] > 1 else current
             part, rest, leak_part, threshold_part = _call(
-                *(_backward, ctx.neuron, now, state, leak, threshold, steps.stop - steps.start),
+                *(_backward, ctx.neuron, _steps(given, steps), state, leak, threshold, steps.stop - steps.start),
                 *(grad[steps].contiguous(), rest),
             )
-            parts.append(part)
+            parts.append(part.sum(0, keepdim=True) if constant else part)
             to_leak = leak_part if to_leak is None else to_leak + leak_part
             to_threshold = threshold_part if to_threshold is None else to_threshold + threshold_part
         parts.reverse()
-        to_current = sum(parts[1:], start=parts[0]) if current.shape[0] < ctx.timesteps else _joined(parts)
+        to_current = sum(parts[1:], start=parts[0]).to(current.dtype) if constant else _joined(parts)
         return to_current, rest if ctx.has_state else None, to_leak, to_threshold, None, None, None
 
 

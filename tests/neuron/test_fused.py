@@ -93,6 +93,15 @@ class TestEqualsTheReference:
         assert fused._compiled.cache_info().misses == compiled
 
 
+def test_a_current_that_is_the_same_at_every_step_needs_no_kernel_of_its_own():
+    case = Case(Neuron())
+    answers(case, "fused", *draw(case, (2, 3), False), 1.0)
+    compiled = fused._compiled.cache_info().misses
+    constant = replace(case, constant=True)
+    answers(constant, "fused", *draw(constant, (2, 3), False), 1.0)
+    assert fused._compiled.cache_info().misses == compiled
+
+
 @pytest.mark.parametrize("name", ["if, learned threshold, half, constant", "plif"])
 def test_what_is_measured_equals_the_reference(name):
     case = CASES[name]
