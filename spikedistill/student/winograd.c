@@ -224,9 +224,9 @@ void convolve(const float *x, const float *w, const size *at, const float *bias,
   }
 }
 
-/* to_w: [k][c][3][3], contiguous: the gradient of y to w where `gradient` arrives at y; `space` of one thread. */
-void weight_gradient(const float *x, const float *gradient, float *to_w, float *u, float *space, const shape *s,
-                     int threads) {
+/* to_w, as w: the gradient of y to w where `gradient` arrives at y; `space` of one thread. */
+void weight_gradient(const float *x, const float *gradient, float *to_w, const size *at, float *u, float *space,
+                     const shape *s, int threads) {
   size across = tiles_of(s->w), each = tiles_of(s->h) * across, tiles = s->n * each;
   size panels = panels_of(s->k), wide = panels * PANEL, blocks = (tiles + s->block - 1) / s->block;
   float *before = space, *after = before + PLACES * s->block * s->c;
@@ -258,7 +258,7 @@ void weight_gradient(const float *x, const float *gradient, float *to_w, float *
         for (int i = 0; i < 3; i++) {
           weight_gradient_side(q, 1, half + 6 * i);
           for (int j = 0; j < 3; j++)
-            for (size l = 0; l < LANES; l++) to_w[((o + l) * s->c + ch) * 9 + 3 * i + j] = q[j][l];
+            for (size l = 0; l < LANES; l++) to_w[(o + l) * at[0] + ch * at[1] + i * at[2] + j * at[3]] = q[j][l];
         }
       }
   }

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def winograd_backward(
     grad = grad.contiguous(memory_format=torch.channels_last)
     return (
         _convolved(grad, weight, None, turned=True) if needed[0] else None,
-        _to_weight(x, grad) if needed[1] else None,
+        _to_weight(x, grad, weight) if needed[1] else None,
         grad.sum((0, 2, 3)) if needed[2] else None,
     )
 
@@ -120,30 +121,36 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = Fa
         strides = [strides[1], strides[0], -strides[2], -strides[3]]
     n, c, h, w = x.shape
     k = weight.shape[1 if turned else 0]
+    bias = None if bias is None else bias.contiguous()
     threads = torch.get_num_threads()
     block = min(BLOCK, -(-_tiles(n, h, w) // threads))
     y = torch.empty((n, k, h, w), dtype=torch.float32, memory_format=torch.channels_last)
     transformed = torch.empty(library.weight_floats(c, k), dtype=torch.float32)
     space = torch.empty(threads * library.space_floats(c, k, block), dtype=torch.float32)
     library.convolve(
-        *(_at(x), first, (ctypes.c_int64 * 4)(*strides), _at(None if bias is None else bias.contiguous()), _at(y)),
+        *(_at(x), first, _strides(strides), _at(bias), _at(y)),
         *(_at(transformed), _at(space), ctypes.byref(_Shape(n, h, w, c, k, block)), threads),
     )
     return y
 
 
-def _to_weight(x: Tensor, grad: Tensor) -> Tensor:
+def _to_weight(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     library = _library()
     (n, c, h, w), k = x.shape, grad.shape[1]
-    to_weight = torch.empty(k, c, 3, 3, dtype=torch.float32)
+    to_weight = torch.empty_like(weight)
     transformed = torch.empty(library.weight_floats(c, k), dtype=torch.float32)
     space = torch.zeros(library.space_floats(c, k, BLOCK), dtype=torch.float32)
     shape = _Shape(n, h, w, c, k, BLOCK)
     library.weight_gradient(
-        *(_at(x), _at(grad), _at(to_weight), _at(transformed), _at(space), ctypes.byref(shape)),
+        *(_at(x), _at(grad), _at(to_weight), _strides(to_weight.stride()), _at(transformed), _at(space)),
+        ctypes.byref(shape),
         torch.get_num_threads(),
     )
     return to_weight
+
+
+def _strides(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * 4)(*values)
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -171,7 +178,7 @@ def _library() -> Any:
     _declare(library.space_floats, ctypes.c_int64, [ctypes.c_int64] * 3)
     shape = ctypes.POINTER(_Shape)
     _declare(library.convolve, None, [*[ctypes.c_void_p] * 7, shape, ctypes.c_int])
-    _declare(library.weight_gradient, None, [*[ctypes.c_void_p] * 5, shape, ctypes.c_int])
+    _declare(library.weight_gradient, None, [*[ctypes.c_void_p] * 6, shape, ctypes.c_int])
     return library
 
 
