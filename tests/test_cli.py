@@ -221,7 +221,15 @@ class TestOutput:
         caught = capsys.readouterr()
         assert caught.out.splitlines()[-1] == f"the student is in {out}"
         assert "epoch 1: " not in caught.out and "direct: epoch 1: " in caught.err
-        assert "direct: cpu, float32, channels_last: float32 was asked for" in caught.err
+        assert "direct: cpu, float32, channels_last, torch convolutions: float32 was asked for" in caught.err
+        assert "rate-based" not in caught.err
+
+    def test_neurons_that_do_not_suit_the_rate_based_gradient_are_pointed_out(self, home, tmp_path, capsys):
+        options = ("--data", home / "blobs.npz", *QUICK.split(), "--teacher", home / "teacher", "--gradient", "rate")
+        for neuron, said in (("if", True), ("lif", False)):
+            fresh = ("--inherit", False, "--neuron", neuron, "--timesteps", 1)
+            assert call("distill", *options, "--method", "direct", *fresh, "--out", tmp_path / neuron) == 0
+            assert ("consider --neuron lif" in capsys.readouterr().err) is said
 
     def test_demo_compares_what_it_made(self, home, monkeypatch, capsys):
         asked = []

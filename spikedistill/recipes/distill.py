@@ -115,6 +115,8 @@ def distill(recipe: Distill, out: Path, resume: bool = False, progress: Progress
     run = Run(out)
     run.start(recipe.written(), resume, Distill().written())
     progress.say(str(report).splitlines()[0])
+    if recipe.student.gradient == "rate" and recipe.student.neuron == "if":
+        progress.say("the rate-based gradient loses points with neurons that forget nothing: consider --neuron lif")
     run.write("conversion", {"network": network.name, **asdict(report)})
     augment, held = recipe.data.augment(), recipe.data.validation
     with progress:
