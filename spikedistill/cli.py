@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints. Results go to standard output, everything else to standard error."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,9 @@ def main() -> None:
     except SpikeDistillError as error:
         Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"spikedistill: {error}", markup=False)
         sys.exit(2)
+    except BrokenPipeError:  # who read our output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         print(f"spikedistill: {error}: check the path and its permissions.", file=sys.stderr)
         sys.exit(2)

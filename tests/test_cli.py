@@ -283,6 +283,16 @@ def test_a_process_of_its_own_behaves_the_same(home, tmp_path):
     assert accuracy == Run(home / "teacher").read("results")["test_accuracy"]
 
 
+def test_it_ends_without_a_word_where_nobody_reads_its_output():
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "spikedistill", "distill", "--help"], stdout=writes, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("given", ["photos", "photos/", "elsewhere/photos.npz"])
 def test_a_teacher_goes_below_runs_under_the_name_of_its_data(given, tmp_path, monkeypatch):
     asked = []
