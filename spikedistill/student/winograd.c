@@ -9,11 +9,13 @@
  *
  * No result depends on the number of threads.
  */
+#include <omp.h>
 #include <stdint.h>
 
 #define LANES 8
 #define PANEL (2 * LANES)
 #define PLACES 36
+#define SMALL 1024 /* vectors of weights that one thread transforms sooner than others wake up */
 
 typedef int64_t size;
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -75,10 +77,11 @@ static inline void weight_gradient_side(lanes *o, size step, const lanes *m) { /
   o[2 * step] = a + b * (1.0f / 6) + m[5];
 }
 
-/* Pixels of an image [h, w, c] from (y, x) on, zeros outside, into places `step` apart: the 6 x 6 that a tile reads ... */
-static void read_tile(const float *image, size h, size w, size c, size y, size x, float *to, size step) {
+/* The first `count` channels of an image [h, w, c] from (y, x) on, zeros outside, into places `step` apart: the 6 x 6
+ * pixels that a tile reads ... */
+static void read_tile(const float *image, size h, size w, size c, size count, size y, size x, float *to, size step) {
   int inside = y >= 0 && x >= 0 && y + 6 <= h && x + 6 <= w;
-  for (size ch = 0; ch < c; ch += LANES) {
+  for (size ch = 0; ch < count; ch += LANES) {
     lanes half[36], d[6], q[6];
     for (int j = 0; j < 6; j++) {
       for (int i = 0; i < 6; i++) {
@@ -95,8 +98,9 @@ static void read_tile(const float *image, size h, size w, size c, size y, size x
 }
 
 /* ... and the 4 x 4 gradients that arrive at its results. */
-static void read_gradient(const float *image, size h, size w, size c, size y, size x, float *to, size step) {
-  for (size ch = 0; ch < c; ch += LANES) {
+static void read_gradient(const float *image, size h, size w, size c, size count, size y, size x, float *to,
+                          size step) {
+  for (size ch = 0; ch < count; ch += LANES) {
     lanes half[24], d[4], q[6];
     for (int j = 0; j < 4; j++) {
       for (int i = 0; i < 4; i++)
@@ -169,7 +173,7 @@ size space_floats(size c, size k, size block) { return PLACES * block * (c + pan
 /* w: [k][c][3][3], its elements `at` apart along each axis */
 static void transform_weights(const float *w, const size *at, float *u, size c, size k, int threads) {
   size panels = panels_of(k), step = panels * c * PANEL;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (panels * c > SMALL)
   for (size place = 0; place < panels * c; place++) {
     size first = place / c * PANEL, ch = place % c;
     float kernel[9][PANEL];
@@ -198,19 +202,15 @@ void convolve(const float *x, const float *w, const size *at, const float *bias,
   transform_weights(w, at, u, s->c, s->k, threads);
 #pragma omp parallel num_threads(threads)
   {
-    int mine = 0;
-#ifdef _OPENMP
-    extern int omp_get_thread_num(void);
-    mine = omp_get_thread_num();
-#endif
-    float *before = space + mine * space_floats(s->c, s->k, s->block), *after = before + PLACES * s->block * s->c;
+    float *before = space + omp_get_thread_num() * space_floats(s->c, s->k, s->block);
+    float *after = before + PLACES * s->block * s->c;
 #pragma omp for schedule(dynamic)
     for (size b = 0; b < blocks; b++) {
       size first = b * s->block, count = smaller(s->block, tiles - first);
       for (size r = 0; r < count; r++) {
         size image = (first + r) / each, tile = (first + r) % each;
-        read_tile(x + image * s->h * s->w * s->c, s->h, s->w, s->c, tile / across * 4 - 1, tile % across * 4 - 1,
-                  before + r * s->c, s->block * s->c);
+        read_tile(x + image * s->h * s->w * s->c, s->h, s->w, s->c, s->c, tile / across * 4 - 1,
+                  tile % across * 4 - 1, before + r * s->c, s->block * s->c);
       }
       for (size i = 0; i < PLACES; i++)
         product(before + i * s->block * s->c, s->c, 1, u + i * s->c * wide, PANEL, s->c * PANEL,
@@ -224,41 +224,54 @@ void convolve(const float *x, const float *w, const size *at, const float *bias,
   }
 }
 
-/* to_w, as w: the gradient of y to w where `gradient` arrives at y; `space` of one thread. */
+/* to_w[k][c][3][3], its elements `at` apart: the gradient of y to w where `gradient` arrives at y; u takes its transform.
+ *
+ * Input and output channels are cut into slices, and a thread takes a slice of each through all tiles: no thread waits
+ * for another, and every sum has one order. For that some slices are read more than once.
+ */
 void weight_gradient(const float *x, const float *gradient, float *to_w, const size *at, float *u, float *space,
                      const shape *s, int threads) {
   size across = tiles_of(s->w), each = tiles_of(s->h) * across, tiles = s->n * each;
-  size panels = panels_of(s->k), wide = panels * PANEL, blocks = (tiles + s->block - 1) / s->block;
-  float *before = space, *after = before + PLACES * s->block * s->c;
-#pragma omp parallel num_threads(threads)
-  {
-    for (size b = 0; b < blocks; b++) {
+  size groups = s->c / LANES, panels = panels_of(s->k), wide = panels * PANEL, rows = 1, columns = 1;
+  while (rows * columns < threads && (rows < groups || columns < panels)) {
+    if (columns == panels || (rows < groups && groups * columns >= 2 * panels * rows))
+      rows++;
+    else
+      columns++;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (size part = 0; part < rows * columns; part++) {
+    size row = part / columns, column = part % columns;
+    size c0 = groups * row / rows * LANES, c = groups * (row + 1) / rows * LANES - c0;
+    size k0 = panels * column / columns * PANEL, last = panels * (column + 1) / columns * PANEL;
+    size k = smaller(last, s->k) - k0, width = last - k0;
+    float *before = space + omp_get_thread_num() * space_floats(s->c, s->k, s->block);
+    float *after = before + PLACES * s->block * s->c, *to = u + c0 * wide + k0;
+    for (size b = 0; b * s->block < tiles; b++) {
       size first = b * s->block, count = smaller(s->block, tiles - first);
-#pragma omp for schedule(static)
       for (size r = 0; r < count; r++) {
-        size image = (first + r) / each, tile = (first + r) % each, y = tile / across * 4, left = tile % across * 4;
-        read_tile(x + image * s->h * s->w * s->c, s->h, s->w, s->c, y - 1, left - 1, before + r * s->c,
-                  s->block * s->c);
-        read_gradient(gradient + image * s->h * s->w * s->k, s->h, s->w, s->k, y, left, after + r * wide,
-                      s->block * wide);
+        size image = (first + r) / each * s->h * s->w, tile = (first + r) % each;
+        size y = tile / across * 4, left = tile % across * 4;
+        read_tile(x + image * s->c + c0, s->h, s->w, s->c, c, y - 1, left - 1, before + r * c, s->block * c);
+        read_gradient(gradient + image * s->k + k0, s->h, s->w, s->k, k, y, left, after + r * width,
+                      s->block * width);
       }
-#pragma omp for schedule(static)
       for (size i = 0; i < PLACES; i++)
-        product(before + i * s->block * s->c, 1, s->c, after + i * s->block * wide, wide, PANEL, u + i * s->c * wide,
-                wide, s->c, count, panels, b > 0);
+        product(before + i * s->block * c, 1, c, after + i * s->block * width, width, PANEL, to + i * s->c * wide,
+                wide, c, count, width / PANEL, b > 0);
     }
-#pragma omp for schedule(static)
-    for (size ch = 0; ch < s->c; ch++)
-      for (size o = 0; o < s->k; o += LANES) {
+    for (size ch = 0; ch < c; ch++)
+      for (size o = 0; o < k; o += LANES) {
         lanes half[18], m[6], q[3];
         for (int j = 0; j < 6; j++) {
-          for (int i = 0; i < 6; i++) m[i] = load(u + ((6 * i + j) * s->c + ch) * wide + o);
+          for (int i = 0; i < 6; i++) m[i] = load(to + ((6 * i + j) * s->c + ch) * wide + o);
           weight_gradient_side(half + j, 6, m);
         }
         for (int i = 0; i < 3; i++) {
           weight_gradient_side(q, 1, half + 6 * i);
           for (int j = 0; j < 3; j++)
-            for (size l = 0; l < LANES; l++) to_w[(o + l) * at[0] + ch * at[1] + i * at[2] + j * at[3]] = q[j][l];
+            for (size l = 0; l < LANES; l++)
+              to_w[(k0 + o + l) * at[0] + (c0 + ch) * at[1] + i * at[2] + j * at[3]] = q[j][l];
         }
       }
   }

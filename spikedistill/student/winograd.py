@@ -138,13 +138,14 @@ def _to_weight(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     library = _library()
     (n, c, h, w), k = x.shape, grad.shape[1]
     to_weight = torch.empty_like(weight)
+    threads = torch.get_num_threads()
     transformed = torch.empty(library.weight_floats(c, k), dtype=torch.float32)
-    space = torch.zeros(library.space_floats(c, k, BLOCK), dtype=torch.float32)
+    space = torch.zeros(threads * library.space_floats(c, k, BLOCK), dtype=torch.float32)
     shape = _Shape(n, h, w, c, k, BLOCK)
     library.weight_gradient(
         *(_at(x), _at(grad), _at(to_weight), _strides(to_weight.stride()), _at(transformed), _at(space)),
         ctypes.byref(shape),
-        torch.get_num_threads(),
+        threads,
     )
     return to_weight
 
