@@ -162,8 +162,7 @@ class Own(OwnConvolutions):
     def teacher(self, network: nn.Module) -> nn.Module:
         from spikedistill import Teacher
 
-        layout = torch.channels_last if self.options.setting == "best" else torch.contiguous_format
-        return self.settle(self.inference(Teacher(network, mean=(0.0,) * 3, std=(1.0,) * 3)), layout)
+        return self.inference(Teacher(network, mean=(0.0,) * 3, std=(1.0,) * 3))
 
     def inference(self, network: nn.Module) -> nn.Module:
         from spikedistill.student.fold import fold
@@ -359,7 +358,7 @@ class Worker:
         self.teacher: Any = None
         if options.teacher != "none":
             teacher = Kit(options).build().to(memory_format=layout).eval().requires_grad_(False)
-            self.teacher = self.kit.teacher(teacher)
+            self.teacher = self.kit.settle(self.kit.teacher(teacher), layout)
         self.served: nn.Module | None = None
         self.optimiser = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 

@@ -44,13 +44,17 @@ def feature_distance(student: Tensor, teacher: Tensor, partial: bool = False) ->
         teacher: the teacher's features ``[B, ...]``.
         partial: leave out places where the teacher is not positive and the student lies below it (Heo et al.).
     """
-    wanted = torch.where((student <= teacher) & (teacher <= 0), student.detach(), teacher) if partial else teacher
-    return _MeanSquare.apply(student[None], wanted) / mean_square(teacher)
+    return _distance(student[None], teacher, partial)
 
 
-def mean_square(teacher: Tensor) -> Tensor:
-    """By what distances are divided, a scalar above 0."""
-    return (torch.linalg.vector_norm(teacher).square() / teacher.numel()).clamp_min(1e-12)
+def _distance(feature: Tensor, teacher: Tensor, partial: bool) -> Tensor:
+    """``feature_distance`` of the mean over time of ``[T, B, ...]``."""
+    size = torch.linalg.vector_norm(teacher).square() / teacher.numel()
+    wanted = teacher
+    if partial:
+        mean = over_time(feature.detach())
+        wanted = torch.where((mean <= teacher) & (teacher <= 0), mean, teacher)
+    return _MeanSquare.apply(feature, wanted) / size.clamp_min(1e-12)
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -113,12 +117,11 @@ def compare(batch: Batch, pairs: Pairs, adapters: nn.ModuleDict, margin: bool, p
         if theirs not in batch.teacher_features:
             raise ConfigError(NO_TEACHER)
         feature, teacher, adapter = batch.features[ours], batch.teacher_features[theirs], adapters[str(number)]
-        if isinstance(adapter, nn.Identity) and feature.shape[1:] == teacher.shape and not (margin or partial):
-            distances.append(_MeanSquare.apply(feature, teacher.float()) / mean_square(teacher.float()))
-            continue
-        student, teacher = match_size(adapter(over_time(feature)), teacher)
+        if not isinstance(adapter, nn.Identity) or feature.shape[1:] != teacher.shape:
+            student, teacher = match_size(adapter(over_time(feature)), teacher)
+            feature = student[None]
         teacher = teacher.float()
-        distances.append(feature_distance(student.float(), margin_relu(teacher) if margin else teacher, partial))
+        distances.append(_distance(feature, margin_relu(teacher) if margin else teacher, partial))
     return torch.stack(distances).mean()
 
 

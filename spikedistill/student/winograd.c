@@ -2,10 +2,11 @@
  *
  * A tile of 4 x 4 results takes 36 products a pair of channels instead of 144. Images are [N, H, W, channels], their
  * channels a multiple of LANES. Between the transforms lie, for each of the 36 places of a tile, ordinary products of
- * matrices: tiles x C by C x K. Both are done for BLOCK tiles at a time, which stay in the caches of a core.
+ * matrices: tiles x C by C x K. Both are done for `block` tiles at a time, which stay in the caches of a core.
  *
  *   u       transformed weights, [36][panels][C][PANEL]: panels of PANEL output channels, the last filled with zeros
- *   space   BLOCK tiles before and after the products, [36][block][C] and [36][block][panels * PANEL], a thread each
+ *   space   for each thread the tiles before and after the products, [36][block][C] and [36][block][panels * PANEL];
+ *           what the last panel has beyond K is never used
  *
  * No result depends on the number of threads.
  */

@@ -99,7 +99,7 @@ def choose_layout(config: Training, device: torch.device, network: nn.Module) ->
     """
     if not config.channels_last:
         return torch.contiguous_format
-    vector = 8 if _is_avx2(_processor_flags()) else 16
+    vector = 8 if _has_avx2_alone(_processor_flags()) else 16
     broken = device.type == "cpu" and any(
         set(layer.kernel_size) == {1} and max(layer.stride) > 1 and layer.in_channels // layer.groups < vector
         for layer in network.modules()
@@ -121,12 +121,12 @@ def settle(network: nn.Module, device: torch.device, layout: torch.memory_format
         return "they are for a CPU, channels last, and a step that is not compiled"
     if choose_precision(config, device).dtype is not torch.float32:
         return "they are for float32"
-    if config.convolutions == "auto" and not _is_avx2(_processor_flags()):
+    if config.convolutions == "auto" and not _has_avx2_alone(_processor_flags()):
         return "auto takes them on processors with AVX2 and no AVX-512"
     return quicken(network)
 
 
-def _is_avx2(flags: set[str]) -> bool:
+def _has_avx2_alone(flags: set[str]) -> bool:
     return "avx2" in flags and "avx512f" not in flags
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from spikedistill.neuron.dynamics import Neuron
 from spikedistill.student import winograd
 from spikedistill.student.build import to_spiking
 from spikedistill.student.fold import fold
@@ -204,8 +205,6 @@ def test_a_quickened_network_folds_and_becomes_a_student_with_the_same_layers():
 @pytest.mark.parametrize("gradient, recompute", [("exact", "nothing"), ("exact", "neurons"), ("rate", "nothing")])
 def test_a_student_has_the_gradients_of_pytorch_s_convolutions(gradient, recompute):
     # thresholds far above and a flat surrogate: no spike can tip, so what differs are the convolutions alone
-    from spikedistill.neuron.dynamics import Neuron
-
     class Flat:
         def gradient(self, u):
             return torch.ones_like(u)
@@ -226,28 +225,27 @@ def test_a_student_has_the_gradients_of_pytorch_s_convolutions(gradient, recompu
         torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=limit, msg=name)
 
 
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """The functions are built again at their next use, and afresh after the test."""
+    winograd._library.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    winograd._library.cache_clear()
+
+
 @pytest.mark.parametrize("compiler, reason", [("/nowhere/cc", "nowhere"), ("false", "failed"), ("true", "winograd.so")])
-def test_without_a_working_compiler_nothing_changes_and_it_says_why(monkeypatch, compiler, reason):
-    monkeypatch.setenv("CC", compiler)
-    winograd._library.cache_clear()
-    try:
-        conv = layer()
-        assert reason in quicken(conv)
-        assert type(conv) is nn.Conv2d
-        conv.__class__ = WinogradConv2d  # as in a file from a machine that has one
-        x = images(4, 32, 16, 16)
-        assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
-    finally:
-        monkeypatch.undo()
-        winograd._library.cache_clear()
+def test_without_a_working_compiler_nothing_changes_and_it_says_why(unbuilt, compiler, reason):
+    unbuilt.setenv("CC", compiler)
+    conv = layer()
+    assert reason in quicken(conv)
+    assert type(conv) is nn.Conv2d
+    conv.__class__ = WinogradConv2d  # as in a file from a machine that has one
+    x = images(4, 32, 16, 16)
+    assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
 
 
-def test_without_any_compiler_it_says_so(monkeypatch):
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(winograd.shutil, "which", lambda name: None)
-    winograd._library.cache_clear()
-    try:
-        assert quicken(layer()) == "no C compiler (cc, gcc, clang) was found"
-    finally:
-        monkeypatch.undo()
-        winograd._library.cache_clear()
+def test_without_any_compiler_it_says_so(unbuilt):
+    unbuilt.delenv("CC", raising=False)
+    unbuilt.setattr(winograd.shutil, "which", lambda name: None)
+    assert quicken(layer()) == "no C compiler (cc, gcc, clang) was found"
