@@ -2,44 +2,23 @@
 
 import datetime
 import multiprocessing
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from spikedistill.errors import ConfigError, RunError
-from spikedistill.evaluate.immunity import Score
 from spikedistill.files import write_csv, write_text
 from spikedistill.recipes.distill import Distill, distill
-from spikedistill.recipes.energy import measure_energy
-from spikedistill.recipes.energy import table as energy_table
-from spikedistill.recipes.figures import bars, curves
-from spikedistill.recipes.immunity import markdown, measure_immunity
-from spikedistill.recipes.immunity import panels as immunity_panels
-from spikedistill.recipes.runs import evaluate, unless_done
-from spikedistill.recipes.studies import FOLLOWED, Cell, Study
+from spikedistill.recipes.measures import MEASURES, Row, paths_of
+from spikedistill.recipes.runs import unless_done
+from spikedistill.recipes.studies import Cell, Study
 from spikedistill.recipes.teach import Teach, teach
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number of a study, a line of its CSV file."""
-
-    study: str
-    teacher: str
-    student: str
-    method: str
-    setting: str
-    seed: int
-    timesteps: int
-    metric: str
-    value: float
 
 
 def reproduce(
@@ -166,207 +145,9 @@ def _check_recipe(path: Path, recipe: Teach | Distill) -> None:
             )
 
 
-def _accuracies(study: Study, cells: Sequence[Cell]) -> list[Row]:
-    """The last-epoch test accuracy of every teacher and student."""
-    rows = [
-        _teacher_row(study, name, "accuracy", _result(path, "test_accuracy"))
-        for name, (_, path) in study.teachers.items()
-    ]
-    return rows + [_accuracy(study, cell) for cell in cells]
-
-
-def _accuracy(study: Study, cell: Cell) -> Row:
-    """The last-epoch test accuracy of a student."""
-    return _row(study, cell, "accuracy", _result(cell.path, "test_accuracy"))
-
-
-def _row(study: Study, cell: Cell, metric: str, value: float, setting: str = "", timesteps: int | None = None) -> Row:
-    """A number of a student, at its own T unless another is named."""
-    steps = timesteps or cell.recipe.student.timesteps
-    return Row(study.name, cell.teacher, cell.student, cell.method, setting, cell.seed, steps, metric, value)
-
-
-def _teacher_row(study: Study, name: str, metric: str, value: float, setting: str = "") -> Row:
-    made, _ = study.teachers[name]
-    return Row(study.name, name, name, "teacher", setting, made.training.seed, 1, metric, value)
-
-
-def _paths(study: Study, cells: Sequence[Cell]) -> list[Path]:
-    """The runs of teachers and students, in this order."""
-    return [path for _, path in study.teachers.values()] + [cell.path for cell in cells]
-
-
-def _result(path: Path, name: str) -> float:
-    return float(Run(path).read("results")[name])
-
-
-def measure_pairs(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
-    """Accuracy, mean and deviation over seeds, and the gain over direct training."""
-    rows = _accuracies(study, cells)
-    pairs = list(dict.fromkeys((cell.teacher, cell.student) for cell in cells))
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    groups: dict[str, dict[str, tuple[float, float]]] = {}
-    lines = []
-    for teacher, student in pairs:
-        found = {
-            method: [row.value for row in rows if (row.teacher, row.student, row.method) == (teacher, student, method)]
-            for method in methods
-        }
-        means = {method: (statistics.mean(values), _deviation(values)) for method, values in found.items() if values}
-        groups[f"{teacher}\n-> {student}"] = means
-        ann = next(row.value for row in rows if row.method == "teacher" and row.teacher == teacher)
-        direct = means.get("direct", (float("nan"), 0.0))[0]
-        gains = [f"{means[m][0] - direct:+.2f}" if m in means else "-" for m in methods if m != "direct"]
-        lines.append([f"{teacher} -> {student}", f"{ann:.2f}", *map(_shown, found.values()), ", ".join(gains)])
-    bars(out / f"{study.name}.png", groups, "test accuracy (%)")
-    rest = ", ".join(method for method in methods if method != "direct")
-    columns = ["teacher -> student", "teacher (ANN)", *methods, f"gain over direct: {rest}"]
-    return rows, markdown(columns, lines) + f"\n![{study.title}]({study.name}.png)\n"
-
-
-def _shown(values: Sequence[float]) -> str:
-    """Mean and deviation as people write them; of one value no deviation, of none nothing."""
-    if not values:
-        return ""
-    deviation = f" ± {_deviation(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
-    """Accuracy of students at their T, of conversions at every T up to 256, and where conversion catches up."""
-    converted = [cell for cell in cells if cell.method.startswith("conversion")]
-    trained = [cell for cell in cells if cell not in converted]
-    rows = _accuracies(study, trained)
-    for cell in converted:
-        if cell.recipe.what.trains:
-            steps = _followed(cell, progress)
-            rows += [_row(study, cell, "accuracy", steps[T - 1], timesteps=T) for T in FOLLOWED]
-        else:
-            rows.append(_accuracy(study, cell))
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    drawn = {method: [(float(row.timesteps), row.value) for row in rows if row.method == method] for method in methods}
-    ann = next(row.value for row in rows if row.method == "teacher")
-    drawn["teacher (ANN)"] = [(1.0, ann), (float(FOLLOWED[-1]), ann)]
-    curves(out / f"{study.name}.png", {study.title: drawn}, "time steps", "test accuracy (%)", doubling=True)
-    every = sorted({row.timesteps for row in rows if row.method != "teacher"})
-    lines = []
-    for method in methods:
-        at = {int(T): f"{value:.2f}" for T, value in drawn[method]}
-        lines.append([method, *(at.get(T, "") for T in every)])
-    caught = []
-    for cell in trained:
-        goal = _result(cell.path, "test_accuracy")
-        for method in dict.fromkeys(other.method for other in converted):
-            reached = [int(T) for T, value in drawn[method] if value >= goal]
-            when = f"first at T={min(reached)}" if reached else f"not up to T={FOLLOWED[-1]}"
-            caught.append(f"- {method} reaches the T={cell.recipe.student.timesteps} student ({goal:.2f} %): {when}.\n")
-    columns = ["method, T =", *map(str, every)]
-    return rows, markdown(columns, lines) + "\n" + "".join(caught) + f"\n![{study.title}]({study.name}.png)\n"
-
-
-def _followed(cell: Cell, progress: Progress) -> list[float]:
-    """Accuracy of a converted student after every step up to the longest, measured once and kept."""
-    run = Run(cell.path)
-    longest = FOLLOWED[-1]
-    name = f"results-t{longest}"
-    if not (cell.path / f"{name}.json").exists():
-        progress.say(f"{cell.path.name}: {longest} time steps")
-        run.write(name, evaluate(cell.path, longest, cell.recipe.data.data_dir))
-    return [float(value) for value in run.read(name)["accuracy_by_step"]]
-
-
-NOISE_COLUMNS = """Accuracies in percent; `noise` and `natural` are means over their members and five severities. mCE,
-the mean corruption error of the natural ones (Hendrycks and Dietterich, arXiv 1903.12261) with the direct student as
-its baseline of 100, is better when small. Better: a larger area under the curve from severity 0 to 5.
-
-"""
-ENERGY_COLUMNS = """Of one image. AC: an accumulate, where a spike meets a weight; MAC: a multiply-accumulate. The ANN
-of so many bits, what T steps are worth, is counted, not trained; its float32 column has 32 bits all the same. Zeros
-skipped: without the connections whose input is zero at every step.
-
-"""
-"""What the columns of the tables mean."""
-
-
-def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
-    """Accuracy under every noise and natural corruption at five severities."""
-    paths = _paths(study, cells)
-    folder = cells[0].path.parent / study.name
-    direct = next(cell.path.name for cell in cells if cell.method == "direct")
-    columns, lines = measure_immunity(
-        paths,
-        folder,
-        kinds=("noise", "natural"),
-        baseline=direct,
-        data_dir=cells[0].recipe.data.data_dir,
-        resume=(folder / "recipe.json").exists(),
-        say=progress.say,
-    )
-    scores = [Score(**line) for line in Run(folder).lines("scores")]
-    rows = []
-    for score in scores:
-        setting = f"{score.name}:{score.severity}" if score.severity else "clean"
-        for name, (_, path) in study.teachers.items():
-            if score.network == path.name:
-                rows.append(_teacher_row(study, name, "accuracy", score.accuracy, setting))
-        for cell in cells:
-            if score.network == cell.path.name:
-                rows.append(_row(study, cell, "accuracy", score.accuracy, setting))
-    names = [path.name for path in paths]
-    pictures = ""
-    for kind in ("noise", "natural"):
-        curves(out / f"{study.name}-{kind}.png", immunity_panels(scores, names, kind), "severity", "test accuracy (%)")
-        pictures += f"\n![{kind}]({study.name}-{kind}.png)\n"
-    ours = next((cell.path.name for cell in cells if cell.method == "kdsnn"), direct)
-    return rows, NOISE_COLUMNS + markdown(columns, lines) + _gaps(columns, lines, ours, direct) + pictures
-
-
-def _gaps(columns: Sequence[str], lines: Sequence[Sequence[str]], ours: str, direct: str) -> str:
-    """What the distilled student has more than the direct one, in points, column by column."""
-    values = {line[0]: line[1:4] for line in lines}
-    gaps = (float(one) - float(other) for one, other in zip(values[ours], values[direct]))
-    said = ", ".join(f"{column} {gap:+.2f}" for column, gap in zip(columns[1:4], gaps))
-    return f"\nHere the distilled student has, in points more than the direct one: {said}.\n"
-
-
-def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
-    """Spikes, synaptic operations and energies of one image, from the whole test set."""
-    bills = measure_energy(_paths(study, cells), None, cells[0].recipe.data.data_dir)
-    rows = []
-    for name, bill in zip(study.teachers, bills):
-        found = {"synops": bill.cost.dense, "accuracy": bill.accuracy}
-        found |= {f"energy_{model}": kinds["ann"] for model, kinds in bill.energy.items()}
-        rows += [_teacher_row(study, name, metric, value) for metric, value in found.items()]
-    for cell, bill in zip(cells, bills[len(study.teachers) :]):
-        found = {"accuracy": bill.accuracy, "spikes": bill.cost.spikes, "synops": bill.cost.acs + bill.cost.macs}
-        found |= {f"energy_{model}": kinds["student"] for model, kinds in bill.energy.items()}
-        rows += [_row(study, cell, metric, value) for metric, value in found.items()]
-        for model, kinds in bill.energy.items():
-            for kind in ("quantised", "quantised-sparse"):
-                rows.append(_row(study, cell, f"energy_{model}", kinds[kind], f"{kind}-ann"))
-    groups = {bill.network: {kind: (energy, 0.0) for kind, energy in bill.energy["memory"].items()} for bill in bills}
-    bars(out / f"{study.name}.png", groups, "nJ an image, with memory traffic")
-    warned = "".join(f"- {line}\n" for bill in bills for line in bill.warnings)
-    shown = ENERGY_COLUMNS + markdown(*energy_table(bills)) + f"\n{warned}"
-    return rows, shown + f"\n![{study.title}]({study.name}.png)\n"
-
-
-Measure = Callable[[Study, Sequence[Cell], Path, Progress], tuple[list[Row], str]]
-MEASURES: dict[str, Measure] = {
-    "pairs": measure_pairs,
-    "timesteps": measure_timesteps,
-    "noise": measure_noise,
-    "energy": measure_energies,
-}
-
-
 def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
     machines: dict[str, None] = {}
-    for path in _paths(study, cells):
+    for path in paths_of(study, cells):
         machine = Run(path).read("environment")
         hardware = machine["cuda"] or f"{machine['processor']}, {machine['cores']} cores"
         machines[f"{hardware}, torch {machine['versions']['torch']}"] = None

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import re
 import shutil
+import statistics
 from collections import Counter
 
 import PIL.Image
@@ -80,6 +81,15 @@ def test_pairs_give_every_seed_and_a_table_of_means(folder):
         assert picture.size[0] > 500
 
 
+def test_pairs_say_whether_features_beat_answers(folder):
+    report = reproduce(study(folder, "pairs", ("kdsnn-response", "kdsnn-feature"), seeds=2), folder / "features")
+    found = {(line["method"], line["seed"]): float(line["value"]) for line in read(folder / "features")}
+    more = [found["kdsnn-feature", seed] - found["kdsnn-response", seed] for seed in "01"]
+    won = int(statistics.mean(more) > 0)
+    said = f"in {won} of 1 pairs (vgg9 -> vgg9: {statistics.mean(more):+.2f} ± {statistics.stdev(more):.2f})."
+    assert f"Feature-based gains more than response-based {said}" in report
+
+
 def test_what_is_finished_is_not_trained_again(folder, monkeypatch):
     whole = study(folder, "pairs", ("direct", "kdsnn-response"), seeds=2)
     first = reproduce(whole, folder / "pairs")
@@ -116,16 +126,28 @@ def test_time_steps_say_where_conversion_catches_up(folder):
     assert len(re.findall(r"conversion-\S+ reaches the T=2 student", report)) == 3
 
 
-def test_noise_is_written_as_settings(folder):
+def test_noise_is_written_as_settings_and_gains_seed_by_seed(folder):
     out = folder / "noise"
-    report = reproduce(study(folder, "noise", ("direct", "kdsnn")), out)
-    settings = {line["setting"] for line in read(out)}
+    report = reproduce(study(folder, "noise", ("direct", "kdsnn"), seeds=2), out)
+    lines = read(out)
+    settings = {line["setting"] for line in lines}
     assert "clean" in settings and {f"gaussian:{severity}" for severity in range(1, 6)} <= settings
     assert len(settings) == 1 + 21 * 5
-    assert Counter(line["method"] for line in read(out)) == dict.fromkeys(("teacher", "direct", "kdsnn"), 106)
-    clean = {line["method"]: round(float(line["value"]), 2) for line in read(out) if line["setting"] == "clean"}
-    assert f"more than the direct one: clean {clean['kdsnn'] - clean['direct']:+.2f}, noise" in report
-    assert "better than direct-t2-s0" in report and (out / "kdsnn-test-natural.png").exists()
+    assert Counter(line["method"] for line in lines) == {"teacher": 106, "direct": 212, "kdsnn": 212}
+    found = {(line["method"], line["setting"], line["seed"]): float(line["value"]) for line in lines}
+
+    def gains(*settings):
+        both = [
+            [statistics.fmean(found[method, setting, seed] for setting in settings) for seed in "01"]
+            for method in ("kdsnn", "direct")
+        ]
+        return [ours - theirs for ours, theirs in zip(*both)]
+
+    for title, names in (("clean", ["clean"]), ("fog", [f"fog:{severity}" for severity in range(1, 6)])):
+        expected = f"{statistics.fmean(gains(*names)):+.2f} ± {statistics.stdev(gains(*names)):.2f}"
+        (line,) = [line for line in report.splitlines() if line.startswith(f"| {title} |")]
+        assert line.endswith(f"| {expected} |")
+    assert "better than direct" in report and "of 7 noise" in report and (out / "kdsnn-test-natural.png").exists()
 
 
 def test_energy_is_written_with_its_quantised_ann(folder):
@@ -157,7 +179,7 @@ def test_students_side_by_side_learn_what_they_do_one_after_another(folder, tmp_
 def test_fewer_seeds_can_be_asked_for_but_not_none_or_more(folder):
     whole = study(folder, "pairs", ("direct", "kdsnn-response"), seeds=2)
     report = reproduce(whole, folder / "one", seeds=1)
-    assert {line["seed"] for line in read(folder / "one")} == {"0"} and "±" not in report
+    assert {line["seed"] for line in read(folder / "one")} == {"0"} and not re.search(r"± \d", report)
     for seeds in (0, 3):
         with pytest.raises(ConfigError, match=rf"seeds \(={seeds}\) must be 1 or more, and at most the 2 of"):
             reproduce(whole, folder / "x", seeds=seeds)
