@@ -16,8 +16,8 @@ from spikedistill.recipes.studies import FOLLOWED, Cell, Study
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
 
-PAIRS_COLUMNS = """Accuracies in percent, mean ± standard deviation over seeds; gains, seed by seed, are points more than
-direct training.
+PAIRS_COLUMNS = """Accuracies in percent, mean ± standard deviation over seeds; gains are points more than direct
+training, seed by seed.
 
 """
 NOISE_COLUMNS = """Accuracies in percent, means over seeds; `noise` and `natural` are means over their members and five
