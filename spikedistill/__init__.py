@@ -4,6 +4,7 @@ A trained teacher becomes a spiking student, is taught by an objective, trained 
 """
 
 from spikedistill.data.augment import Augment
+from spikedistill.data.events import Recording, read_nmnist, to_frames
 from spikedistill.data.images import ImageSet, load_images, split
 from spikedistill.errors import (
     ConfigError,
@@ -66,6 +67,7 @@ __all__ = [
     "Neuron",
     "Objective",
     "Rate",
+    "Recording",
     "Rectangle",
     "Report",
     "Reset",
@@ -98,7 +100,9 @@ __all__ = [
     "load_teacher",
     "operations",
     "quicken",
+    "read_nmnist",
     "split",
     "teach",
+    "to_frames",
     "to_spiking",
 ]

@@ -11,7 +11,7 @@ from spikedistill import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {"README.md": 2, "docs/guide.md": 9, "docs/results.md": 0}
+PAGES = {"README.md": 2, "docs/guide.md": 10, "docs/results.md": 0}
 TEXTS = [(ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES]
 COMMANDS = [
     line.split("#")[0].strip()

@@ -1,9 +1,10 @@
-"""Corrupted images, each with five severities, on raw pixels: the inputs of the noise-immunity suite.
+"""Corrupted images and event frames, each with five severities: the inputs of the noise-immunity suite.
 
 Natural corruptions and four of the noises are written anew after Hendrycks and Dietterich (arXiv 1903.12261) with the
 levels of their make_cifar_c.py, and differ in detail: ice is drawn from fractal noise instead of photographs, clouds
 are interpolated noise, glass blur copies neighbours instead of exchanging them, and grey stays grey under saturate. So
-figures are not those of CIFAR-10-C's files. The other noises and their levels are this project's choice.
+figures are not those of CIFAR-10-C's files. The other noises, what is done to events, and their levels are this
+project's choice.
 """
 
 import io
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from spikedistill.data import events
 from spikedistill.data.augment import to_unit
 from spikedistill.errors import ConfigError, one_of
 from spikedistill.shapes import Image
@@ -32,38 +34,44 @@ Change = Callable[[Tensor, Any, Generator], Tensor]
 
 @dataclass(frozen=True)
 class Corruption:
-    """A change of pixels in 0..1, with what it takes at each of the five severities."""
+    """A change of pixels in 0..1, or of the counts of event frames, with what it takes at each of the severities."""
 
     change: Change
     levels: tuple[Any, Any, Any, Any, Any]
-    kind: Literal["noise", "natural"]
+    kind: Literal["noise", "natural", "event"]
 
 
 def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
-    """Images as they look through a corruption; the same for the same seed.
+    """Images or event frames as they look through a corruption; the same for the same seed.
 
     Args:
-        images: bytes ``[N, C, H, W]``.
+        images: bytes ``[N, C, H, W]``; for a corruption of events ``[N, T, 2, H, W]`` (``data.events.to_frames``).
         name: one of ``CORRUPTIONS``.
         severity: 1..5.
         seed: of the noise.
 
     Returns:
-        Bytes ``[N, C, H, W]``.
+        Bytes of the same shape.
 
     Raises:
-        ConfigError: if there is no such corruption or severity.
+        ConfigError: if there is no such corruption or severity, or it is not made for what has this shape.
     """
     one_of("corruption", name, CORRUPTIONS)
     check_severity(severity)
+    corruption = CORRUPTIONS[name]
+    counts = corruption.kind == "event"
+    if images.ndim != (5 if counts else 4):
+        expected = "event frames [N, T, 2, H, W]" if counts else "images [N, C, H, W]"
+        raise ConfigError(f"The corruption '{name}' was given the shape {tuple(images.shape)}: expected {expected}.")
     if not len(images):
         return images
-    corruption = CORRUPTIONS[name]
     parts = []
     for number, part in enumerate(images.split(CHUNK)):
         generator = Generator().manual_seed(zlib.crc32(f"{seed} {name} {severity} {number}".encode()))
-        changed = corruption.change(to_unit(part), corruption.levels[severity - 1], generator)
-        parts.append((changed.clamp(0, 1) * 255).round().to(torch.uint8))
+        given = part.float() if counts else to_unit(part)
+        changed = corruption.change(given, corruption.levels[severity - 1], generator)
+        pixels = changed.clamp(0, events.MOST) if counts else changed.clamp(0, 1) * 255
+        parts.append(pixels.round().to(torch.uint8))
     return torch.cat(parts)
 
 
@@ -373,5 +381,13 @@ CORRUPTIONS: dict[str, Corruption] = {
         ((0.0, 0.0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
         "natural",
     ),
+    "background-activity": Corruption(events.background_activity, (0.01, 0.02, 0.05, 0.1, 0.2), "event"),
+    "dropped-events": Corruption(events.dropped_events, (0.1, 0.25, 0.5, 0.75, 0.9), "event"),
+    "hot-pixels": Corruption(events.hot_pixels, (0.001, 0.002, 0.005, 0.01, 0.02), "event"),
+    "space-jitter": Corruption(events.space_jitter, (0.5, 1.0, 1.5, 2.0, 3.0), "event"),
+    "time-jitter": Corruption(events.time_jitter, (0.25, 0.5, 1.0, 2.0, 4.0), "event"),
 }
-"""Name -> corruption, noises first; all but uniform, salt-and-pepper and erasing have the levels of CIFAR-10-C."""
+"""Name -> corruption: noises, natural ones, those of events.
+
+Those of images have the levels of CIFAR-10-C, but for uniform, salt-and-pepper and erasing.
+"""

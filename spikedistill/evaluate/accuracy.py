@@ -23,8 +23,9 @@ def answers(
     """The logits of a network for a whole set, in evaluation mode, on the CPU.
 
     Args:
-        network: from images in 0..1 ``[B, C, H, W]`` to logits ``[T, B, K]`` or ``[B, K]``; left in the mode it was in.
-        images: bytes ``[N, C, H, W]``.
+        network: from images in 0..1 ``[B, C, H, W]``, or counts of events ``[T, B, 2, H, W]``, to logits
+            ``[T, B, K]`` or ``[B, K]``; left in the mode it was in.
+        images: bytes ``[N, C, H, W]``, or event frames ``[N, T, 2, H, W]``.
         dtype: number format of the large operations.
         batch_size: images at a time; by default 250, fewer for a student of more than four time steps.
 
@@ -54,7 +55,11 @@ def in_batches(
     results = []
     for pixels in images.split(batch_size):
         with torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
-            results.append(work(to_unit(pixels).to(first.device, memory_format=layout)))
+            if pixels.ndim == 5:  # event frames: time comes first, and counts are left as they are
+                given = pixels.transpose(0, 1).to(first.device, torch.float32)
+            else:
+                given = to_unit(pixels).to(first.device, memory_format=layout)
+            results.append(work(given))
     for module, training in modes.items():
         module.training = training
     return results

@@ -1,7 +1,8 @@
 """The noise-immunity suite: how much accuracy noise costs, network by network, on equal terms.
 
-Four kinds of trouble, five severities each: ``noise`` and ``natural`` corruptions of the pixels (``data/noise.py``),
-``hardware`` faults of weights and neurons (of an ANN: of weights alone), and ``attack`` by each network's own gradient.
+Kinds of trouble, five severities each: ``noise`` and ``natural`` corruptions of the pixels (``data/noise.py``),
+``hardware`` faults of weights and neurons (of an ANN: of weights alone), ``attack`` by each network's own gradient, and
+of event frames, which know no pixels, ``event``: what event cameras do wrong.
 Every network meets the same noise and corruptions; faults are drawn from the seed alone. The levels of faults and
 attacks are this project's choice.
 """
@@ -25,6 +26,9 @@ from spikedistill.shapes import Image, Labels
 from spikedistill.student.surgery import repeat_time
 
 KINDS = ("noise", "natural", "hardware", "attack")
+"""Of images."""
+EVENT_KINDS = ("event", "hardware")
+"""Of event frames."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def immunity(
     images: Tensor,
     labels: Labels,
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     attacked: int = 500,
@@ -53,10 +57,11 @@ def immunity(
     """Measure every network under every trouble.
 
     Args:
-        networks: name -> network, from images in 0..1 to logits ``[T, B, K]`` or ``[B, K]``; left as they were.
-        images: bytes ``[N, C, H, W]``.
+        networks: name -> network, from images in 0..1, or counts of events ``[T, B, 2, H, W]``, to logits
+            ``[T, B, K]`` or ``[B, K]``; left as they were.
+        images: bytes ``[N, C, H, W]``, or event frames ``[N, T, 2, H, W]`` (``data.events.to_frames``).
         labels: ``[N]``.
-        kinds: which kinds of trouble.
+        kinds: which kinds of trouble; by default all that there are for such images.
         seed: of all that is drawn.
         dtype: number format of the large operations.
         attacked: how many of the images, evenly spaced, are attacked: it takes a gradient each.
@@ -67,9 +72,16 @@ def immunity(
         One score a network, trouble and severity; faults of neurons only for networks that have some.
 
     Raises:
-        ConfigError: if there is no such kind.
+        ConfigError: if there is no such kind, or not for such images.
     """
-    measured = troubles(kinds)
+    possible = EVENT_KINDS if images.ndim == 5 else KINDS
+    measured = troubles(possible if kinds is None else kinds)
+    for kind in () if kinds is None else kinds:
+        if kind not in possible:
+            raise ConfigError(
+                f"The kind '{kind}' is not for inputs of shape {tuple(images.shape)}: 'event' is for event frames"
+                f" [N, T, 2, H, W], 'noise', 'natural' and 'attack' for images. Choose among {', '.join(possible)}."
+            )
     found = {(score.network, score.name, score.severity): score for score in known}
     scores: list[Score] = []
 
@@ -85,7 +97,7 @@ def immunity(
         for severity in SEVERITIES:
             changed = cache(partial(corrupt, images, name, severity, seed))
             for who, network in networks.items():
-                if kind in ("noise", "natural"):
+                if kind in ("noise", "natural", "event"):
                     add(who, kind, name, severity, lambda: _accuracy(network, changed(), labels, dtype))  # noqa: B023
                 elif kind == "attack":
                     given = (network, images, labels, name, severity, seed, dtype, attacked)
@@ -103,7 +115,7 @@ def troubles(kinds: Sequence[str]) -> list[tuple[str, str]]:
         ConfigError: if there is no such kind.
     """
     for kind in kinds:
-        one_of("kind of trouble", kind, KINDS)
+        one_of("kind of trouble", kind, dict.fromkeys((*KINDS, *EVENT_KINDS)))
     pixels = [(corruption.kind, name) for name, corruption in CORRUPTIONS.items()]
     others = [("hardware", name) for name in FAULTS] + [("attack", name) for name in ATTACKS]
     return [(kind, name) for kind, name in [*pixels, *others] if kind in kinds]

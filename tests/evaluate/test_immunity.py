@@ -7,6 +7,7 @@ from torch import Generator, nn
 
 from spikedistill.data.noise import CORRUPTIONS, SEVERITIES
 from spikedistill.errors import ConfigError
+from spikedistill.evaluate.accuracy import answers
 from spikedistill.evaluate.immunity import (
     ATTACKS,
     FAULTS,
@@ -19,6 +20,7 @@ from spikedistill.evaluate.immunity import (
 )
 from spikedistill.neuron.dynamics import IF
 from spikedistill.student.build import to_spiking
+from spikedistill.student.coding import Frames
 from spikedistill.teacher.load import Teacher
 
 
@@ -47,7 +49,8 @@ def test_every_trouble_is_measured_and_nothing_is_changed(trio):
     again = immunity({"ann": teacher, "snn": student}, images, labels, attacked=20)
     assert scores == again
     found = {(score.network, score.name) for score in scores}
-    assert found >= {("snn", name) for name in (*CORRUPTIONS, *FAULTS, *ATTACKS, "clean")}
+    pixels = [name for name, corruption in CORRUPTIONS.items() if corruption.kind != "event"]
+    assert found >= {("snn", name) for name in (*pixels, *FAULTS, *ATTACKS, "clean")}
     assert ("ann", "weight-noise") in found and ("ann", "stuck-neurons") not in found
     assert next(score.accuracy for score in scores if score.network == "ann") == 100.0
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
@@ -60,6 +63,45 @@ def test_kinds_are_chosen(trio):
     assert {score.kind for score in scores} == {"clean", "noise"}
     with pytest.raises(ConfigError, match=r"'noises'.*Did you mean 'noise'"):
         immunity({"ann": teacher}, images, labels, kinds=("noises",))
+
+
+@pytest.fixture(scope="module")
+def event_student():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 3)
+    student, _ = to_spiking(nn.Sequential(*layers), timesteps=4, inherit=False, coding=Frames())
+    for layer in student.neurons.values():
+        layer.backend = "reference"
+    return student.eval()
+
+
+@pytest.fixture(scope="module")
+def frames():
+    counts = torch.poisson(torch.full((30, 4, 2, 8, 8), 0.8), generator=Generator().manual_seed(1))
+    return counts.to(torch.uint8)
+
+
+class TestEvents:
+    def test_a_student_sees_counts_with_time_first(self, event_student, frames):
+        with torch.no_grad():
+            expected = event_student(frames.transpose(0, 1).float())
+        assert torch.allclose(answers(event_student, frames, batch_size=7), expected, atol=1e-6)
+
+    def test_what_event_cameras_do_wrong_and_faults_are_measured(self, event_student, frames):
+        labels = answers(event_student, frames).mean(0).argmax(-1)
+        scores = immunity({"snn": event_student}, frames, labels)
+        assert {score.kind for score in scores} == {"clean", "event", "hardware"}
+        assert scores[0].accuracy == 100.0 and len(scores) == 1 + 5 * (5 + len(FAULTS))
+        lost = [score.accuracy for score in scores if score.name == "dropped-events"]
+        assert lost[-1] < lost[0] <= 100.0
+        assert immunity({"snn": event_student}, frames, labels, kinds=["event"])[1] in scores
+
+    def test_kinds_that_do_not_fit_the_input_are_refused(self, event_student, frames, trio):
+        labels = torch.zeros(30, dtype=torch.long)
+        with pytest.raises(ConfigError, match=r"'attack' is not for inputs of shape .*Choose among event, hardware"):
+            immunity({"snn": event_student}, frames, labels, kinds=["event", "attack"])
+        with pytest.raises(ConfigError, match=r"'event' is not for inputs of shape \(60, 1, 8, 8\): 'event' is for"):
+            immunity({"ann": trio[0]}, trio[2], trio[3], kinds=["event"])
 
 
 def spikes_of(student, images):

@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Generator
+
+from spikedistill.data import events
+from spikedistill.data.events import Recording, read_nmnist, to_frames
+from spikedistill.data.noise import CORRUPTIONS, SEVERITIES, corrupt
+from spikedistill.errors import ConfigError, DataError
+
+NAMES = [name for name, corruption in CORRUPTIONS.items() if corruption.kind == "event"]
+
+
+def recording(t, x=0, y=0, p=0):
+    t = np.asarray(t)
+    return Recording(t, *(np.broadcast_to(np.asarray(value), t.shape) for value in (x, y, p)))
+
+
+def drawn(count=40, mean=0.3):
+    counts = torch.poisson(torch.full((count, 5, 2, 12, 16), mean), generator=Generator().manual_seed(4))
+    return counts.to(torch.uint8)
+
+
+class TestReading:
+    def test_five_bytes_an_event_by_hand(self, tmp_path: Path):
+        path = tmp_path / "1.bin"
+        path.write_bytes(bytes([3, 33, 0x80 | 0x01, 0x02, 0x03, 0, 1, 0x7F, 0xFF, 0xFF]))
+        found = read_nmnist(path)
+        assert found.x.tolist() == [3, 0] and found.y.tolist() == [33, 1] and found.p.tolist() == [1, 0]
+        assert found.t.tolist() == [0x010203, 2**23 - 1]
+
+    @pytest.mark.parametrize("content", [b"", b"1234", b"123456"])
+    def test_files_of_other_lengths_are_refused(self, tmp_path: Path, content):
+        path = tmp_path / "1.bin"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"has {len(content)} bytes: expected five for each event"):
+            read_nmnist(path)
+        with pytest.raises(DataError, match="cannot be read"):
+            read_nmnist(tmp_path / "none.bin")
+
+
+class TestFrames:
+    def test_by_hand(self):
+        frames = to_frames([recording([10, 14, 15, 19], [0, 1, 1, 2], [0, 0, 0, 1], [0, 1, 1, 1])], 2, 2, 3)
+        expected = torch.zeros(1, 2, 2, 2, 3, dtype=torch.uint8)
+        expected[0, 0, 0, 0, 0] = expected[0, 0, 1, 0, 1] = expected[0, 1, 1, 0, 1] = expected[0, 1, 1, 1, 2] = 1
+        assert torch.equal(frames, expected)
+
+    @given(
+        st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 4), st.integers(0, 3), st.integers(0, 1)), min_size=1),
+        st.integers(1, 7),
+    )
+    def test_no_event_is_lost_and_each_lies_at_its_pixel(self, found, timesteps):
+        t, x, y, p = map(np.array, zip(*found))
+        (frames,) = to_frames([Recording(t, x, y, p)], timesteps, 4, 5)
+        assert frames.sum() == len(found)
+        assert frames[0].sum() > 0
+        for column, row, polarity in zip(x, y, p):
+            same = (x == column) & (y == row) & (p == polarity)
+            assert frames[:, polarity, row, column].sum() == same.sum()
+
+    def test_a_count_stops_at_255(self):
+        assert to_frames([recording(np.zeros(300, int))], 1, 1, 1).flatten().tolist() == [255, 0]
+
+    def test_what_does_not_fit_is_refused_with_its_values(self):
+        with pytest.raises(DataError, match=r"Recording 1 has events at x 0\.\.7.*expected x below 5, y below 4"):
+            to_frames([recording([0]), recording([0, 1], [0, 7])], 2, 4, 5)
+        with pytest.raises(DataError, match=r"polarity 2\.\.2: expected"):
+            to_frames([recording([0], p=2)], 2, 4, 5)
+        with pytest.raises(DataError, match="Recording 0 has 0, 0, 0, 0 values"):
+            to_frames([recording([])], 2, 4, 5)
+        with pytest.raises(DataError, match="Recording 0 has 2, 1, 1, 1 values"):
+            to_frames([Recording(np.arange(2), *[np.zeros(1, int)] * 3)], 2, 4, 5)
+        with pytest.raises(ConfigError, match=r"\(=0, 4, 5\) must be 1 or more"):
+            to_frames([recording([0])], 0, 4, 5)
+
+
+class TestDisturbances:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_the_same_for_the_same_seed_and_more_from_severity_to_severity(self, name):
+        frames = drawn()
+        moved = []
+        for severity in SEVERITIES:
+            changed = corrupt(frames, name, severity, seed=3)
+            assert changed.dtype == torch.uint8 and changed.shape == frames.shape
+            assert torch.equal(changed, corrupt(frames, name, severity, seed=3))
+            moved.append(float((changed.float() - frames.float()).abs().mean()))
+        assert moved[0] > 0 and moved[0] < moved[-1]
+        assert not torch.equal(changed, corrupt(frames, name, 5, seed=4))
+        assert corrupt(frames[:0], name, 1).shape == frames[:0].shape
+
+    @pytest.mark.parametrize("severity", SEVERITIES)
+    def test_rates_and_shares_are_the_stated_ones(self, severity):
+        frames = drawn(200, 2.0)
+        level = {name: CORRUPTIONS[name].levels[severity - 1] for name in NAMES}
+        added = corrupt(frames, "background-activity", severity).float() - frames
+        assert added.min() >= 0
+        assert float(added.mean()) == pytest.approx(level["background-activity"], rel=0.05)
+        left = corrupt(frames, "dropped-events", severity)
+        assert (left <= frames).all()
+        assert float(left.sum() / frames.sum()) == pytest.approx(1 - level["dropped-events"], rel=0.05)
+        hot = (corrupt(frames, "hot-pixels", severity)[:, :, 1] == frames.amax((1, 2, 3, 4)).view(-1, 1, 1, 1)).all(1)
+        assert int(hot.all(0).sum()) == max(1, round(level["hot-pixels"] * 12 * 16))
+
+    def test_jitter_moves_as_far_as_the_normal_law_says_and_only_along_its_axes(self):
+        frames = torch.zeros(400, 9, 2, 41, 41)
+        frames[:, 4, 1, 20, 20] = 5
+        generator = Generator().manual_seed(0)
+        places = torch.arange(41.0) - 20
+        moved = events.space_jitter(frames, 3.0, generator)
+        assert moved.sum() == frames.sum() and moved[:, 4, 1].sum() == moved.sum()
+        for axis in (3, 4):
+            shares = moved.sum([other for other in range(5) if other != axis]) / moved.sum()
+            assert float((shares * places**2).sum()) == pytest.approx(9 + 1 / 12, rel=0.1)  # rounding adds a twelfth
+        moved = events.time_jitter(frames, 1.0, generator)
+        assert moved[:, :, 1, 20, 20].sum() == moved.sum()
+        shares = moved.sum((0, 2, 3, 4)) / moved.sum()
+        assert float((shares * (torch.arange(9.0) - 4) ** 2).sum()) == pytest.approx(13 / 12, rel=0.1)
+
+    def test_events_that_leave_are_lost(self):
+        frames = torch.full((3, 1, 2, 2, 2), 50.0)
+        assert 0 < events.space_jitter(frames, 5.0, Generator().manual_seed(0)).sum() < 0.1 * frames.sum()
+
+    def test_images_and_event_frames_are_not_mistaken_for_each_other(self):
+        with pytest.raises(ConfigError, match=r"'hot-pixels' was given the shape \(2, 3, 8, 8\): expected event"):
+            corrupt(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "hot-pixels", 1)
+        with pytest.raises(ConfigError, match=r"'fog' was given the shape \(2, 4, 2, 8, 8\): expected images"):
+            corrupt(torch.zeros(2, 4, 2, 8, 8, dtype=torch.uint8), "fog", 1)
