@@ -2,7 +2,7 @@
 
     python benchmarks/immunity_causes.py --data-dir DATA       # two cores: two hours; what is finished is kept
 
-The like pair of ``spikedistill reproduce kdsnn-noise --budget small`` (CIFAR-10, ResNet-18 of width 16, T=4, seed 0),
+The like pair of ``spikedistill reproduce kdsnn-noise --budget small`` (CIFAR-10, ResNet-18 of width 8, T=4, seed 0),
 whose runs are shared, in three worlds: nobody learns with noise; the teacher alone does (``--noise 0.1``); the
 students do. The noise is Gaussian, so its own figure stands apart from the mean over the other noises.
 """
