@@ -89,6 +89,7 @@ def measure_pairs(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
     methods = list(dict.fromkeys(cell.method for cell in cells))
     groups: dict[str, dict[str, tuple[float, float]]] = {}
     lines, features = [], []
+    ranges: dict[str, list[float]] = {method: [] for method in methods if method != "direct"}
     for teacher, student in pairs:
         found: dict[str, dict[int, float]] = {method: {} for method in methods}
         for row in rows:
@@ -101,26 +102,31 @@ def measure_pairs(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
         }
         ann = next(row.value for row in rows if row.method == "teacher" and row.teacher == teacher)
         direct = found.get("direct", {})
-        gains = [_shown(_gaps(found[method], direct), sign=True) for method in methods if method != "direct"]
+        gains = {method: _gaps(found[method], direct) for method in ranges}
+        for method, gain in gains.items():
+            ranges[method] += [statistics.mean(gain)] if gain else []
         accuracies = [_shown([*by_seed.values()]) for by_seed in found.values()]
-        lines.append([f"{teacher} -> {student}", f"{ann:.2f}", *accuracies, *gains])
+        written = [_shown(gain, sign=True) for gain in gains.values()]
+        lines.append([f"{teacher} -> {student}", f"{ann:.2f}", *accuracies, *written])
         more = _gaps(found.get("kdsnn-feature", {}), found.get("kdsnn-response", {}))
         features += [(f"{teacher} -> {student}", more)] if more else []
     bars(out / f"{study.name}.png", groups, "test accuracy (%)")
-    rest = [f"gain of {method}" for method in methods if method != "direct"]
-    said = (
-        PAIRS_COLUMNS + markdown(["teacher -> student", "teacher (ANN)", *methods, *rest], lines) + _verdict(features)
+    table = markdown(
+        ["teacher -> student", "teacher (ANN)", *methods, *(f"gain of {method}" for method in ranges)], lines
     )
+    said = PAIRS_COLUMNS + table + _verdict(ranges, features)
     return rows, said + f"\n![{study.title}]({study.name}.png)\n"
 
 
-def _verdict(features: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Whether feature-based distillation gains more than response-based, pair by pair."""
+def _verdict(ranges: Mapping[str, Sequence[float]], features: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """What each method gains over direct training from pair to pair, and whether features gain more than answers."""
+    spans = [f"{m} {min(found):+.2f} to {max(found):+.2f}" for m, found in ranges.items() if len(found) > 1]
+    said = f"\nMean gains over direct training, from pair to pair: {', '.join(spans)} points.\n" if spans else ""
     if not features:
-        return ""
+        return said
     won = sum(statistics.mean(more) > 0 for _, more in features)
     each = "; ".join(f"{pair}: {_shown(more, sign=True)}" for pair, more in features)
-    return f"\nFeature-based gains more than response-based in {won} of {len(features)} pairs ({each}).\n"
+    return said + f"\nFeature-based gains more than response-based in {won} of {len(features)} pairs ({each}).\n"
 
 
 def _gaps(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
