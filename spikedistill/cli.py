@@ -257,8 +257,9 @@ def _energy(arguments: Sequence[str]) -> None:
         """
         from spikedistill.files import write_csv
         from spikedistill.recipes.energy import lines, measure_energy, table
+        from spikedistill.train.progress import Progress
 
-        bills = measure_energy(runs, images, data_dir)
+        bills = measure_energy(runs, images, data_dir, Progress.stderr("energy").say)
         _show(*table(bills))
         for warning in (line for bill in bills for line in bill.warnings):
             print(warning)

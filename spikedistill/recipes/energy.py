@@ -1,6 +1,6 @@
 """Spikes, synaptic operations and estimated energy of finished networks, side by side, with their quantised ANNs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,19 @@ class Bill:
         return verdicts(self.network, self.energy) if "student" in self.kinds else []
 
 
-def measure_energy(paths: Sequence[Path], images: int | None = 1000, data_dir: str | None = None) -> list[Bill]:
+def measure_energy(
+    paths: Sequence[Path],
+    images: int | None = 1000,
+    data_dir: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Bill]:
     """Count what finished runs do on test images and what that costs.
 
     Args:
         paths: run directories of ``teach`` and ``distill`` on one data set.
         images: how many test images, evenly spaced; None for all.
         data_dir: another place of the data than the first run was trained with.
+        say: told what is measured.
 
     Returns:
         One bill a run. ``energy`` is model -> ``student``, ``quantised`` and ``quantised-sparse`` (see
@@ -52,7 +58,8 @@ def measure_energy(paths: Sequence[Path], images: int | None = 1000, data_dir: s
     pixels, labels = some(data, images)
     device = choose_device("auto")
     bills = []
-    for run in runs:
+    for number, run in enumerate(runs, 1):
+        say(f"{number} of {len(runs)}: {run.name}, {len(pixels)} images")
         dtype = choose_precision(run.training, device).dtype
         settle(run.network, device, torch.channels_last, run.training)
         bills.append(bill_of(run.name, run.network, pixels, labels, dtype))

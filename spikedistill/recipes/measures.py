@@ -270,7 +270,7 @@ def _by_trouble(
 
 def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
     """Spikes, synaptic operations and energies of one image, from the whole test set."""
-    bills = measure_energy(paths_of(study, cells), None, cells[0].recipe.data.data_dir)
+    bills = measure_energy(paths_of(study, cells), None, cells[0].recipe.data.data_dir, progress.say)
     rows = []
     for name, bill in zip(study.teachers, bills):
         found = {"synops": bill.cost.dense, "accuracy": bill.accuracy}
