@@ -55,7 +55,7 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, tuple[float, float]]], yl
         found = [(place, group[label]) for place, group in enumerate(groups.values()) if label in group]
         places = [place + (number - (len(labels) - 1) / 2) * width for place, _ in found]
         heights, deviations = [value for _, (value, _) in found], [spread for _, (_, spread) in found]
-        axis.bar(places, heights, width * 0.9, yerr=deviations, capsize=2, label=label)
+        axis.bar(places, heights, width * 0.9, yerr=deviations if any(deviations) else None, capsize=2, label=label)
     axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
     values = [value for group in groups.values() for value, _ in group.values()]
     spread = max(values) - min(values)
