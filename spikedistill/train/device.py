@@ -50,8 +50,8 @@ def keep_freed_memory() -> bool:
     """Have the C library reuse freed memory instead of handing it back to the system; whether it understood.
 
     Without it glibc maps every tensor above 32 MiB anew, and the system clears its pages one by one: a third of a
-    student's training step on two cores. The price is memory: before version 2.38 glibc leaves holes where it aligns
-    (``benchmarks/memory.py`` shows how much).
+    student's training step on two cores, and up to half of the time it answers in. The price is memory: before version
+    2.38 glibc leaves holes where it aligns (``benchmarks/memory.py`` shows how much).
     """
     return _tell_glibc({LARGEST_MAPS: 0, TRIM_THRESHOLD: -1})
 
@@ -111,9 +111,13 @@ def choose_layout(config: Training, device: torch.device, network: nn.Module) ->
 def settle(network: nn.Module, device: torch.device, layout: torch.memory_format, config: Training) -> str:
     """Move a network to its device and memory order, and let Winograd's algorithm compute its convolutions.
 
+    On a CPU memory is kept from here on, unless the recipe forbids it (``keep_freed_memory``).
+
     Returns:
         Why they stay PyTorch's; empty where they do not.
     """
+    if device.type == "cpu" and config.keep_memory:
+        keep_freed_memory()
     network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if config.convolutions == "torch":
         return "PyTorch's were asked for"

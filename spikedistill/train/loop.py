@@ -32,7 +32,7 @@ from spikedistill.teacher.cache import Answer, Cache, fingerprint, fingerprint_o
 from spikedistill.teacher.load import Teacher
 from spikedistill.teacher.taps import taps
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
-from spikedistill.train.device import choose_device, choose_layout, choose_precision, keep_freed_memory, settle
+from spikedistill.train.device import choose_device, choose_layout, choose_precision, settle
 from spikedistill.train.progress import Events, Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
@@ -227,8 +227,6 @@ class Trainer:
         self.objective, self.images, self.config, self.run = objective, images, config, run
         self.augment, self.teacher, self.progress = augment, quick(teacher, objective), progress
         self.device = choose_device(config.device)
-        if self.device.type == "cpu" and config.keep_memory:
-            keep_freed_memory()
         self.precision = choose_precision(config, self.device)
         self.layout = choose_layout(config, self.device, student)
         if config.channels_last and self.layout is not torch.channels_last:
