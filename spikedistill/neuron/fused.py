@@ -95,11 +95,8 @@ def _measure(
     return trains, (threshold * count * share).to(current.dtype), (slope * share).to(current.dtype)
 
 
-def _average(neuron: Neuron, current: Tensor, timesteps: int) -> Tensor:
-    total = current[0].float()
-    for t in range(1, timesteps):
-        total = total + current[t].float()
-    return (total / timesteps).to(current.dtype)
+def _probe(neuron: Neuron, current: Tensor, timesteps: int) -> Tensor:
+    return current + timesteps
 
 
 def _backward(
@@ -289,10 +286,12 @@ def fused_measure(
 
 @torch.no_grad()
 def time_mean(rows: Tensor) -> Tensor:
-    """The mean over time of ``[T, N]``, in one pass where a compiler works."""
-    if rows.dtype == torch.float64 or not works(rows.device.type):
-        return rows.mean(0)
-    return _call(_average, Neuron(), rows.contiguous(), rows.shape[0])
+    """The mean over time of ``[T, N]``: a product of matrix and vector, one pass over memory.
+
+    ``mean(0)`` takes several times as long on a CPU. In bfloat16 a third, as a weight, would be 0.2 percent too large.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.mv(rows.t(), rows.new_ones(len(rows))).div_(len(rows))
 
 
 @functools.cache
@@ -323,7 +322,7 @@ def works(device_type: str) -> bool:
 def _failure(device_type: str) -> str:
     """Why the smallest kernel cannot be compiled and run; empty where it can."""
     try:
-        _call(_average, Neuron(), torch.zeros(1, 8, device=device_type), 1)
+        _call(_probe, Neuron(), torch.zeros(1, 8, device=device_type), 1)
     except Exception as error:  # whatever a missing or broken compiler raises
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return ""

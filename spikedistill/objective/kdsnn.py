@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikedistill.errors import ConfigError
+from spikedistill.neuron.fused import time_mean
 from spikedistill.objective.direct import cross_entropy_of_mean
 from spikedistill.objective.terms import Batch, Objective, Terms, positive, share
 from spikedistill.shapes import ClassLogits
@@ -136,21 +137,16 @@ def over_time(feature: Tensor) -> Tensor:
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over the first axis as a product of matrix and vector: one pass over memory there, and one back.
-
-    ``mean(0)`` takes several times as long on a CPU, and its result has its channels first whatever it was given.
-    """
+    """``time_mean`` of any shape, with a gradient; what it is given and what comes out have one order of memory."""
 
     @staticmethod
     def forward(ctx, feature: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        steps, mean = len(feature), torch.empty_like(feature[0])
-        ctx.shape, ctx.strides = feature.shape, (mean.numel(), *mean.stride())
-        if feature.stride() != ctx.strides:
-            feature = feature.new_empty_strided(feature.shape, ctx.strides).copy_(feature)
-        weight = feature.new_full((steps,), 1.0 / steps)
-        with torch.autocast(feature.device.type, enabled=False):
-            torch.mv(feature.as_strided((mean.numel(), steps), (1, mean.numel())), weight, out=_line(mean))
-        return mean
+        one = torch.empty_like(feature[0])
+        ctx.shape, strides = feature.shape, (one.numel(), *one.stride())
+        if feature.stride() != strides:
+            feature = feature.new_empty_strided(feature.shape, strides).copy_(feature)
+        rows = feature.as_strided((len(feature), one.numel()), (one.numel(), 1))
+        return time_mean(rows).as_strided(one.shape, one.stride())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
