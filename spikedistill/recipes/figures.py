@@ -41,7 +41,7 @@ def curves(path: Path, panels: Mapping[str, Curves], xlabel: str, ylabel: str, d
 
 
 def bars(path: Path, groups: Mapping[str, Mapping[str, tuple[float, float]]], ylabel: str) -> None:
-    """Bars side by side in groups, each with its deviation.
+    """Bars from 0 side by side in groups, each with its deviation; points where bars would hide the differences.
 
     Args:
         path: of the PNG file.
@@ -51,16 +51,19 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, tuple[float, float]]], yl
     figure, (axis, *_) = _figure(1, 1, width=max(6.0, 2.2 * len(groups)), height=4.0)
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     width = 0.8 / len(labels)
+    values = [value for group in groups.values() for value, _ in group.values()]
+    close = min(values) > 0 and max(values) < 2 * min(values)
     for number, label in enumerate(labels):
         found = [(place, group[label]) for place, group in enumerate(groups.values()) if label in group]
         places = [place + (number - (len(labels) - 1) / 2) * width for place, _ in found]
         heights, deviations = [value for _, (value, _) in found], [spread for _, (_, spread) in found]
-        axis.bar(places, heights, width * 0.9, yerr=deviations if any(deviations) else None, capsize=2, label=label)
+        spread = deviations if any(deviations) else None
+        if close:
+            axis.errorbar(places, heights, spread, fmt="o", capsize=3, label=label)
+        else:
+            axis.bar(places, heights, width * 0.9, yerr=spread, capsize=2, label=label)
     axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    values = [value for group in groups.values() for value, _ in group.values()]
-    spread = max(values) - min(values)
-    if min(values) > 0 and spread < 0.5 * max(values):
-        axis.set_ylim(min(values) - 0.3 * spread - 0.5, max(values) + 0.1 * spread + 0.5)
+    axis.set_xlim(-0.5, len(groups) - 0.5)
     axis.set_ylabel(ylabel)
     axis.grid(axis="y", alpha=0.3)
     _save(path, figure, [axis])

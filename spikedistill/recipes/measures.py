@@ -20,6 +20,12 @@ PAIRS_COLUMNS = """Accuracies in percent, mean ± standard deviation over seeds;
 training, seed by seed.
 
 """
+TIMESTEPS_COLUMNS = """Accuracies in percent; every student of kdsnn is trained with the T that it is measured at. The
+conversions are of the same teacher, a threshold a channel: `conversion-max` and `-percentile` train nothing, their
+thresholds are the largest activation or the 99.9th percentile, their biases are corrected at each T; `conversion-qcfs`
+is the teacher trained on as long as a student, its activations quantised to the levels of T=4, then run with neurons.
+
+"""
 NOISE_COLUMNS = """Accuracies in percent, means over seeds; `noise` and `natural` are means over their members and five
 severities. mCE, the mean corruption error of the natural ones (Hendrycks and Dietterich, arXiv 1903.12261) with the
 direct student as its baseline of 100, is better when small. Better: a larger area under the curve from severity 0 to 5.
@@ -175,7 +181,8 @@ def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: 
             when = f"first at T={min(reached)}" if reached else f"not up to T={FOLLOWED[-1]}"
             caught.append(f"- {method} reaches the T={cell.recipe.student.timesteps} student ({goal:.2f} %): {when}.\n")
     columns = ["method, T =", *map(str, every)]
-    return rows, markdown(columns, lines) + "\n" + "".join(caught) + f"\n![{study.title}]({study.name}.png)\n"
+    shown = TIMESTEPS_COLUMNS + markdown(columns, lines) + "\n" + "".join(caught)
+    return rows, shown + f"\n![{study.title}]({study.name}.png)\n"
 
 
 def _followed(cell: Cell, progress: Progress) -> list[float]:
