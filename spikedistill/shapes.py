@@ -1,4 +1,4 @@
-"""The axes of every tensor, and the names that signatures use for their shapes.
+"""The axes of every tensor, the names that signatures use for their shapes, and the mean over the first axis, time.
 
 T  time steps            B  samples in the batch     C  channels
 H  rows                  W  columns                  K  classes
@@ -7,6 +7,7 @@ Outside a student, time comes first: ``[T, B, ...]``. Inside, time is folded int
 Images are raw pixels between 0 and 1; each network owns its own normalisation.
 """
 
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -30,3 +31,13 @@ StepCounts = Int[Tensor, " B"]
 """How many time steps a sample took."""
 Mask = Bool[Tensor, " B"]
 """One truth value a sample."""
+
+
+@torch.no_grad()
+def time_mean(rows: Tensor) -> Tensor:
+    """The mean over time of ``[T, N]``: a product of matrix and vector, one pass over memory.
+
+    ``mean(0)`` takes several times as long on a CPU. In bfloat16 a third, as a weight, would be 0.2 percent too large.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.mv(rows.t(), rows.new_ones(len(rows))).div_(len(rows))

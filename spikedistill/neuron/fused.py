@@ -284,16 +284,6 @@ def fused_measure(
     return _joined(parts), rate, slope
 
 
-@torch.no_grad()
-def time_mean(rows: Tensor) -> Tensor:
-    """The mean over time of ``[T, N]``: a product of matrix and vector, one pass over memory.
-
-    ``mean(0)`` takes several times as long on a CPU. In bfloat16 a third, as a weight, would be 0.2 percent too large.
-    """
-    with torch.autocast(rows.device.type, enabled=False):
-        return torch.mv(rows.t(), rows.new_ones(len(rows))).div_(len(rows))
-
-
 @functools.cache
 def works(device_type: str) -> bool:
     """Whether this machine can compile for the device; says so once where it cannot.

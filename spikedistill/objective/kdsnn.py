@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.fused import time_mean
 from spikedistill.objective.direct import cross_entropy_of_mean
 from spikedistill.objective.terms import Batch, Objective, Terms, positive, share
-from spikedistill.shapes import ClassLogits
+from spikedistill.shapes import ClassLogits, time_mean
 
 NO_TEACHER = "This objective asks the teacher, and no teacher was given: pass teacher=..., or use Direct."
 Pairs = tuple[tuple[str, str], ...]

@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.fused import time_mean
 from spikedistill.neuron.layer import Spiking, flatten_rows, is_channels_last, restore_rows
+from spikedistill.shapes import time_mean
 from spikedistill.student.surgery import repeat_time
 from spikedistill.student.winograd import WinogradConv2d, applies, winograd_backward
 
