@@ -2,11 +2,12 @@
 
 import datetime
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -146,11 +147,12 @@ def _check_recipe(path: Path, recipe: Teach | Distill) -> None:
 
 
 def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
-    machines: dict[str, None] = {}
-    for path in paths_of(study, cells):
-        machine = Run(path).read("environment")
-        hardware = machine["cuda"] or f"{machine['processor']}, {machine['cores']} cores"
-        machines[f"{hardware}, torch {machine['versions']['torch']}"] = None
+    """Title, command, machines, dates, seeds and epochs before what was measured."""
+    places = [Run(path).read("environment") for path in paths_of(study, cells)]
+    machines = dict.fromkeys(map(_machine, places))
+    began = sorted({place["date"] for place in places if "date" in place})  # older versions did not write it
+    today = datetime.date.today().isoformat()
+    dates = f"runs begun {' to '.join(dict.fromkeys((began[0], began[-1])))}, report of {today}" if began else today
     epochs = {
         f"{made.training.epochs} ({_sized(name, made.width)}, teacher)": None
         for name, (made, _) in study.teachers.items()
@@ -159,13 +161,20 @@ def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
         if cell.recipe.what.trains:
             student = _sized(cell.student, cell.recipe.student.student_width)
             epochs[f"{cell.recipe.training.epochs} ({cell.teacher} -> {student})"] = None
-    seeds = ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))
+    seeds = sorted({cell.seed for cell in cells})
+    fewer = f" --seeds {len(seeds)}" if len(seeds) < study.seeds else ""
     return (
         f"## {study.title}\n\n"
-        f"`spikedistill reproduce {study.name} --budget {study.budget}`, {datetime.date.today().isoformat()}, on"
-        f" {'; '.join(machines)}. Test set, last epoch. Seeds: {seeds}. Epochs:"
-        f" {', '.join(epochs)}.\nThe paper's claim, as readers report it: {study.claim}.\n\n{shown}"
+        f"`spikedistill reproduce {study.name} --budget {study.budget}{fewer}`, {dates}, on {'; '.join(machines)}."
+        f" Test set, last epoch. Seeds: {', '.join(map(str, seeds))}. Epochs: {', '.join(epochs)}.\n"
+        f"The paper's claim, as readers report it: {study.claim}.\n\n{shown}"
     )
+
+
+def _machine(place: Mapping[str, Any]) -> str:
+    """A processor or graphics card, and the version of torch that ran on it."""
+    hardware = place["cuda"] or f"{place['processor']}, {place['cores']} cores"
+    return f"{hardware}, torch {place['versions']['torch']}"
 
 
 def _sized(name: str, width: int | None) -> str:

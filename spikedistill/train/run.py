@@ -1,7 +1,7 @@
 """A run directory: what was asked, where it ran, what came out.
 
 recipe.json             every choice, resolved
-environment.json        versions, processor, threads
+environment.json        when and where it began: date, versions, processor, threads
 conversion.json         of a student: what became of each activation
 before.json             of a student: measurements on 1000 training images before training
 metrics.jsonl           one line an epoch; the same numbers in an interrupted and resumed run
@@ -15,6 +15,7 @@ lock                    locked while a process works in the directory
 """
 
 import contextlib
+import datetime
 import json
 import os
 import platform
@@ -184,6 +185,7 @@ def environment() -> dict[str, Any]:
     """What a reader needs to know of the machine."""
     names = ("spikedistill", "torch", "torchvision", "accelerate", "numpy")
     return {
+        "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),

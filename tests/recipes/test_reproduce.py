@@ -90,6 +90,18 @@ def test_pairs_say_whether_features_beat_answers(folder):
     assert f"Feature-based gains more than response-based {said}" in report
 
 
+def test_a_report_says_the_seeds_it_was_asked_for_and_when_its_runs_began(folder):
+    whole = study(folder, "pairs", ("direct", "kdsnn-response"), seeds=2)
+    reproduce(whole, folder / "dates")
+    for day, cell in enumerate(whole.cells, 1):
+        run = Run(cell.path)
+        run.write("environment", run.read("environment") | {"date": f"2020-01-{day:02}"})
+    today = Run(folder / "runs" / "teacher").read("environment")["date"]
+    report = reproduce(whole, folder / "dates")
+    assert f"kdsnn-test --budget small`, runs begun 2020-01-01 to {today}, report of " in report
+    assert "kdsnn-test --budget small --seeds 1`" in reproduce(whole, folder / "dates", seeds=1)
+
+
 def test_what_is_finished_is_not_trained_again(folder, monkeypatch):
     whole = study(folder, "pairs", ("direct", "kdsnn-response"), seeds=2)
     first = reproduce(whole, folder / "pairs")
