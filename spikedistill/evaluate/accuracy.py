@@ -13,10 +13,6 @@ from spikedistill.student.build import Student
 Result = TypeVar("Result")
 
 
-ROWS = 1000
-"""Time steps times images that a student is given at once."""
-
-
 def answers(
     network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32, batch_size: int | None = None
 ) -> Logits:
@@ -38,8 +34,7 @@ def answers(
         return (logits if logits.ndim == 3 else logits[None]).float().cpu()
 
     if batch_size is None:
-        timesteps = network.timesteps if isinstance(network, Student) else 1
-        batch_size = max(1, ROWS // max(4, timesteps))
+        batch_size = network.at_once if isinstance(network, Student) else 250
     return torch.cat(in_batches(network, answer, images, dtype, batch_size), dim=1)
 
 

@@ -28,6 +28,9 @@ spiking network at all but as its quantised stand-in (``student/quantised.py``),
 State = tuple[Tensor, ...]
 """The potentials of all layers after a step, ``[B, ...]`` each, in units of their thresholds."""
 
+ROWS = 1000
+"""Time steps times images in one call: more would leave the processor's caches."""
+
 ROUNDING = Neuron(initial=0.5, surrogate=Rectangle())
 """The neuron of an inheriting student where none is named: IF that starts at half its threshold, so T steps round. In
 pilots (LOG.md) its students learnt most with the rectangle."""
@@ -119,6 +122,11 @@ class Student(nn.Module):
     def paths(self) -> list[str]:
         """The module paths of the ANN at which ``observe`` finds a feature, in order of execution."""
         return list(self.ends)
+
+    @property
+    def at_once(self) -> int:
+        """How many images to give in one call where no gradient is wanted: 250, fewer above four time steps."""
+        return max(1, ROWS // max(4, self.timesteps))
 
     def set_timesteps(self, timesteps: int) -> None:
         """Answer after another number of steps from now on.
@@ -312,7 +320,7 @@ def to_spiking(
     student.to(next(ann.parameters()).device)
     if wanted and calibrate is not None:
         ordered = {name: wanted[place.node] for name, place in zip(student.neurons, places)}
-        correct_biases(student, module, student.neurons, ordered, calibrate)
+        correct_biases(student, module, student.neurons, ordered, calibrate, student.at_once)
     sites = tuple(
         Site(p.name, p.kind, p.source, float(chosen[p.node][0].mean()), chosen[p.node][1], p.note) for p in places
     )

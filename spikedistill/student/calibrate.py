@@ -5,6 +5,7 @@ or a reset to zero. The staircase is taken from the neuron itself, by running th
 currents, so the rules below hold for any neuron.
 """
 
+import contextlib
 import math
 import operator
 import random
@@ -202,6 +203,10 @@ def thresholds(
     return result
 
 
+class _Heard(BaseException):
+    """A layer has answered, and nobody waits for what comes after it; torch.fx would print an ``Exception``."""
+
+
 @torch.no_grad()
 def correct_biases(
     student: nn.Module,
@@ -209,7 +214,7 @@ def correct_biases(
     neurons: Mapping[str, Spiking],
     wanted: Mapping[str, Tensor],
     images: Image,
-    batch_size: int = 50,
+    batch_size: int,
 ) -> None:
     """Shift the biases before every layer of neurons so that its channels answer as the ANN's do on average.
 
@@ -237,11 +242,13 @@ def correct_biases(
 
         def listen(_: nn.Module, given: Any, result: tuple[Tensor, Any], sums: list[Tensor] = sums) -> None:
             sums.append(_by_channel(result[0]))
+            raise _Heard
 
         handle = layer.register_forward_hook(listen)
         parts = images.split(batch_size)
         for part in parts:
-            student(part.to(device))
+            with contextlib.suppress(_Heard):
+                student(part.to(device))
         handle.remove()
         weights = torch.tensor([len(part) / len(images) for part in parts], device=device)
         lacking = wanted[name].to(device) - (torch.stack(sums) * weights[:, None]).sum(0)

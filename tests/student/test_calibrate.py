@@ -215,7 +215,7 @@ class TestBiases:
 
     @pytest.mark.parametrize("norm", [True, False])
     def test_make_up_for_what_rounding_down_loses(self, norm):
-        ann, images = self.network(norm), torch.rand(64, 1, 8, 8)
+        ann, images = self.network(norm), torch.rand(300, 1, 8, 8)
         plain, _ = self.lacking(ann, images)
         corrected, _ = self.lacking(ann, images, correct_bias=True)
         assert max(corrected) < 0.35 * max(plain)
