@@ -83,5 +83,10 @@ def _figure(rows: int, columns: int, width: float | None = None, height: float |
 def _save(path: Path, figure: Any, axes: Sequence[Any]) -> None:
     drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     handles, labels = list(drawn.values()), list(drawn)
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), fontsize=8)
+    for columns in range(min(4, len(labels)), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8)
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+            break
+        legend.remove()
     write_bytes(path, lambda file: figure.savefig(file, format="png", dpi=130))
