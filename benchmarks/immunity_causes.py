@@ -1,10 +1,13 @@
 """Why distilled students are or are not more immune to noise than direct ones: what the teacher passes on.
 
-    python benchmarks/immunity_causes.py --data-dir DATA       # two cores: two hours; what is finished is kept
+    python benchmarks/immunity_causes.py --data-dir DATA --jobs 2       # two cores: two hours; what is finished is kept
 
-The like pair of ``spikedistill reproduce kdsnn-noise --budget small`` (CIFAR-10, ResNet-18 of width 8, T=4, seed 0),
-whose runs are shared, in three worlds: nobody learns with noise; the teacher alone does (``--noise 0.1``); the
-students do. The noise is Gaussian, so its own figure stands apart from the mean over the other noises.
+The like pair of ``spikedistill reproduce kdsnn-noise --budget small`` (CIFAR-10, ResNet-18 of width 8, T=4), whose runs
+are shared, as studied and in three other worlds: the teacher learned with Gaussian noise (``--noise 0.1``, which both
+students inherit, and only one is taught); the students learn with it; or students see labels alone twice as long. If
+the teacher passes on what noise does to it, a distilled student must repeat its mistakes under noise more often than a
+direct one does, and must win under noise where the teacher learned to stand it. If being the more accurate network
+costs immunity, a direct student that is trained longer must lose it too.
 """
 
 import argparse
@@ -13,63 +16,142 @@ import statistics
 from functools import partial
 from pathlib import Path
 
+from rivals import Figures, Row, finish
+
+from spikedistill.data.noise import corrupt
+from spikedistill.evaluate.accuracy import answers
 from spikedistill.evaluate.immunity import Score
-from spikedistill.recipes.distill import distill
 from spikedistill.recipes.immunity import measure_immunity
-from spikedistill.recipes.runs import unless_done
-from spikedistill.recipes.studies import kdsnn_pairs
+from spikedistill.recipes.reproduce import side_by_side
+from spikedistill.recipes.runs import load_runs, some, unless_done
+from spikedistill.recipes.studies import Cell, kdsnn_pairs
 from spikedistill.recipes.teach import teach
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
 
 NOISE = 0.1
+WORLDS = {
+    "as studied": ("direct", "kdsnn-response", "kdsnn-feature", "kdsnn"),
+    "teacher with noise": ("direct", "kdsnn"),
+    "students with noise": ("direct", "kdsnn"),
+    "twice as long": ("direct",),
+}
+REPEATED = ("gaussian", 3)
+"""The noise and severity under which mistakes are compared."""
+
+
+def variant(world: str, cell: Cell, noisy: Path) -> Cell:
+    """A student of the study in another world, as a run of its own."""
+    recipe = cell.recipe
+    if world == "as studied":
+        return cell
+    if world == "teacher with noise":
+        recipe = dataclasses.replace(recipe, who=dataclasses.replace(recipe.who, teacher=str(noisy)))
+    elif world == "students with noise":
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, noise=NOISE))
+    else:
+        longer = dataclasses.replace(recipe.training, epochs=2 * recipe.training.epochs)
+        recipe = dataclasses.replace(recipe, training=longer)
+    path = cell.path.with_name(f"{cell.path.name}-{world.replace(' ', '-')}")
+    return dataclasses.replace(cell, recipe=recipe, path=path)
+
+
+def repeats(cells: list[Cell], images: int, data_dir: str | None) -> dict[Path, float]:
+    """Of a teacher's mistakes under noise the share, in percent, that each of its students makes too."""
+    teachers = list(dict.fromkeys(Path(cell.recipe.who.teacher) for cell in cells))
+    runs, data = load_runs([*teachers, *(cell.path for cell in cells)], data_dir)
+    pixels, labels = some(data, images)
+    changed = corrupt(pixels, *REPEATED, 0)
+    given = [answers(run.network, changed).mean(0).argmax(-1) for run in runs]
+    shares = {}
+    for cell, answer in zip(cells, given[len(teachers) :]):
+        theirs = given[teachers.index(Path(cell.recipe.who.teacher))]
+        shares[cell.path] = 100.0 * float((answer == theirs)[theirs != labels].double().mean())
+    return shares
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/studies"))
     parser.add_argument("--data-dir")
     parser.add_argument("--images", type=int, default=2000, help="test images of each measurement")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="students trained side by side")
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     given = parser.parse_args()
     study = kdsnn_pairs("small", given.data_dir, given.runs)
-    cells = {cell.method: cell for cell in study.cells if cell.teacher == cell.student == "resnet18" and cell.seed == 0}
     made, plain = study.teachers["resnet18"]
-    loud = dataclasses.replace(made.data, noise=NOISE)
-    noisy = plain.with_name("resnet18-teacher-noise")
-    jobs = [(teach, made, plain), (teach, dataclasses.replace(made, data=loud), noisy)]
-    for cell in cells.values():
-        jobs.append((distill, cell.recipe, cell.path))
-    for method in ("direct", "kdsnn"):
-        recipe, path = cells[method].recipe, cells[method].path
-        who = dataclasses.replace(recipe.who, teacher=str(noisy))
-        jobs.append((distill, dataclasses.replace(recipe, who=who), path.with_name(f"teacher-noise-{method}")))
-        jobs.append((distill, dataclasses.replace(recipe, data=loud), path.with_name(f"student-noise-{method}")))
-    for job, recipe, path in jobs:
-        unless_done(path, partial(job, recipe, path, progress=Progress.stderr(path.name)), partial(print, path.name))
-    paths = [path for _, _, path in jobs]
-    out = plain.with_name("immunity-causes")
-    measure_immunity(
-        paths,
-        out,
-        kinds=("noise", "natural"),
-        images=given.images,
-        baseline=cells["direct"].path.name,
-        data_dir=given.data_dir,
-        resume=(out / "recipe.json").exists(),
-        say=print,
-    )
-    scores = [Score(**line) for line in Run(out).lines("scores")]
-    print(f"{'network':42} {'clean':>7} {'gaussian':>9} {'other noises':>13} {'natural':>8}")
-    for path in paths:
-        own = [score for score in scores if score.network == path.name]
-        groups = (
-            [score.accuracy for score in own if score.kind == "clean"],
-            [score.accuracy for score in own if score.name == "gaussian"],
-            [score.accuracy for score in own if score.kind == "noise" and score.name != "gaussian"],
-            [score.accuracy for score in own if score.kind == "natural"],
+    noisy = plain.with_name(f"{plain.name}-noise")
+    loud = dataclasses.replace(made, data=dataclasses.replace(made.data, noise=NOISE))
+    for recipe, path in ((made, plain), (loud, noisy)):
+        unless_done(path, partial(teach, recipe, path, progress=Progress.stderr(path.name)), partial(print, path.name))
+    groups = {
+        (world, method): [
+            variant(world, cell, noisy)
+            for cell in study.cells
+            if cell.student == "resnet18" and cell.method == method and cell.seed < given.seeds
+        ]
+        for world in given.worlds
+        for method in WORLDS[world]
+    }
+    cells = sorted((cell for group in groups.values() for cell in group), key=lambda cell: cell.seed)
+    for cell, finish_it in side_by_side([cell for cell in cells if not Run(cell.path).finished], given.jobs):
+        finish_it()
+        print(cell.path.name, flush=True)
+    scores: list[Score] = []
+    for world in given.worlds:
+        own = [cell.path for (found, _), group in groups.items() if found == world for cell in group]
+        out = plain.with_name(f"immunity-causes-{world.replace(' ', '-')}-{given.images}-s{given.seeds}")
+        measure_immunity(
+            [noisy if world == "teacher with noise" else plain, *own],
+            out,
+            kinds=("noise",),
+            images=given.images,
+            data_dir=given.data_dir,
+            resume=(out / "recipe.json").exists(),
+            say=print,
         )
-        clean, gaussian, others, natural = map(statistics.fmean, groups)
-        print(f"{path.name:42} {clean:7.2f} {gaussian:9.2f} {others:13.2f} {natural:8.2f}")
+        scores += [Score(**line) for line in Run(out).lines("scores")]
+    shares = repeats(cells, given.images, given.data_dir)
+
+    def mean(path: Path, *names: str) -> float:
+        found = [score for score in scores if score.network == path.name]
+        return statistics.fmean(score.accuracy for score in found if score.name in names)
+
+    others = tuple({score.name for score in scores} - {"clean", "gaussian", "uniform"})
+    columns = {"clean": ("clean",), "gaussian": ("gaussian",), "uniform": ("uniform",), "other noises": others}
+    rows: list[Row] = []
+    for path in (path for path in (plain, noisy) if any(score.network == path.name for score in scores)):
+        means = {name: mean(path, *group) for name, group in columns.items()}
+        rows.append({"world": "", "network": path.name, **means, "gaussian, more than direct": "", "repeated": ""})
+    figures: Figures = {}
+    for (world, method), group in groups.items():
+        means = {name: statistics.fmean(mean(cell.path, *own) for cell in group) for name, own in columns.items()}
+        gains = {
+            name: [
+                mean(cell.path, *own) - mean(beside.path, *own) for cell, beside in zip(group, groups[world, "direct"])
+            ]
+            for name, own in columns.items()
+        }
+        gain = f"{statistics.fmean(gains['gaussian']):+.2f}"
+        if len(group) > 1:
+            gain += f" ± {statistics.stdev(gains['gaussian']):.2f}"
+        if method == "kdsnn":
+            figures[f"{world}: points that KDSNN gains under Gaussian noise"] = (
+                statistics.fmean(gains["gaussian"]),
+                "at least",
+                0.0,
+            )
+        rows.append(
+            {
+                "world": world,
+                "network": method,
+                **means,
+                "gaussian, more than direct": "" if method == "direct" else gain,
+                "repeated": statistics.fmean(shares[cell.path] for cell in group),
+            }
+        )
+    finish("immunity_causes", rows, figures, check=False)
 
 
 if __name__ == "__main__":
