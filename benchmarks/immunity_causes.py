@@ -1,10 +1,10 @@
 """Why distilled students are or are not more immune to noise than direct ones: what the teacher passes on.
 
-    python benchmarks/immunity_causes.py --data-dir DATA --jobs 2       # two cores: two hours; what is finished is kept
+    python benchmarks/immunity_causes.py --data-dir DATA --jobs 2     # two cores: three hours; what is finished is kept
 
 The like pair of ``spikedistill reproduce kdsnn-noise --budget small`` (CIFAR-10, ResNet-18 of width 8, T=4), whose runs
 are shared, as studied and in three other worlds: the teacher learned with Gaussian noise (``--noise 0.1``, which both
-students inherit, and only one is taught); the students learn with it; or students see labels alone twice as long. If
+students inherit, and only one is taught); students see labels alone twice as long; or the students learn with noise. If
 the teacher passes on what noise does to it, a distilled student must repeat its mistakes under noise more often than a
 direct one does, and must win under noise where the teacher learned to stand it. If being the more accurate network
 costs immunity, a direct student that is trained longer must lose it too.
@@ -31,10 +31,10 @@ from spikedistill.train.run import Run
 
 NOISE = 0.1
 WORLDS = {
-    "as studied": ("direct", "kdsnn-response", "kdsnn-feature", "kdsnn"),
+    "as studied": ("direct", "kdsnn"),
     "teacher with noise": ("direct", "kdsnn"),
-    "students with noise": ("direct", "kdsnn"),
     "twice as long": ("direct",),
+    "students with noise": ("direct", "kdsnn"),
 }
 REPEATED = ("gaussian", 3)
 """The noise and severity under which mistakes are compared."""
