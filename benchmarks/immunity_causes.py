@@ -114,43 +114,29 @@ def main() -> None:
         scores += [Score(**line) for line in Run(out).lines("scores")]
     shares = repeats(cells, given.images, given.data_dir)
 
-    def mean(path: Path, *names: str) -> float:
+    def mean(path: Path, names: set[str]) -> float:
         found = [score for score in scores if score.network == path.name]
         return statistics.fmean(score.accuracy for score in found if score.name in names)
 
-    others = tuple({score.name for score in scores} - {"clean", "gaussian", "uniform"})
-    columns = {"clean": ("clean",), "gaussian": ("gaussian",), "uniform": ("uniform",), "other noises": others}
+    noises = {score.name for score in scores} - {"clean"}
+    columns = {"clean": {"clean"}, "gaussian": {"gaussian"}, "uniform": {"uniform"}, "noises": noises}
     rows: list[Row] = []
     for path in (path for path in (plain, noisy) if any(score.network == path.name for score in scores)):
-        means = {name: mean(path, *group) for name, group in columns.items()}
-        rows.append({"world": "", "network": path.name, **means, "gaussian, more than direct": "", "repeated": ""})
+        means = {name: mean(path, names) for name, names in columns.items()}
+        rows.append({"world": "", "network": path.name, **means} | dict.fromkeys(("gains", "repeated"), ""))
     figures: Figures = {}
     for (world, method), group in groups.items():
-        means = {name: statistics.fmean(mean(cell.path, *own) for cell in group) for name, own in columns.items()}
-        gains = {
-            name: [
-                mean(cell.path, *own) - mean(beside.path, *own) for cell, beside in zip(group, groups[world, "direct"])
-            ]
-            for name, own in columns.items()
-        }
-        gain = f"{statistics.fmean(gains['gaussian']):+.2f}"
-        if len(group) > 1:
-            gain += f" ± {statistics.stdev(gains['gaussian']):.2f}"
-        if method == "kdsnn":
-            figures[f"{world}: points that KDSNN gains under Gaussian noise"] = (
-                statistics.fmean(gains["gaussian"]),
-                "at least",
-                0.0,
-            )
-        rows.append(
-            {
-                "world": world,
-                "network": method,
-                **means,
-                "gaussian, more than direct": "" if method == "direct" else gain,
-                "repeated": statistics.fmean(shares[cell.path] for cell in group),
-            }
-        )
+        means = {name: statistics.fmean(mean(cell.path, names) for cell in group) for name, names in columns.items()}
+        gains = []
+        for name, names in columns.items():
+            more = [mean(c.path, names) - mean(d.path, names) for c, d in zip(group, groups[world, "direct"])]
+            deviation = f" ± {statistics.stdev(more):.2f}" if len(more) > 1 else ""
+            gains.append(f"{name} {statistics.fmean(more):+.2f}{deviation}")
+            if method == "kdsnn" and name == "noises":
+                figures[f"{world}: points that KDSNN gains under noises"] = (statistics.fmean(more), "at least", 0.0)
+        repeated = statistics.fmean(shares[cell.path] for cell in group)
+        shown = "" if method == "direct" else ", ".join(gains)
+        rows.append({"world": world, "network": method, **means, "gains": shown, "repeated": repeated})
     finish("immunity_causes", rows, figures, check=False)
 
 
