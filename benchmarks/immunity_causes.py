@@ -22,6 +22,7 @@ from spikedistill.data.noise import corrupt
 from spikedistill.evaluate.accuracy import answers
 from spikedistill.evaluate.immunity import Score
 from spikedistill.recipes.immunity import measure_immunity
+from spikedistill.recipes.measures import with_deviation
 from spikedistill.recipes.reproduce import side_by_side
 from spikedistill.recipes.runs import load_runs, some, unless_done
 from spikedistill.recipes.studies import Cell, kdsnn_pairs
@@ -98,12 +99,14 @@ def main() -> None:
     for cell, finish_it in side_by_side([cell for cell in cells if not Run(cell.path).finished], given.jobs):
         finish_it()
         print(cell.path.name, flush=True)
+    measured = {"teachers": [plain, noisy]}
+    for (world, _), group in groups.items():
+        measured.setdefault(world, []).extend(cell.path for cell in group)
     scores: list[Score] = []
-    for world in given.worlds:
-        own = [cell.path for (found, _), group in groups.items() if found == world for cell in group]
-        out = plain.with_name(f"immunity-causes-{world.replace(' ', '-')}-{given.images}-s{given.seeds}")
+    for name, paths in measured.items():
+        out = plain.with_name(f"immunity-causes-{name.replace(' ', '-')}-{given.images}-s{given.seeds}")
         measure_immunity(
-            [noisy if world == "teacher with noise" else plain, *own],
+            paths,
             out,
             kinds=("noise",),
             images=given.images,
@@ -121,7 +124,7 @@ def main() -> None:
     noises = {score.name for score in scores} - {"clean"}
     columns = {"clean": {"clean"}, "gaussian": {"gaussian"}, "uniform": {"uniform"}, "noises": noises}
     rows: list[Row] = []
-    for path in (path for path in (plain, noisy) if any(score.network == path.name for score in scores)):
+    for path in measured["teachers"]:
         means = {name: mean(path, names) for name, names in columns.items()}
         rows.append({"world": "", "network": path.name, **means} | dict.fromkeys(("gains", "repeated"), ""))
     figures: Figures = {}
@@ -130,8 +133,7 @@ def main() -> None:
         gains = []
         for name, names in columns.items():
             more = [mean(c.path, names) - mean(d.path, names) for c, d in zip(group, groups[world, "direct"])]
-            deviation = f" ± {statistics.stdev(more):.2f}" if len(more) > 1 else ""
-            gains.append(f"{name} {statistics.fmean(more):+.2f}{deviation}")
+            gains.append(f"{name} {with_deviation(more, sign=True)}")
             if method == "kdsnn" and name == "noises":
                 figures[f"{world}: points that KDSNN gains under noises"] = (statistics.fmean(more), "at least", 0.0)
         repeated = statistics.fmean(shares[cell.path] for cell in group)

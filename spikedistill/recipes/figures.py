@@ -85,7 +85,6 @@ def _save(path: Path, figure: Any, axes: Sequence[Any]) -> None:
     handles, labels = list(drawn.values()), list(drawn)
     for columns in range(min(4, len(labels)), 0, -1):
         legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8)
-        figure.draw_without_rendering()
         if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
             break
         legend.remove()

@@ -111,8 +111,8 @@ def measure_pairs(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
         gains = {method: _gaps(found[method], direct) for method in ranges}
         for method, gain in gains.items():
             ranges[method] += [statistics.mean(gain)] if gain else []
-        accuracies = [_shown([*by_seed.values()]) for by_seed in found.values()]
-        written = [_shown(gain, sign=True) for gain in gains.values()]
+        accuracies = [with_deviation([*by_seed.values()]) for by_seed in found.values()]
+        written = [with_deviation(gain, sign=True) for gain in gains.values()]
         lines.append([f"{teacher} -> {student}", f"{ann:.2f}", *accuracies, *written])
         more = _gaps(found.get("kdsnn-feature", {}), found.get("kdsnn-response", {}))
         features += [(f"{teacher} -> {student}", more)] if more else []
@@ -131,7 +131,7 @@ def _verdict(ranges: Mapping[str, Sequence[float]], features: Sequence[tuple[str
     if not features:
         return said
     won = sum(statistics.mean(more) > 0 for _, more in features)
-    each = "; ".join(f"{pair}: {_shown(more, sign=True)}" for pair, more in features)
+    each = "; ".join(f"{pair}: {with_deviation(more, sign=True)}" for pair, more in features)
     return said + f"\nFeature-based gains more than response-based in {won} of {len(features)} pairs ({each}).\n"
 
 
@@ -140,7 +140,7 @@ def _gaps(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]
     return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
 
 
-def _shown(values: Sequence[float], sign: bool = False) -> str:
+def with_deviation(values: Sequence[float], sign: bool = False) -> str:
     """Mean and deviation as people write them; of one value no deviation, of none nothing."""
     if not values:
         return ""
@@ -271,7 +271,7 @@ def _by_trouble(
         found = {method: mean(method, names) for method in by_seed}
         gain = _gaps(found.get("kdsnn", {}), found.get("direct", {}))
         values = [f"{statistics.fmean(by_own.values()):.2f}" for by_own in found.values()]
-        lines.append([title, *values, _shown(gain, sign=True)])
+        lines.append([title, *values, with_deviation(gain, sign=True)])
     return "\n" + markdown(["mean over severities", *by_seed, "kdsnn more than direct, points"], lines)
 
 
