@@ -24,12 +24,14 @@ def main() -> int:
     from neurobench.metrics.workload import SynapticOperations
     from neurobench.models import TorchModel
 
-    from spikedistill import IF, Architecture, operations, to_spiking
+    from spikedistill import IF, Architecture, Conversion, operations, to_spiking
 
     torch.manual_seed(0)
     agreed = True
     for name, width in (("vgg9", 8), ("resnet20", 8), ("resnet18", 8)):
-        student, _ = to_spiking(Architecture(name, 10, 3, width).build(), timesteps=4, neuron=IF, inherit=False)
+        student, _ = to_spiking(
+            Architecture(name, 10, 3, width).build(), Conversion(timesteps=4, neuron=IF, inherit=False)
+        )
         images = torch.rand(16, 3, 32, 32)
         student.train()(images)  # batch norm sees data, so that neurons fire
         student.eval()

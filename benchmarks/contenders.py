@@ -126,10 +126,10 @@ class OwnConvolutions(Kit):
     """The ANN with spikedistill's convolutions, where it takes them."""
 
     def settle(self, network: nn.Module, layout: torch.memory_format) -> nn.Module:
-        from spikedistill.train.device import settle
-        from spikedistill.train.recipe import Training
+        from spikedistill.compute.place import choose_place
 
-        settle(network, torch.device("cpu"), layout, Training(convolutions=self.options.convolutions))
+        place = choose_place("cpu", channels_last=layout is torch.channels_last, convolutions=self.options.convolutions)
+        place.prepare(network)
         return network
 
 
@@ -145,16 +145,14 @@ class Own(OwnConvolutions):
         self.spent: list[float] = []
 
     def build(self) -> nn.Module:
-        from spikedistill import Neuron, to_spiking
-        from spikedistill.train.device import keep_freed_memory, return_freed_memory
+        from spikedistill import Conversion, Neuron, to_spiking
+        from spikedistill.compute.place import keep_freed_memory, return_freed_memory
 
         return_freed_memory() if self.options.lean else keep_freed_memory()
         neuron = Neuron(leak=0.5, initial=0.5)
         student, _ = to_spiking(
             Net(self, self.options.width, self.options.blocks),
-            timesteps=self.options.timesteps,
-            neuron=neuron,
-            inherit=False,
+            Conversion(timesteps=self.options.timesteps, neuron=neuron, inherit=False),
         )
         student.gradient, student.recompute = self.gradient, self.recompute
         return student
@@ -176,29 +174,30 @@ class Own(OwnConvolutions):
         """
         if self.options.teacher not in ("joint", "cached"):
             return super().loss(network, images, labels, teacher)
-        from spikedistill import KDSNN, Batch
+        from spikedistill import KDSNN, Answer, Batch
         from spikedistill.objective.terms import total
         from spikedistill.teacher.cache import Cache
-        from spikedistill.train.loop import ask, observe
+        from spikedistill.train.lesson import Tutor, in_float32, observe
 
         paths = [f"stages.{(stage + 1) * self.options.blocks - 1}" for stage in range(4)]
         objective = KDSNN(pairs=tuple((path, path) for path in paths), temperature=2.0, alpha=0.7, adapt=False)
-        asking = functools.partial(ask, teacher, images, objective)
+        asking = functools.partial(Tutor(teacher, objective.needs).ask, images)
         if self.options.teacher == "cached" and self.kept is None:
             self.folder = tempfile.TemporaryDirectory()
             self.kept = Cache(Path(self.folder.name), {"benchmark": 1}, asking(), 1, 1)
             self.kept.answer(1, 0, torch.arange(len(images)), asking)
             self.kept.flush()
         began = time.perf_counter()
-        theirs, features = asking() if self.kept is None else self.kept.answer(1, 0, torch.arange(len(images)), asking)
+        theirs = asking() if self.kept is None else self.kept.answer(1, 0, torch.arange(len(images)), asking)
         asked = time.perf_counter() - began
         network.set_timesteps(self.options.timesteps)
-        logits, ours = observe(network, images, objective)
+        answer = observe(network, images, objective.needs)
         began = time.perf_counter()
-        ends = [logits, *ours.values()]
+        ends = [answer.logits, *answer.features.values()]
         copies = [end.detach().requires_grad_() for end in ends]
-        batch = Batch(copies[0].float(), labels, dict(zip(ours, copies[1:])), theirs, features)
-        loss = total(objective(batch, objective.adapters(batch)))
+        copied = in_float32(Answer(copies[0], dict(zip(answer.features, copies[1:]))))
+        batch = Batch(labels=labels, student=copied, teacher=theirs)
+        loss = total(objective(batch, objective.modules(batch, teacher)))
         gradients = torch.autograd.grad(loss, copies)
         self.spent.append(asked + time.perf_counter() - began)
         return Known.apply(loss.detach(), gradients, *ends)

@@ -15,8 +15,8 @@ import torch
 from rivals import Figures, Row, finish, median
 from torch import Tensor, nn
 
-from spikedistill.student.winograd import quicken
-from spikedistill.train.device import keep_freed_memory
+from spikedistill.compute.place import keep_freed_memory
+from spikedistill.compute.winograd import use_winograd
 
 STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))
 """Channels, and pixels a side."""
@@ -45,7 +45,7 @@ def measure(channels: int, side: int, batch: int, rounds: int) -> Row:
     theirs = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     theirs.requires_grad_(False)
     ours = copy.deepcopy(theirs)
-    if reason := quicken(ours):
+    if reason := use_winograd(ours):
         raise SystemExit(f"ours cannot be had here: {reason}")
     (_, expected), (_, found) = work(theirs, x, arriving), work(ours, x, arriving)
     apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected))

@@ -2,12 +2,12 @@
 
     python benchmarks/immunity_causes.py --data-dir DATA --jobs 2     # two cores: three hours; what is finished is kept
 
-The like pair of ``spikedistill reproduce kdsnn-noise --budget small`` (CIFAR-10, ResNet-18 of width 8, T=4), whose runs
-are shared, as studied and in three other worlds: the teacher learned with Gaussian noise (``--noise 0.1``, which both
-students inherit, and only one is taught); students see labels alone twice as long; or the students learn with noise. If
-the teacher passes on what noise does to it, a distilled student must repeat its mistakes under noise more often than a
-direct one does, and must win under noise where the teacher learned to stand it. If being the more accurate network
-costs immunity, a direct student that is trained longer must lose it too.
+The homogeneous pair of ``spikedistill reproduce kdsnn-noise --budget small`` (CIFAR-10, ResNet-18 of width 8, T=4),
+whose runs are shared, as studied and under three other conditions: the teacher learned with Gaussian noise (``--noise
+0.1``, which both students inherit, and only one is taught); students see labels alone twice as long; or the students
+learn with noise. If the teacher passes on what noise does to it, a distilled student must repeat its mistakes under
+noise more often than a direct one does, and must win under noise where the teacher learned to stand it. If being the
+more accurate network costs immunity, a direct student that is trained longer must lose it too.
 """
 
 import argparse
@@ -19,19 +19,19 @@ from pathlib import Path
 from rivals import Figures, Row, finish
 
 from spikedistill.data.noise import corrupt
-from spikedistill.evaluate.accuracy import answers
+from spikedistill.deliver.immunity import measure_immunity
+from spikedistill.deliver.record import read_records, some_of
+from spikedistill.evaluate.accuracy import predict
 from spikedistill.evaluate.immunity import Score
-from spikedistill.recipes.immunity import measure_immunity
-from spikedistill.recipes.measures import with_deviation
-from spikedistill.recipes.reproduce import side_by_side
-from spikedistill.recipes.runs import load_runs, some, unless_done
-from spikedistill.recipes.studies import Cell, kdsnn_pairs
 from spikedistill.recipes.teach import teach
+from spikedistill.studies.kdsnn import Cell, kdsnn_pairs
+from spikedistill.studies.measures import with_deviation
+from spikedistill.studies.reproduce import side_by_side
 from spikedistill.train.progress import Progress
-from spikedistill.train.run import Run
+from spikedistill.train.run import Run, unless_done
 
 NOISE = 0.1
-WORLDS = {
+CONDITIONS = {
     "as studied": ("direct", "kdsnn"),
     "teacher with noise": ("direct", "kdsnn"),
     "twice as long": ("direct",),
@@ -41,32 +41,32 @@ REPEATED = ("gaussian", 3)
 """The noise and severity under which mistakes are compared."""
 
 
-def variant(world: str, cell: Cell, noisy: Path) -> Cell:
-    """A student of the study in another world, as a run of its own."""
+def variant(condition: str, cell: Cell, noisy: Path) -> Cell:
+    """A student of the study under another condition, as a run of its own."""
     recipe = cell.recipe
-    if world == "as studied":
+    if condition == "as studied":
         return cell
-    if world == "teacher with noise":
-        recipe = dataclasses.replace(recipe, who=dataclasses.replace(recipe.who, teacher=str(noisy)))
-    elif world == "students with noise":
+    if condition == "teacher with noise":
+        recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, source=str(noisy)))
+    elif condition == "students with noise":
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, noise=NOISE))
     else:
         longer = dataclasses.replace(recipe.training, epochs=2 * recipe.training.epochs)
         recipe = dataclasses.replace(recipe, training=longer)
-    path = cell.path.with_name(f"{cell.path.name}-{world.replace(' ', '-')}")
+    path = cell.path.with_name(f"{cell.path.name}-{condition.replace(' ', '-')}")
     return dataclasses.replace(cell, recipe=recipe, path=path)
 
 
 def repeats(cells: list[Cell], images: int, data_dir: str | None) -> dict[Path, float]:
     """Of a teacher's mistakes under noise the share, in percent, that each of its students makes too."""
-    teachers = list(dict.fromkeys(Path(cell.recipe.who.teacher) for cell in cells))
-    runs, data = load_runs([*teachers, *(cell.path for cell in cells)], data_dir)
-    pixels, labels = some(data, images)
+    teachers = list(dict.fromkeys(Path(cell.recipe.teacher.source) for cell in cells))
+    records, data = read_records([*teachers, *(cell.path for cell in cells)], data_dir)
+    pixels, labels = some_of(data, images)
     changed = corrupt(pixels, *REPEATED, 0)
-    given = [answers(run.network, changed).mean(0).argmax(-1) for run in runs]
+    given = [predict(record.network(), changed).mean(0).argmax(-1) for record in records]
     shares = {}
     for cell, answer in zip(cells, given[len(teachers) :]):
-        theirs = given[teachers.index(Path(cell.recipe.who.teacher))]
+        theirs = given[teachers.index(Path(cell.recipe.teacher.source))]
         shares[cell.path] = 100.0 * float((answer == theirs)[theirs != labels].double().mean())
     return shares
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="test images of each measurement")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="students trained side by side")
-    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
+    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     given = parser.parse_args()
     study = kdsnn_pairs("small", given.data_dir, given.runs)
     made, plain = study.teachers["resnet18"]
@@ -87,21 +87,21 @@ def main() -> None:
     for recipe, path in ((made, plain), (loud, noisy)):
         unless_done(path, partial(teach, recipe, path, progress=Progress.stderr(path.name)), partial(print, path.name))
     groups = {
-        (world, method): [
-            variant(world, cell, noisy)
+        (condition, method): [
+            variant(condition, cell, noisy)
             for cell in study.cells
             if cell.student == "resnet18" and cell.method == method and cell.seed < given.seeds
         ]
-        for world in given.worlds
-        for method in WORLDS[world]
+        for condition in given.conditions
+        for method in CONDITIONS[condition]
     }
     cells = sorted((cell for group in groups.values() for cell in group), key=lambda cell: cell.seed)
     for cell, finish_it in side_by_side([cell for cell in cells if not Run(cell.path).finished], given.jobs):
         finish_it()
         print(cell.path.name, flush=True)
     measured = {"teachers": [plain, noisy]}
-    for (world, _), group in groups.items():
-        measured.setdefault(world, []).extend(cell.path for cell in group)
+    for (condition, _), group in groups.items():
+        measured.setdefault(condition, []).extend(cell.path for cell in group)
     scores: list[Score] = []
     for name, paths in measured.items():
         out = plain.with_name(f"immunity-causes-{name.replace(' ', '-')}-{given.images}-s{given.seeds}")
@@ -126,19 +126,23 @@ def main() -> None:
     rows: list[Row] = []
     for path in measured["teachers"]:
         means = {name: mean(path, names) for name, names in columns.items()}
-        rows.append({"world": "", "network": path.name, **means} | dict.fromkeys(("gains", "repeated"), ""))
+        rows.append({"condition": "", "network": path.name, **means} | dict.fromkeys(("gains", "repeated"), ""))
     figures: Figures = {}
-    for (world, method), group in groups.items():
+    for (condition, method), group in groups.items():
         means = {name: statistics.fmean(mean(cell.path, names) for cell in group) for name, names in columns.items()}
         gains = []
         for name, names in columns.items():
-            more = [mean(c.path, names) - mean(d.path, names) for c, d in zip(group, groups[world, "direct"])]
+            more = [mean(c.path, names) - mean(d.path, names) for c, d in zip(group, groups[condition, "direct"])]
             gains.append(f"{name} {with_deviation(more, sign=True)}")
             if method == "kdsnn" and name == "noises":
-                figures[f"{world}: points that KDSNN gains under noises"] = (statistics.fmean(more), "at least", 0.0)
+                figures[f"{condition}: points that KDSNN gains under noises"] = (
+                    statistics.fmean(more),
+                    "at least",
+                    0.0,
+                )
         repeated = statistics.fmean(shares[cell.path] for cell in group)
         shown = "" if method == "direct" else ", ".join(gains)
-        rows.append({"world": world, "network": method, **means, "gains": shown, "repeated": repeated})
+        rows.append({"condition": condition, "network": method, **means, "gains": shown, "repeated": repeated})
     finish("immunity_causes", rows, figures, check=False)
 
 

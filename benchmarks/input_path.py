@@ -12,10 +12,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-from spikedistill import Teacher, Training, to_spiking
+from spikedistill import Conversion, Teacher, choose_place, to_spiking
 from spikedistill.data.augment import Augment
 from spikedistill.teacher.zoo import resnet18
-from spikedistill.train.device import choose_device, choose_precision
 
 BATCH, ROUNDS = 128, 7
 PATHS = {
@@ -34,18 +33,17 @@ def seconds(work) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
-    device = choose_device("cpu")
-    precision = choose_precision(Training(), device)
+    place = choose_place("cpu")
     stored = torch.randint(0, 256, (10_000, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (BATCH,))
     ann = resnet18(width=32).to(memory_format=torch.channels_last)
     images = torch.rand(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
-    student, _ = to_spiking(Teacher(ann, (0.5,) * 3, (0.25,) * 3), timesteps=4, calibrate=images)
+    student, _ = to_spiking(Teacher(ann, (0.5,) * 3, (0.25,) * 3), Conversion(timesteps=4), calibrate=images)
     student.to(memory_format=torch.channels_last)
     ann.requires_grad_(True).train()
 
     def step(network) -> None:
-        with torch.autocast("cpu", precision.dtype, enabled=precision.dtype != torch.float32):
+        with place.autocast():
             logits = network(images).float()
         F.cross_entropy(logits.mean(0) if logits.ndim == 3 else logits, labels).backward()
 
@@ -60,7 +58,7 @@ def main() -> None:
         for name, work in works.items():
             taken[name].append(seconds(work))
     medians = {name: statistics.median(times) for name, times in taken.items()}
-    print(f"{torch.get_num_threads()} threads, {precision.dtype}: {precision.reason}")
+    print(f"{torch.get_num_threads()} threads, {place.dtype}: {place.reason}")
     for name, median in medians.items():
         share = 100 * median / medians["ANN step"]
         print(f"{name:20}{1000 * median:9.1f} ms{share:9.1f} % of the ANN's step")

@@ -1,9 +1,9 @@
 """The main job on CIFAR-10, with what it is compared to: every figure of the README's table, from training to test.
 
-    python benchmarks/main_job.py --data-dir DATA --stranger resnet20.npz     # all runs, one after another: hours
+    python benchmarks/main_job.py --data-dir DATA --third-party resnet20.npz     # all runs, one after another: hours
     python benchmarks/main_job.py --only teacher kdsnn ...                    # some of them
 
-Runs go to runs/NAME; a finished one is kept, an interrupted one goes on from its checkpoint. The stranger's ResNet-20
+Runs go to runs/NAME; a finished one is kept, an interrupted one goes on from its checkpoint. The third-party ResNet-20
 (91.73 %) is that of akamaster/pytorch_resnet_cifar10 (BSD-2), its network in examples/resnet20_cifar.py; its student
 is trained in three stages, each from what came out of the one before.
 """
@@ -18,7 +18,7 @@ from spikedistill.train.run import Run
 HERE = Path(__file__).resolve().parent.parent
 FRESH = ["--inherit", "False", "--lr", "0.1", "--weight-decay", "5e-4"]
 UNLIKE = ["--student", "vgg9", "--student-width", "32", "--epochs", "12", "--lr", "0.1", "--weight-decay", "5e-4"]
-STRANGER = [
+THIRD_PARTY = [
     *("--teacher-network", f"{HERE}/examples/resnet20_cifar.py:resnet20"),
     *("--teacher-mean", "0.485", "0.456", "0.406", "--teacher-std", "0.229", "0.224", "0.225"),
     *("--per-channel", "--learn-initial", "--temperature", "4", "--alpha", "0.9", "--ema", "0.999", "--cutout", "0"),
@@ -28,21 +28,21 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "kdsnn": ("distill", []),
     "direct": ("distill", ["--method", "direct"]),
     "scratch": ("distill", ["--method", "direct", *FRESH]),
-    "stranger": ("distill", [*STRANGER, "--lr", "0.05", "--epochs", "24"]),
-    "stranger-2": ("distill", [*STRANGER, "--lr", "0.03", "--epochs", "12"]),
-    "stranger-3": ("distill", [*STRANGER, "--lr", "0.03", "--epochs", "10", "--learn-threshold"]),
+    "third-party": ("distill", [*THIRD_PARTY, "--lr", "0.05", "--epochs", "24"]),
+    "third-party-2": ("distill", [*THIRD_PARTY, "--lr", "0.03", "--epochs", "12"]),
+    "third-party-3": ("distill", [*THIRD_PARTY, "--lr", "0.03", "--epochs", "10", "--learn-threshold"]),
     "unlike-direct": ("distill", ["--method", "direct", *UNLIKE]),
     "unlike-feature": ("distill", ["--method", "kdsnn-feature", *UNLIKE]),
     "unlike-kdsnn": ("distill", ["--method", "kdsnn", *UNLIKE]),
 }
 """Name -> command of spikedistill and what differs from the recipe 'cifar10'. All: seed 0, recipe of the package."""
-START = {"stranger-2": "stranger", "stranger-3": "stranger-2"}
+START = {"third-party-2": "third-party", "third-party-3": "third-party-2"}
 """Which run a stage goes on from."""
 
 
-def command(name: str, runs: Path, data_dir: str, stranger: str) -> list[str]:
+def command(name: str, runs: Path, data_dir: str, third_party: str) -> list[str]:
     kind, options = RUNS[name]
-    teacher = stranger if name.startswith("stranger") else str(runs / "teacher")
+    teacher = third_party if name.startswith("third-party") else str(runs / "teacher")
     start = ["--start", str(runs / START[name])] if name in START else []
     given = [] if kind == "teach" else ["--teacher", teacher]
     resumed = ["--resume"] if (runs / name).exists() else []
@@ -55,11 +55,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--stranger", default="resnet20.npz")
+    parser.add_argument("--third-party", default="resnet20.npz")
     given = parser.parse_args()
     for name in given.only:
         if not Run(given.runs / name).finished:
-            call = command(name, given.runs, given.data_dir, given.stranger)
+            call = command(name, given.runs, given.data_dir, given.third_party)
             print("$", *call, file=sys.stderr, flush=True)
             subprocess.run(call, check=True)
     report([given.runs / name for name in given.only])

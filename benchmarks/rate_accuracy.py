@@ -16,13 +16,12 @@ from pathlib import Path
 
 from rivals import Figures, Row, finish
 
-from spikedistill.recipes.reproduce import side_by_side
-from spikedistill.recipes.runs import unless_done
-from spikedistill.recipes.studies import Cell, kdsnn_pairs
 from spikedistill.recipes.teach import teach
 from spikedistill.student.build import Gradient
+from spikedistill.studies.kdsnn import Cell, kdsnn_pairs
+from spikedistill.studies.reproduce import side_by_side
 from spikedistill.train.progress import Progress
-from spikedistill.train.run import Run
+from spikedistill.train.run import Run, unless_done
 
 GRADIENTS: tuple[Gradient, ...] = ("exact", "rate")
 STUDENTS = {"vgg9-lif": ("vgg9", "lif"), "vgg9-if": ("vgg9", "if"), "resnet18-if": ("resnet18", "if")}

@@ -16,8 +16,7 @@ from typing import IO, Any, Literal
 
 import torch
 
-from spikedistill.train.device import choose_precision
-from spikedistill.train.recipe import Training
+from spikedistill.compute.place import choose_place
 
 HERE = Path(__file__).resolve().parent
 PEERS = {
@@ -30,7 +29,7 @@ TOOLS = {"neurobench": "neurobench==2.2.0"}
 """What else has an environment of its own."""
 ENVIRONMENTS = Path(os.environ.get("SPIKEDISTILL_PEERS", "runs/peers"))
 """Where the peers' environments lie; made at the first use, kept for the next."""
-QUICK = choose_precision(Training(), torch.device("cpu"))
+QUICK = choose_place("cpu")
 """The number format of the quick settings, the same for all: bfloat16 where the processor computes it."""
 Row = dict[str, Any]
 Figures = dict[str, tuple[float, Literal["at least", "at most"], float]]

@@ -5,7 +5,7 @@
 ResNet-18 for 32x32 images, teacher in the loop, each contender in a process of its own (peers in an environment of
 their own, made at the first run); 'best' is bfloat16 autocast (where the processor computes bfloat16) and
 channels_last, and for the peers the same handling of freed memory that ours has; 'default' is float32 as a user writes
-it. Where float32 is computed ours has its own convolutions (``student/winograd.py``), as it does by default; the ANN,
+it. Where float32 is computed ours has its own convolutions (``compute/winograd.py``), as it does by default; the ANN,
 and ours once, is timed with either. What the teacher and the loss take is timed inside the step. Medians over
 alternating rounds; each peer takes turns with ours, one peer after another, so that every ratio comes from one stretch
 of time.

@@ -1,4 +1,4 @@
-"""A stranger's network: the CIFAR ResNet-20 of He et al., as many users have it, with option-A shortcuts.
+"""A third-party network: the CIFAR ResNet-20 of He et al., as many users have it, with option-A shortcuts.
 
 Functional ReLUs, a shortcut that takes every second pixel and pads channels with zeros, no thought of spikes. Public
 weights (akamaster/pytorch_resnet_cifar10, 91.7 % on CIFAR-10) load into it:

@@ -1,11 +1,16 @@
 """Deep spiking neural networks from trained artificial networks, by knowledge distillation.
 
-A trained teacher becomes a spiking student, is taught by an objective, trained and measured.
+A trained teacher becomes a spiking student, is taught by an objective, is trained, measured and delivered.
 """
 
+from spikedistill.answer import Answer, Learner
+from spikedistill.compute.place import Place, choose_place
+from spikedistill.compute.winograd import use_winograd
 from spikedistill.data.augment import Augment
 from spikedistill.data.events import Recording, read_nmnist, to_frames
+from spikedistill.data.feed import Feed, Inputs, MemoryFeed, PairFeed
 from spikedistill.data.images import ImageSet, load_images, split
+from spikedistill.deliver.record import Record
 from spikedistill.errors import (
     ConfigError,
     ConversionError,
@@ -15,7 +20,7 @@ from spikedistill.errors import (
     SpikeDistillError,
     WeightsError,
 )
-from spikedistill.evaluate.accuracy import accuracy_by_step, answers
+from spikedistill.evaluate.accuracy import accuracy_by_step, predict
 from spikedistill.evaluate.activity import firing_rates, operations
 from spikedistill.evaluate.agreement import agreement, divergence
 from spikedistill.evaluate.early_exit import EarlyExit, early_exit
@@ -25,16 +30,18 @@ from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid, Triangle
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
-from spikedistill.objective.terms import Batch, Objective
-from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
+from spikedistill.objective.qcfs import QCFS
+from spikedistill.objective.schedule import Constant, Ramp, Schedule, Switch
+from spikedistill.objective.terms import Batch, Needs, Objective, Sum
+from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill, distill
-from spikedistill.recipes.runs import load_student
 from spikedistill.recipes.teach import Teach, teach
-from spikedistill.student.build import Report, Student, to_spiking
-from spikedistill.student.coding import Direct as DirectCoding
-from spikedistill.student.coding import Frames, Latency, Rate
+from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
+from spikedistill.student.conversion import Conversion
 from spikedistill.student.fold import fold
-from spikedistill.student.winograd import quicken
+from spikedistill.student.report import Report
+from spikedistill.student.save import load_student, save_student
 from spikedistill.teacher.load import Architecture, Teacher, load_teacher
 from spikedistill.train.loop import fit
 from spikedistill.train.recipe import Data, Training
@@ -45,12 +52,16 @@ __all__ = [
     "KDSNN",
     "LIF",
     "PLIF",
+    "QCFS",
     "TET",
     "ATan",
+    "Answer",
     "Architecture",
     "Augment",
     "Batch",
     "ConfigError",
+    "Constant",
+    "Conversion",
     "ConversionError",
     "Data",
     "DataError",
@@ -58,27 +69,38 @@ __all__ = [
     "DirectCoding",
     "Distill",
     "EarlyExit",
+    "Feed",
     "Frames",
     "ImageSet",
+    "Inputs",
     "KDSNNFeature",
     "KDSNNResponse",
     "Latency",
-    "Method",
+    "Learner",
+    "MemoryFeed",
+    "Needs",
     "Neuron",
     "Objective",
+    "PairFeed",
+    "Place",
+    "Ramp",
     "Rate",
+    "Record",
     "Recording",
     "Rectangle",
     "Report",
     "Reset",
     "Run",
     "RunError",
+    "Schedule",
     "ShapeError",
     "Sigmoid",
     "SpikeDistillError",
     "Spiking",
     "Student",
     "StudentChoice",
+    "Sum",
+    "Switch",
     "Teach",
     "Teacher",
     "TeacherChoice",
@@ -87,7 +109,7 @@ __all__ = [
     "WeightsError",
     "accuracy_by_step",
     "agreement",
-    "answers",
+    "choose_place",
     "distill",
     "divergence",
     "early_exit",
@@ -99,10 +121,12 @@ __all__ = [
     "load_student",
     "load_teacher",
     "operations",
-    "quicken",
+    "predict",
     "read_nmnist",
+    "save_student",
     "split",
     "teach",
     "to_frames",
     "to_spiking",
+    "use_winograd",
 ]

@@ -52,6 +52,14 @@ class Where:
     """Go on with the run that lies there."""
 
 
+@dataclass(frozen=True)
+class Trust(Where):
+    """Where a run goes, and whom it trusts."""
+
+    trust_code: bool = False
+    """Execute the file of Python code that a teacher's weights file names as its network."""
+
+
 def main() -> None:
     """Run the command that the arguments name; end with code 2 and one message where something is wrong."""
     arguments = sys.argv[1:]
@@ -81,8 +89,9 @@ def _teach(arguments: Sequence[str]) -> None:
     from spikedistill.train.progress import Progress
 
     name, recipe, rest = _recipe(arguments, TEACHERS, Teach)
-    where, recipe = _parse("teach", Teach, recipe, rest)
-    out = where.out or Path("runs") / f"{name or Path(recipe.data.data).stem}-teacher"
+    parsed = _parse("teach", Teach, {"where": Where(), "recipe": recipe}, rest)
+    where, recipe = parsed.where, parsed.recipe
+    out = where.out or Path("runs") / f"{name or Path(recipe.data.name).stem}-teacher"
     results = teach(recipe, out, where.resume, Progress.stderr("teacher"))
     print(f"test accuracy {results['test_accuracy']:.2f} %; the teacher is in {out}")
 
@@ -93,14 +102,41 @@ def _distill(arguments: Sequence[str]) -> None:
     from spikedistill.train.progress import Progress
 
     name, recipe, rest = _recipe(arguments, STUDENTS, Distill)
-    where, recipe = _parse("distill", Distill, recipe, rest)
-    out = (
-        where.out
-        or Path("runs") / f"{name or Path(recipe.data.data).stem}-{recipe.what.method}-t{recipe.student.timesteps}"
-    )
-    distill(recipe, out, where.resume, Progress.stderr(recipe.what.method))
+    asked = [value for option, value in zip(rest, [*rest[1:], ""]) if option == "--method"]
+    asked += [option.removeprefix("--method=") for option in rest if option.startswith("--method=")]
+    recipe = recipe.with_method(asked[-1]) if asked else recipe
+    parts = {part.name: getattr(recipe, part.name) for part in dataclasses.fields(recipe)}
+    given = {"where": Trust(), "named": Named(recipe.method_name), **parts}
+    try:
+        parsed = _parse("distill", Distill, {key: part for key, part in given.items() if part is not None}, rest)
+    except AssertionError as error:  # of tyro
+        fields = ", ".join(field.name for field in dataclasses.fields(recipe.method))
+        raise ConfigError(
+            f"A field of {recipe.method_name} ({fields}) is an option already, or holds fields as a schedule does:"
+            " rename it, or make such values inside the class."
+        ) from error
+    recipe = dataclasses.replace(recipe, **{key: getattr(parsed, key, None) for key in parts})
+    if recipe.method is None and recipe.method_name != parsed.named.method:
+        raise ConfigError(
+            f"rule (={recipe.student.rule}) is not that of --method {parsed.named.method}: leave --rule away, or give"
+            f" --method {recipe.method_name}."
+        )
+    where, kind = parsed.where, recipe.method_name.rpartition(":")[2]
+    out = where.out or Path("runs") / f"{name or Path(recipe.data.name).stem}-{kind}-t{recipe.student.timesteps}"
+    distill(recipe, out, where.resume, Progress.stderr(kind), where.trust_code)
     _print_table([out])
     print(f"the student is in {out}")
+
+
+@dataclass(frozen=True)
+class Named:
+    """What is taught."""
+
+    method: str = "kdsnn"
+    """direct or tet: cross-entropy only. kdsnn-response, kdsnn-feature, kdsnn: with the teacher's logits, its features,
+    or both. conversion-max, -percentile, -least-squares: no training, thresholds by that rule; conversion-qcfs: the
+    quantised stand-in is trained, then run with neurons. FILE.py:CLASS: an objective of your own. The options of the
+    chosen method are listed below, as 'method options'."""
 
 
 def _recipe(
@@ -113,26 +149,24 @@ def _recipe(
     return arguments[0], known[arguments[0]](), arguments[1:]
 
 
-def _parse(command: str, kind: type, default: Any, arguments: Sequence[str]) -> tuple[Where, Any]:
-    """Every field of a recipe as an option, beside where the run goes."""
-    both = dataclasses.make_dataclass(
-        kind.__name__ + "Command",
-        [("where", Where, field(default_factory=Where)), ("recipe", kind, field(default=default))],
+def _parse(command: str, kind: type, parts: dict[str, Any], arguments: Sequence[str]) -> Any:
+    """Every field of these values as an option; what they are by default is what they are here."""
+    joined = dataclasses.make_dataclass(
+        kind.__name__ + "Command", [(name, type(part), field(default=part)) for name, part in parts.items()]
     )
-    both.__doc__ = (
+    joined.__doc__ = (
         f"{kind.__doc__}\n\nRECIPE comes first, if at all: see 'spikedistill recipes'. Its fields are options."
     )
-    parsed = tyro.cli(
-        tyro.conf.OmitArgPrefixes[both],  # type: ignore[valid-type, misc]
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[joined],  # type: ignore[valid-type, misc]
         prog=f"spikedistill {command} [RECIPE]",
         args=list(arguments),
     )
-    return parsed.where, parsed.recipe
 
 
 def _demo(arguments: Sequence[str]) -> None:
     def demo(out: Path = Path("runs/demo")) -> None:
-        """On the embedded digits: train a teacher, two students on labels (fresh, inherited) and one by KDSNN.
+        """On the embedded digits: a teacher, two students by cross-entropy only (fresh, inherited) and one by KDSNN.
 
         Args:
             out: where the four run directories go; finished ones are kept.
@@ -150,6 +184,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         timesteps: int | None = None,
         data_dir: str | None = None,
         confidence: float | None = None,
+        trust_code: bool = False,
     ) -> None:
         """Measure a finished run again on its test set.
 
@@ -158,10 +193,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
             timesteps: another number of steps than the student was trained with.
             data_dir: another place of the data than it was trained with.
             confidence: also measure early exit: a sample leaves once its likeliest class is above this, 0..1.
+            trust_code: execute the file of Python code that the run names as its network.
         """
-        from spikedistill.recipes.runs import evaluate as measure
+        from spikedistill.deliver.record import NO_TEACHER, Record
+        from spikedistill.deliver.record import evaluate as measure
 
-        results = measure(run, timesteps, data_dir, confidence)
+        results = measure(run, timesteps, data_dir, confidence, trust_code)
         shown = Table("measure", "value", box=None)
         for name, value in results.items():
             if isinstance(value, dict):
@@ -172,8 +209,10 @@ def _evaluate(arguments: Sequence[str]) -> None:
             else:
                 shown.add_row(name, f"{value:{PLAIN[name]}}" if name in PLAIN else f"{value:.2f} %")
         Console(highlight=False).print(shown)
-        if "agreement" not in results and "accuracy_by_step" in results:
-            print("The teacher of this run is not where it was: agreement with it is left out.", file=sys.stderr)
+        alone = "accuracy_by_step" in results and "agreement" not in results
+        if alone and Record.read(run).recipe["teacher"]["source"] != NO_TEACHER:
+            reasons = "is not where it was, sees other inputs, or names Python code (see --trust-code)"
+            print(f"The teacher of this run {reasons}: agreement with it is left out.", file=sys.stderr)
 
     tyro.cli(evaluate, prog="spikedistill evaluate", args=list(arguments))
 
@@ -193,11 +232,9 @@ def _compare(arguments: Sequence[str]) -> None:
 
 
 def _immunity(arguments: Sequence[str]) -> None:
-    from spikedistill.evaluate.immunity import KINDS
-
     def immunity(
         runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
-        kinds: tuple[str, ...] = KINDS,
+        kinds: tuple[str, ...] = (),
         images: int | None = None,
         attacked: int = 500,
         seed: int = 0,
@@ -205,12 +242,14 @@ def _immunity(arguments: Sequence[str]) -> None:
         data_dir: str | None = None,
         out: Path = Path("runs/immunity"),
         resume: bool = False,
+        trust_code: bool = False,
     ) -> None:
         """Measure how immune finished runs are to noise: accuracy at five severities, curves, corruption error.
 
         Args:
             runs: run directories of 'teach' and 'distill' on one data set.
-            kinds: noise (7, on pixels), natural (14 corruptions), hardware (5 faults), attack (FGSM, PGD).
+            kinds: noise (7, on pixels), natural (14 corruptions), hardware (5 faults), attack (FGSM, PGD); of event
+                frames: event (5), hardware.
             images: so many test images, evenly spaced, instead of all.
             attacked: so many of them are attacked.
             seed: of all that is drawn.
@@ -218,8 +257,9 @@ def _immunity(arguments: Sequence[str]) -> None:
             data_dir: another place of the data than the runs were trained with.
             out: where scores.csv, immunity.md and a picture for each kind go.
             resume: go on with what lies there.
+            trust_code: execute the file of Python code that a run names as its network.
         """
-        from spikedistill.recipes.immunity import measure_immunity
+        from spikedistill.deliver.immunity import measure_immunity
         from spikedistill.train.progress import Progress
 
         shown = measure_immunity(
@@ -232,6 +272,7 @@ def _immunity(arguments: Sequence[str]) -> None:
             baseline=baseline,
             data_dir=data_dir,
             resume=resume,
+            trust_code=trust_code,
             say=Progress.stderr("immunity").say,
         )
         _show(*shown)
@@ -246,6 +287,7 @@ def _energy(arguments: Sequence[str]) -> None:
         images: int = 1000,
         data_dir: str | None = None,
         out: Path | None = None,
+        trust_code: bool = False,
     ) -> None:
         """Count spikes and synaptic operations, and estimate energy against a quantised ANN of equal information.
 
@@ -254,12 +296,13 @@ def _energy(arguments: Sequence[str]) -> None:
             images: so many test images, evenly spaced.
             data_dir: another place of the data than the runs were trained with.
             out: a CSV file to write.
+            trust_code: execute the file of Python code that a run names as its network.
         """
+        from spikedistill.deliver.energy import lines, measure_energy, table
         from spikedistill.files import write_csv
-        from spikedistill.recipes.energy import lines, measure_energy, table
         from spikedistill.train.progress import Progress
 
-        bills = measure_energy(runs, images, data_dir, Progress.stderr("energy").say)
+        bills = measure_energy(runs, images, data_dir, Progress.stderr("energy").say, trust_code)
         _show(*table(bills))
         for warning in (line for bill in bills for line in bill.warnings):
             print(warning)
@@ -270,7 +313,7 @@ def _energy(arguments: Sequence[str]) -> None:
 
 
 def _reproduce(arguments: Sequence[str]) -> None:
-    from spikedistill.recipes.studies import STUDIES
+    from spikedistill.studies.kdsnn import STUDIES
 
     def reproduce(
         study: Annotated[str, tyro.conf.Positional],
@@ -293,7 +336,7 @@ def _reproduce(arguments: Sequence[str]) -> None:
             jobs: students trained side by side, each with its share of the cores; on small networks faster than one
                 after another.
         """
-        from spikedistill.recipes.reproduce import reproduce as run
+        from spikedistill.studies.reproduce import reproduce as run
         from spikedistill.train.progress import Progress
 
         one_of("study", study, STUDIES)
@@ -316,9 +359,9 @@ def _recipes(arguments: Sequence[str]) -> None:
 
 
 def _print_table(paths: Sequence[Path]) -> None:
-    from spikedistill.recipes.runs import table
+    from spikedistill.deliver.tables import compare
 
-    _show(*table(paths))
+    _show(*compare(paths))
 
 
 def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

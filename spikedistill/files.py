@@ -6,6 +6,7 @@ Nothing is ever pickled.
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -13,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikedistill.errors import RunError, WeightsError
 
@@ -65,6 +67,21 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def weights_file(path: str | Path) -> Path:
+    """A weights file, or that of a run directory."""
+    return Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts alone; none where the file is missing, broken, or not this project's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+            return facts if isinstance(facts, dict) else {}
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and facts; facts are empty in a file that this project did not write.
 
@@ -81,3 +98,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise WeightsError(
             f"'{path}' cannot be read as safetensors ({error}): it is truncated or of another kind; copy it again."
         ) from error
+
+
+def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """A digest of names, shapes, number formats and bits; devices and orders of memory do not matter.
+
+    >>> ones = torch.ones(2, 3)
+    >>> fingerprint({"a": ones}) == fingerprint({"a": ones.T.contiguous().T}) != fingerprint({"a": -ones})
+    True
+    """
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint_of(network: nn.Module) -> str:
+    """A digest of a network's modules, parameters and buffers, those too that no file of weights holds."""
+    return fingerprint({**dict(network.named_parameters()), **dict(network.named_buffers())}, str(network))

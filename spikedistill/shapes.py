@@ -41,3 +41,31 @@ def time_mean(rows: Tensor) -> Tensor:
     """
     with torch.autocast(rows.device.type, enabled=False):
         return torch.mv(rows.t(), rows.new_ones(len(rows))).div_(len(rows))
+
+
+def over_time(feature: Tensor) -> Tensor:
+    """The mean over time of ``[T, B, ...]`` in the order of memory that ``[B, ...]`` has.
+
+    What is the same at every step (a view with stride 0) is not summed.
+    """
+    if feature.stride(0) == 0 or len(feature) == 1:
+        return feature[0]
+    return _Mean.apply(feature)
+
+
+class _Mean(torch.autograd.Function):
+    """``time_mean`` of any shape, with a gradient; what it is given and what comes out have one order of memory."""
+
+    @staticmethod
+    def forward(ctx, feature: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        one = torch.empty_like(feature[0])
+        ctx.shape, strides = feature.shape, (one.numel(), *one.stride())
+        if feature.stride() != strides:
+            feature = feature.new_empty_strided(feature.shape, strides).copy_(feature)
+        rows = feature.as_strided((len(feature), one.numel()), (one.numel(), 1))
+        return time_mean(rows).as_strided(one.shape, one.stride())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return (grad / ctx.shape[0]).expand(ctx.shape)

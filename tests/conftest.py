@@ -1,7 +1,10 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from spikedistill.cli import main
 from spikedistill.data.images import ImageSet
 from spikedistill.neuron import fused
 
@@ -50,3 +53,19 @@ def write_blobs():
         np.savez(folder / "blobs.npz", **arrays)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def call():
+    """Runs the command line in this process; its exit code."""
+
+    def run(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["spikedistill", *map(str, arguments)])
+            try:
+                main()
+            except SystemExit as end:
+                return end.code or 0
+        return 0
+
+    return run

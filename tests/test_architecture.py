@@ -8,9 +8,9 @@ import pytest
 import spikedistill
 
 PACKAGE = Path(spikedistill.__file__).parent
-GROUND = ("data", "teacher", "neuron", "objective")
-ORDER = (*GROUND, "student", "evaluate", "train", "deliver", "recipes", "cli")
-FOUNDATION = {"shapes", "errors", "files"}
+GROUND = ("compute", "data", "teacher", "neuron", "objective")
+ORDER = (*GROUND, "student", "evaluate", "train", "deliver", "recipes", "studies", "cli")
+FOUNDATION = {"shapes", "errors", "files", "answer"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -74,7 +74,7 @@ def test_only_the_command_line_is_what_the_package_runs():
         ("data", "from spikedistill.data.images import split", []),
         ("data", "from .images import split", []),
         ("data", "import numpy.random, torch", []),
-        ("train", "from spikedistill.evaluate.accuracy import answers", []),
+        ("train", "from spikedistill.evaluate.accuracy import predict", []),
         ("data", "from spikedistill.teacher.zoo import ZOO", ["data/x.py:1 imports teacher"]),
         ("data", "import spikedistill.student.build as build", ["data/x.py:1 imports student"]),
         ("data", "from spikedistill import teacher", ["data/x.py:1 imports teacher"]),

@@ -4,16 +4,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from spikedistill.cli import COMMANDS, main
-from spikedistill.files import read_tensors, write_tensors
+from spikedistill.objective.direct import TET
+from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes import STUDENTS, TEACHERS, demo, digits, distill, teach
 from spikedistill.recipes.choices import TeacherChoice
 from spikedistill.recipes.distill import Distill
+from spikedistill.recipes.methods import CONVERSIONS, METHODS
 from spikedistill.recipes.teach import Teach
-from spikedistill.train.loop import Trainer
+from spikedistill.train.loop import Course
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
@@ -21,6 +24,13 @@ QUICK = "--epochs 1 --batch-size 16 --lr 0.05 --device cpu --precision fp32"
 
 
 pytestmark = pytest.mark.usefixtures("without_compiler")
+
+
+def options_of(part):
+    """The options that the fields of a value become, without dashes before them."""
+    hints = get_type_hints(type(part), include_extras=True)
+    marks = {name: [mark.name for mark in getattr(hint, "__metadata__", ())] for name, hint in hints.items()}
+    return [(marks[each.name] or [each.name])[0].replace("_", "-") for each in dataclasses.fields(part)]
 
 
 def call(*arguments):
@@ -51,7 +61,7 @@ def asked(monkeypatch):
     """What the recipes are asked for, instead of doing it."""
     seen = []
 
-    def remember(recipe, out, resume, progress):
+    def remember(recipe, out, resume, progress, trust_code=False):
         seen.append((recipe, out, resume))
         return {"test_accuracy": 12.5}
 
@@ -98,10 +108,8 @@ class TestHelp:
         shown = capsys.readouterr().out
         for field in dataclasses.fields(kind):
             part = getattr(kind(), field.name)
-            names = (
-                [inner.name for inner in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else [field.name]
-            )
-            assert all(f"--{name.replace('_', '-')}" in shown for name in names)
+            names = options_of(part) if dataclasses.is_dataclass(part) else [field.name.replace("_", "-")]
+            assert names and all(f"--{name} " in shown or f"--{name}," in shown for name in names)
 
     def test_of_a_recipe_shows_its_values(self, capsys):
         call("distill", "cifar10", "--help")
@@ -120,18 +128,18 @@ class TestOptions:
     def test_the_teacher_lands_where_its_student_looks_for_it(self, asked):
         for name in TEACHERS:
             call("teach", name)
-            assert STUDENTS[name]().who.teacher == str(asked[-1][1])
+            assert STUDENTS[name]().teacher.source == str(asked[-1][1])
 
     def test_reach_the_recipe(self, asked):
-        options = "--timesteps 7 --method tet --lr 0.5 --neuron lif --leak 0.75 --flip --pairs a b c d --out x --resume"
+        options = "--timesteps 7 --alpha 0.5 --lr 0.5 --neuron lif --leak 0.75 --flip --pairs a b c d --out x --resume"
         assert call("distill", "digits", *options.split(), "--teacher-mean", "0.5", "--seed", "-3") == 0
         ((recipe, out, resume),) = asked
         base, change = digits.student(), dataclasses.replace
         assert (out, resume) == (Path("x"), True)
         assert recipe == Distill(
-            change(base.who, teacher_mean=(0.5,)),
+            change(base.teacher, mean=(0.5,)),
             change(base.student, timesteps=7, neuron="lif", leak=0.75),
-            change(base.what, method="tet", pairs=(("a", "b"), ("c", "d"))),
+            change(base.method, alpha=0.5, pairs=(("a", "b"), ("c", "d"))),
             change(base.data, flip=True),
             change(base.training, lr=0.5, seed=-3),
         )
@@ -139,9 +147,72 @@ class TestOptions:
     def test_without_a_recipe_change_the_defaults(self, asked):
         assert call("distill", "--teacher", "t", "--data", "some/set.npz", "--no-channels-last") == 0
         ((recipe, out, _),) = asked
-        expected = dataclasses.replace(Distill(), who=TeacherChoice("t"), training=Training(channels_last=False))
-        assert recipe == dataclasses.replace(expected, data=dataclasses.replace(expected.data, data="some/set.npz"))
+        expected = dataclasses.replace(Distill(), teacher=TeacherChoice("t"), training=Training(channels_last=False))
+        assert recipe == dataclasses.replace(expected, data=dataclasses.replace(expected.data, name="some/set.npz"))
         assert out == Path("runs/set-kdsnn-t4")
+
+
+class TestMethod:
+    """--method NAME offers the fields of that class, and no others."""
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_offers_the_fields_of_its_class_and_no_others(self, name, capsys):
+        assert call("distill", "--method", name, "--help") == 0
+        shown = capsys.readouterr().out.split()
+        fields = {name: {f"--{option}" for option in options_of(kind())} for name, kind in METHODS.items()}
+        assert fields[name] == set().union(*fields.values()) & {word.rstrip(",") for word in shown}
+
+    @pytest.mark.parametrize("name", ["direct", "tet", *CONVERSIONS])
+    @pytest.mark.parametrize("option", ["--temperature", "--alpha", "--weight"])
+    def test_refuses_an_option_of_another_method(self, name, option, asked, capsys):
+        assert call("distill", "--method", name, option, "0.5") == 2
+        assert option in capsys.readouterr().err and not asked
+
+    def test_takes_its_options_in_any_order(self, asked):
+        assert call("distill", "digits", "--lam", "0.05", "--method", "tet", "--label-smoothing", 0.1) == 0
+        assert call("distill", "digits", "--method=tet", "--target", 2) == 0
+        (first, out, _), (second, *_) = asked
+        assert (first.method, out) == (TET(label_smoothing=0.1, lam=0.05), Path("runs/digits-tet-t4"))
+        assert second.method == TET(target=2.0)
+
+    def test_that_is_the_recipe_s_keeps_the_recipe_s_fields(self, asked):
+        assert call("distill", "cifar10", "--method", "kdsnn", "--weight", 3) == 0
+        assert asked[0][0].method == dataclasses.replace(STUDENTS["cifar10"]().method, weight=3.0)
+
+    def test_that_is_another_begins_with_the_defaults_of_its_class(self, asked, monkeypatch):
+        own = dataclasses.replace(digits.student(), method=KDSNN(temperature=7.0))
+        monkeypatch.setitem(STUDENTS, "digits", lambda: own)
+        assert call("distill", "digits", "--method", "kdsnn-response") == call("distill", "digits") == 0
+        assert [recipe.method.temperature for recipe, *_ in asked] == [2.0, 7.0]
+
+    @pytest.mark.parametrize("name", CONVERSIONS)
+    def test_that_is_a_conversion_is_a_rule_and_no_objective(self, name, asked):
+        assert call("distill", "digits", "--method", name) == 0
+        ((recipe, out, _),) = asked
+        assert recipe.method is None and recipe.student.rule == CONVERSIONS[name] and recipe.method_name == name
+        assert out == Path(f"runs/digits-{name}-t4")
+
+    def test_that_is_a_conversion_works_from_the_teacher_on(self, home, tmp_path, capsys):
+        options = ("--data", home / "blobs.npz", "--teacher", home / "teacher", "--timesteps", 2)
+        assert call("distill", *options, "--method", "conversion-max", "--out", tmp_path / "run") == 0
+        assert "conversion-max" in capsys.readouterr().out
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ("kdsnn --alpha 2", "alpha (=2.0) mixes two terms: give a value from 0 to 1"),
+            ("kdsnn-response --temperature 0", "temperature (=0.0) must be above 0 and finite"),
+            ("kdsnn-feature --weight -1", "weight (=-1.0) must be 0 or more and finite"),
+            ("tet --lam 1.5", "lam (=1.5) mixes two terms"),
+            ("direct --label-smoothing -0.1", "label_smoothing (=-0.1) mixes two terms"),
+            ("conversion-max --rule percentile", "rule (=percentile) is not that of --method conversion-max"),
+        ],
+    )
+    def test_refuses_a_value_out_of_range_in_the_words_of_the_objective(self, options, message, asked, capsys):
+        assert call("distill", "--method", *options.split()) == 2
+        caught = capsys.readouterr()
+        assert caught.err.startswith(f"spikedistill: {message}") and not caught.out and not asked
 
 
 class TestWhatIsUnknown:
@@ -191,7 +262,7 @@ class TestOutput:
         results = Run(home / "student").read("results")
         assert lines["teacher_accuracy"] == [f"{results['teacher_accuracy']:.2f}", "%"]
         assert len(lines["accuracy_by_step"]) == 3
-        assert lines.keys() >= results.keys() - {"firing_rate_by_layer"}
+        assert lines.keys() >= results.keys() - {"firing_rate_by_layer", "method"}
 
     def test_evaluate_prints_the_accuracy_of_a_teacher(self, home, capsys):
         assert call("evaluate", home / "teacher") == 0
@@ -202,9 +273,9 @@ class TestOutput:
 
     def test_evaluate_says_where_the_teacher_is_gone(self, home, tmp_path, capsys):
         shutil.copytree(home / "student", tmp_path / "student")
-        tensors, facts = read_tensors(tmp_path / "student" / "model.safetensors")
-        facts["recipe"]["who"]["teacher"] = "nowhere"
-        write_tensors(tmp_path / "student" / "model.safetensors", tensors, facts)
+        recipe = Run(home / "student").read("recipe")
+        recipe["teacher"]["source"] = "nowhere"
+        Run(tmp_path / "student").write("recipe", recipe)
         assert call("evaluate", tmp_path / "student") == 0
         assert "agreement with it is left out" in capsys.readouterr().err
 
@@ -253,7 +324,7 @@ class TestControlC:
             tmp_path / "run",
         )
         arguments += tuple(QUICK.replace("--epochs 1", "--epochs 2").split())
-        step, left = Trainer.step, [3]
+        step, left = Course.step, [3]
 
         def interrupted(*args):
             left[0] -= 1
@@ -262,7 +333,7 @@ class TestControlC:
             return step(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "step", interrupted)
+            patch.setattr(Course, "step", interrupted)
             assert call(*arguments) == 130
         caught = capsys.readouterr()
         assert "--resume" in caught.err.splitlines()[-1] and "Traceback" not in caught.err

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from spikedistill import files
 from spikedistill.errors import RunError, WeightsError
-from spikedistill.files import read_tensors, write_tensors, write_text
+from spikedistill.files import fingerprint, fingerprint_of, read_facts, read_tensors, write_tensors, write_text
+from spikedistill.teacher.load import Teacher
 
 TENSORS = {
     "float": torch.randn(2, 3),
@@ -21,7 +23,7 @@ TENSORS = {
     "empty": torch.zeros(0, 3),
     "turned": torch.arange(6.0).view(2, 3).T,
     "last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
-    "learned": torch.nn.Parameter(torch.ones(2)),
+    "learned": nn.Parameter(torch.ones(2)),
 }
 FACTS = {"kind": "teacher", "mean": [0.1, 0.2], "accuracy": 91.25, "none": None, "name": "Zürich", "deep": {"a": [1]}}
 
@@ -129,6 +131,20 @@ class TestAtomic:
         assert os.listdir(tmp_path) == ["a.txt"]
 
 
+class TestFacts:
+    def test_are_read_without_the_tensors(self, tmp_path):
+        write_tensors(tmp_path / "a.safetensors", TENSORS, FACTS)
+        assert read_facts(tmp_path / "a.safetensors") == FACTS
+
+    def test_there_are_none_where_the_file_is_missing_broken_or_another_s(self, tmp_path):
+        (tmp_path / "broken.safetensors").write_text("hello world")
+        save_file({"one": torch.ones(2)}, tmp_path / "bare.safetensors")
+        for name, text in (("json", "{kind: teacher"), ("list", "[1, 2]")):
+            save_file({"one": torch.ones(2)}, tmp_path / f"{name}.safetensors", metadata={files.FACTS: text})
+        for name in ("absent", "broken", "bare", "json", "list"):
+            assert read_facts(tmp_path / f"{name}.safetensors") == {}
+
+
 class TestRefusals:
     @pytest.mark.parametrize("kept", [0, 5, 60, -1])
     def test_a_truncated_file_is_refused(self, tmp_path, kept):
@@ -146,3 +162,42 @@ class TestRefusals:
     def test_a_missing_file_is_named(self, tmp_path):
         with pytest.raises(WeightsError, match=r"absent\.safetensors' does not exist: check the path"):
             read_tensors(tmp_path / "absent.safetensors")
+
+
+class TestFingerprint:
+    def network(self, slope=0.1):
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(slope), nn.Flatten(), nn.Linear(4, 2))
+
+    def teacher(self, mean=(0.5,) * 3, **options):
+        return Teacher(self.network(**options), mean, (0.2,) * 3)
+
+    def test_is_the_same_for_the_same_teacher_in_any_order_of_memory(self):
+        first = fingerprint_of(self.teacher())
+        assert len(first) == 64
+        assert first == fingerprint_of(self.teacher().to(memory_format=torch.channels_last))
+
+    def test_changes_with_all_that_the_answer_depends_on(self):
+        found = {fingerprint_of(self.teacher())}
+        found.add(fingerprint_of(self.teacher(mean=(0.5, 0.5, 0.4))))
+        found.add(fingerprint_of(self.teacher(slope=0.2)))
+        found.add(fingerprint_of(self.teacher().double()))
+        for name in ("network.0.weight", "network.1.running_var", "network.4.bias"):
+            teacher = self.teacher()
+            value = teacher.state_dict()[name].reshape(-1)
+            value[0] = torch.nextafter(value[0], value[0] + 1)
+            found.add(fingerprint_of(teacher))
+        assert len(found) == 7
+
+    def test_changes_with_a_buffer_that_no_file_of_weights_holds(self):
+        other = self.teacher()
+        other.std += 1e-6
+        assert "std" not in other.state_dict() and fingerprint_of(other) != fingerprint_of(self.teacher())
+
+    def test_changes_with_the_text_beside_the_tensors(self):
+        assert fingerprint({"a": torch.ones(2)}, "one") != fingerprint({"a": torch.ones(2)}, "two")
+
+    def test_tells_names_shapes_and_formats_apart(self):
+        one = torch.zeros(4)
+        others = [{"b": one}, {"a": one.reshape(2, 2)}, {"a": one.int()}, {"a": one, "b": one}, {}]
+        assert len({fingerprint({"a": one}), *map(fingerprint, others)}) == 6

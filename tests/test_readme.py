@@ -11,7 +11,7 @@ from spikedistill import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {"README.md": 2, "docs/guide.md": 10, "docs/results.md": 0}
+PAGES = {"README.md": 2, "docs/guide.md": 13, "docs/results.md": 0}
 TEXTS = [(ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES]
 COMMANDS = [
     line.split("#")[0].strip()
@@ -49,13 +49,14 @@ def test_every_page_is_tested():
 def test_the_commands_are_understood(line, monkeypatch):
     _, command, *arguments = shlex.split(line)
     reached = []
+    monkeypatch.chdir(ROOT)
     for name in ("spikedistill.recipes.teach.teach", "spikedistill.recipes.distill.distill"):
         monkeypatch.setattr(name, lambda *given, **_: reached.append(given) or {"test_accuracy": 0.0})
-    monkeypatch.setattr("spikedistill.recipes.runs.evaluate", lambda *given: reached.append(given) or {})
+    monkeypatch.setattr("spikedistill.deliver.record.evaluate", lambda *given: reached.append(given) or {})
     monkeypatch.setattr("spikedistill.recipes.demo.demo", lambda *given: reached.append(given) or [])
-    monkeypatch.setattr("spikedistill.recipes.immunity.measure_immunity", lambda *a, **_: reached.append(a) or ([], []))
-    monkeypatch.setattr("spikedistill.recipes.energy.measure_energy", lambda *given: reached.append(given) or [])
-    monkeypatch.setattr("spikedistill.recipes.reproduce.reproduce", lambda *given: reached.append(given) or "")
+    monkeypatch.setattr("spikedistill.deliver.immunity.measure_immunity", lambda *a, **_: reached.append(a) or ([], []))
+    monkeypatch.setattr("spikedistill.deliver.energy.measure_energy", lambda *given: reached.append(given) or [])
+    monkeypatch.setattr("spikedistill.studies.reproduce.reproduce", lambda *given: reached.append(given) or "")
     monkeypatch.setattr(cli, "_print_table", reached.append)
     cli.COMMANDS[command](arguments)
     assert reached or command == "recipes"
@@ -63,8 +64,10 @@ def test_the_commands_are_understood(line, monkeypatch):
 
 def test_the_student_that_is_shipped_answers(monkeypatch):
     monkeypatch.chdir(ROOT)
-    student, recipe = spikedistill.load_student("examples/resnet20_t4")
-    assert recipe.student.learn_initial and recipe.student.learn_threshold and recipe.training.epochs == 10
+    student = spikedistill.load_student("examples/resnet20_t4", trust_code=True)
+    record = spikedistill.Record.read("examples/resnet20_t4")
+    choice = record.recipe["student"]
+    assert choice["learn_initial"] and choice["learn_threshold"] and record.training.epochs == 10
     with torch.no_grad():
         logits = student(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert logits.shape == (4, 2, 10) and logits.isfinite().all()

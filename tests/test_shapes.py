@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from spikedistill.shapes import time_mean
+from spikedistill.shapes import over_time, time_mean
 
 
 def test_the_mean_over_time_is_the_mean():
@@ -15,3 +16,40 @@ def test_the_mean_over_three_steps_is_not_biased_in_bfloat16():
     rows = torch.rand(3, 20_000).bfloat16()
     bias = float((time_mean(rows).double() / rows.double().mean(0)).mean() - 1)
     assert abs(bias) < 2e-4
+
+
+def draw_feature(name, dtype):
+    """A feature ``[T, B, ...]`` of three steps, in one of the orders of memory that networks hand on."""
+    rows = torch.randn(3 * 2, 4, 6, 5).to(dtype)
+    return {
+        "channels first": lambda: rows.unflatten(0, (3, 2)),
+        "channels last": lambda: rows.contiguous(memory_format=torch.channels_last).unflatten(0, (3, 2)),
+        "vectors": lambda: rows[:, :, 0, 0].contiguous().unflatten(0, (3, 2)),
+        "cut out of a larger map": lambda: rows.unflatten(0, (3, 2))[..., 1:4, ::2],
+        "time behind the batch": lambda: rows.unflatten(0, (2, 3)).transpose(0, 1),
+    }[name]()
+
+
+class TestOverTime:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize(
+        "name", ["channels first", "channels last", "vectors", "cut out of a larger map", "time behind the batch"]
+    )
+    def test_is_the_mean_with_its_gradient_and_the_order_of_memory_stays(self, name, dtype):
+        torch.manual_seed(0)
+        feature = draw_feature(name, dtype).detach().requires_grad_()
+        weight = torch.randn(feature.shape[1:]).to(dtype)
+        mean = over_time(feature)
+        assert mean.stride() == torch.empty_like(feature[0]).stride()
+        torch.testing.assert_close(mean, feature.detach().double().mean(0).to(dtype))
+        (found,) = torch.autograd.grad((mean * weight).sum(), feature)
+        torch.testing.assert_close(found, (weight.double() / 3).to(dtype).expand_as(feature))
+
+    def test_autocast_does_not_round_it(self):
+        feature = torch.randn(3, 2, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert over_time(feature).dtype == torch.float32
+
+    def test_what_is_the_same_at_every_step_is_handed_on(self):
+        feature = torch.randn(2, 4).expand(3, 2, 4)
+        assert over_time(feature).data_ptr() == feature.data_ptr()

@@ -189,7 +189,14 @@ TABLE = {
         f"{DISTILL} --student {{home}}/own.py:too_few --student-width None --method direct",
         r"too_few.*2.* 3 ",
     ),
-    "teacher for other images": (f"{DISTILL} --method direct --teacher {{home}}/large.safetensors", r"too_large"),
+    "teacher for other images": (
+        f"{DISTILL} --method direct --teacher {{home}}/large.safetensors --trust-code",
+        r"too_large\) does not accept the images",
+    ),
+    "teacher of code that is not trusted": (
+        f"{DISTILL} --method direct --teacher {{home}}/large.safetensors",
+        r"large\.safetensors' names Python code .*own\.py:too_large.* --trust-code",
+    ),
     "network with GELU": (
         f"{DISTILL} --student {{home}}/own.py:gelu --student-width None",
         r"act. \(GELU\) at .*own\.py:10 .*nn\.ReLU",
@@ -204,11 +211,23 @@ TABLE = {
     "percentile beyond its range": (f"{DISTILL} --rule percentile --percentile 200", r"percentile \(=200\.0\)"),
     "alpha beyond its range": (f"{DISTILL} --alpha 2", r"alpha \(=2\.0\)"),
     "temperature of 0": (f"{DISTILL} --temperature 0", r"temperature \(=0\.0\)"),
-    "weight of features below 0": (f"{DISTILL} --feature-weight -1", r"weight \(=-1\.0\)"),
+    "weight of features below 0": (f"{DISTILL} --weight -1", r"weight \(=-1\.0\)"),
     "label smoothing beyond its range": (f"{TEACH} --label-smoothing 1.5", r"label_smoothing \(=1\.5\)"),
     "teacher's path that is no module": (f"{DISTILL} --pairs layr1 layer1", r"'layr1'. Did you mean 'layer1'"),
     "student's path that is no module": (f"{DISTILL} --pairs layer1 layr1", r"'layr1'. Did you mean 'layer1'"),
     "paths that cannot be compared": (f"{DISTILL} --pairs layer1 classifier", r"\(\d+, 4, 4, 4\).*cannot be compared"),
+    **{
+        f"no teacher for {name}": (
+            f"{DISTILL} --teacher none --method {name}",
+            rf"method \(={name}\) needs a teacher: name one by teacher, or take direct or tet",
+        )
+        for name in ("kdsnn", "kdsnn-feature", "kdsnn-response")
+    },
+    "no teacher whose network the student could take": (
+        f"{SAME} --teacher none --method direct",
+        r"that of 'none' is not known: name one by --student",
+    ),
+    "method that is unknown": (f"{DISTILL} --method kdsn", r"'kdsn'. Did you mean 'kdsnn'.*FILE\.py:CLASS"),
     "run that exists": (FINISHED, r"run' already holds a run"),
     "resuming where nothing lies": (f"{DISTILL} --resume", r"There is no run in '.*out' to resume"),
     "resuming with another recipe": (f"{FINISHED} --resume --lr 0.7", r"lr was 0\.05, now 0\.7"),
@@ -228,11 +247,22 @@ TABLE = {
     ),
     "evaluating a teacher's weights": (
         "evaluate {home}/teacher",
-        r"teacher/model\.safetensors' holds no student but teacher",
+        r"teacher/recipe\.json' cannot be read .*the directory of a run\?",
     ),
-    "evaluating nothing": ("evaluate {home}/nobody", r"nobody' does not exist"),
-    "evaluating an unfinished run": ("evaluate {home}/unfinished", r"unfinished/model\.safetensors' does not exist"),
-    "evaluating broken weights": ("evaluate {home}/truncated.safetensors", r"truncated\.safetensors' cannot be read"),
+    "evaluating nothing": ("evaluate {home}/nobody", r"nobody/recipe\.json' cannot be read"),
+    "evaluating an unfinished run": (
+        "evaluate {home}/unfinished",
+        r"unfinished' holds no finished run: end it by .* --resume",
+    ),
+    "evaluating broken weights": ("evaluate {home}/cut-run", r"cut-run/model\.safetensors' cannot be read"),
+    "evaluating a weights file": (
+        "evaluate {home}/bare.safetensors",
+        r"bare\.safetensors' holds no recipe: give a run directory",
+    ),
+    "evaluating a run with a teacher's weights": (
+        "evaluate {home}/mixed",
+        r"mixed/model\.safetensors' holds no student but teacher",
+    ),
     "evaluating without steps": ("evaluate {home}/run --timesteps 0", r"timesteps \(=0\)"),
     "evaluating with more than certainty": ("evaluate {home}/run --confidence 1.5", r"confidence \(=1\.5\)"),
     "evaluating with a negative confidence": ("evaluate {home}/run --confidence -0.1", r"confidence \(=-0\.1\)"),
@@ -248,7 +278,7 @@ TABLE = {
     "comparing an empty recipe": ("compare {home}/hollow", r"hollow"),
     "comparing nothing": ("compare", r"[Nn]o runs to compare"),
     "same student of a teacher with GELU": (
-        f"{SAME} --teacher {{home}}/gelu.safetensors --method direct",
+        f"{SAME} --teacher {{home}}/gelu.safetensors --trust-code --method direct",
         r"act. \(GELU\) at .*own\.py:10 .*nn\.ReLU",
     ),
 }
@@ -337,14 +367,16 @@ def make_weights(folder):
 
 def make_runs(folder):
     assert call(FINISHED, folder, folder / "out") == 0
-    for name in ("unfinished", "broken", "damaged", "hollow"):
+    for name in ("unfinished", "broken", "damaged", "hollow", "cut-run", "mixed"):
         shutil.copytree(folder / "run", folder / name)
     for name in ("results.json", "model.safetensors"):
         (folder / "unfinished" / name).unlink()
     (folder / "broken" / "recipe.json").write_text('{"kind": "dist')
     (folder / "hollow" / "recipe.json").write_text("{}")
-    checkpoint = folder / "damaged" / "checkpoint.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    for name, file in (("damaged", "checkpoint.safetensors"), ("cut-run", "model.safetensors")):
+        whole = (folder / name / file).read_bytes()
+        (folder / name / file).write_bytes(whole[:-100])
+    shutil.copy(folder / "teacher" / "model.safetensors", folder / "mixed")
 
 
 def call(command, home, out):
@@ -441,14 +473,14 @@ CALLS = {
     "Neuron(reset='subtract')": "reset (='subtract') must be Reset.SUBTRACT or Reset.ZERO",
     "Neuron(surrogate='sigmoid')": "surrogate (='sigmoid') must have gradient(u): give Triangle()",
     "Neuron(surrogate=Triangle)": "must have gradient(u): give Triangle()",
-    "to_spiking(nn.ReLU(), inherit=False, rule='maximum')": "no rule 'maximum'. Did you mean 'max'",
-    "to_spiking(nn.ReLU(), inherit=False, max_pool='avg')": "no max_pool 'avg'. Did you mean 'average'",
+    "to_spiking(nn.ReLU(), Conversion(inherit=False, rule='maximum'))": "no rule 'maximum'. Did you mean 'max'",
+    "to_spiking(nn.ReLU(), Conversion(inherit=False, max_pool='avg'))": "no max_pool 'avg'. Did you mean 'average'",
 }
 
 
 def test_a_call_with_a_value_of_another_kind_is_refused_outside_of_tests_too():
     # inside of them the types of arguments are checked, so a process of its own
-    lines = ["from torch import nn", "from spikedistill import ConfigError, Neuron, Triangle, to_spiking"]
+    lines = ["from torch import nn", "from spikedistill import Conversion, ConfigError, Neuron, Triangle, to_spiking"]
     for call in CALLS:
         lines += ["try:", f"    {call}", "except ConfigError as error:", "    print(error)"]
     command = [sys.executable, "-c", "\n".join(lines)]

@@ -89,6 +89,18 @@ def to_unit(pixels: Pixels) -> Image:
     return pixels.float().div_(255.0)
 
 
+def to_inputs(stored: Tensor) -> Tensor:
+    """Samples as stored to what a network sees: the one place where time comes to the front.
+
+    Args:
+        stored: images, bytes ``[B, C, H, W]``; or event frames, counts ``[B, T, 2, H, W]``.
+
+    Returns:
+        Images ``[B, C, H, W]`` in 0..1; or frames ``[T, B, 2, H, W]``, the counts as floats.
+    """
+    return stored.transpose(0, 1).float() if stored.ndim == 5 else to_unit(stored)
+
+
 def random_crop(pixels: Pixels, pad: int, generator: torch.Generator, mirror: bool = False) -> Pixels:
     """A window of the original size at a random place of each image, padded by zeros or by its mirror image."""
     count, _, height, width = pixels.shape

@@ -57,7 +57,7 @@ def to_frames(recordings: Sequence[Recording], timesteps: int, height: int, widt
 
     Returns:
         Bytes ``[N, T, 2, H, W]``, at most 255 a count. A student made with ``coding=Frames()`` takes them as
-        ``frames.transpose(0, 1).float()``; ``immunity`` and ``answers`` take them as they are.
+        ``to_inputs(frames)``; ``immunity`` and ``predict`` take them as they are.
 
     Raises:
         ConfigError: if a size is below 1.

@@ -1,4 +1,4 @@
-"""Image sets held in memory as bytes: named sets, folders of images by class, and ``.npz`` files.
+"""Image sets and event frames held in memory as bytes: named sets, folders of images by class, and ``.npz`` files.
 
 The test part is touched once, at the end of a run; a validation part is cut out of the training part by
 ``split``. Mean and deviation of the training pixels belong to the set, and every network takes them from there.
@@ -33,9 +33,9 @@ class ImageSet:
 
     Args:
         name: what the user called it.
-        train_images: bytes ``[N, C, H, W]``.
+        train_images: bytes ``[N, C, H, W]``; or event frames, counts as bytes ``[N, T, 2, H, W]``.
         train_labels: class numbers ``[N]``.
-        test_images: bytes ``[M, C, H, W]``.
+        test_images: likewise, M samples.
         test_labels: class numbers ``[M]``.
         class_names: one name a class.
 
@@ -55,11 +55,12 @@ class ImageSet:
             ("training", self.train_images, self.train_labels),
             ("test", self.test_images, self.test_labels),
         ):
-            if images.dtype != torch.uint8 or images.ndim != 4 or labels.ndim != 1 or labels.is_floating_point():
+            fits = images.ndim == 4 or (images.ndim == 5 and images.shape[2] == 2)
+            if images.dtype != torch.uint8 or not fits or labels.ndim != 1 or labels.is_floating_point():
                 raise DataError(
                     f"The {part} part of '{self.name}' has {images.dtype} images of shape {tuple(images.shape)} and "
-                    f"{labels.dtype} labels of shape {tuple(labels.shape)}: expected bytes [N, C, H, W] and whole "
-                    "numbers [N]."
+                    f"{labels.dtype} labels of shape {tuple(labels.shape)}: expected bytes [N, C, H, W], or event"
+                    " frames [N, T, 2, H, W], and whole numbers [N]."
                 )
             if len(images) == 0:
                 raise DataError(f"The {part} part of '{self.name}' holds no images: give at least one a class.")
@@ -77,13 +78,19 @@ class ImageSet:
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise DataError(
                 f"'{self.name}' has training images of shape {tuple(self.train_images.shape[1:])} and test images of "
-                f"shape {tuple(self.test_images.shape[1:])} (channels, rows, columns): make them equal."
+                f"shape {tuple(self.test_images.shape[1:])} (time steps of frames, channels, rows, columns): make them"
+                " equal."
             )
 
     @property
     def channels(self) -> int:
-        """Colour channels of an image."""
-        return self.train_images.shape[1]
+        """Colour channels of an image; of event frames the two polarities."""
+        return self.train_images.shape[-3]
+
+    @property
+    def frames(self) -> int:
+        """How many frames a sample has, T; 0 for images."""
+        return self.train_images.shape[1] if self.train_images.ndim == 5 else 0
 
     @property
     def classes(self) -> int:
@@ -91,7 +98,12 @@ class ImageSet:
         return len(self.class_names)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel, in 0..1, over at most 10,000 evenly spaced training images."""
+        """Mean and standard deviation of each channel, in 0..1, over at most 10,000 evenly spaced training images.
+
+        Of event frames 0 and 1, so that counts stay as they are and most of them 0; this project's choice.
+        """
+        if self.frames:
+            return (0.0,) * self.channels, (1.0,) * self.channels
         stride = -(-len(self.train_images) // 10_000)
         sample = self.train_images[::stride].float().div_(255.0)
         deviation, mean = torch.std_mean(sample, dim=(0, 2, 3))
@@ -107,8 +119,9 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
     """Read a set by name (``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``), or from a path.
 
     A path is a ``.npz`` file with ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` (images
-    ``[N, H, W]`` or ``[N, H, W, C]``, bytes) and perhaps ``class_names``, or a folder ``train/CLASS/image`` and
-    ``test/CLASS/image``, or a folder ``CLASS/image`` of which a fifth becomes the test part.
+    ``[N, H, W]`` or ``[N, H, W, C]``, or event frames ``[N, T, 2, H, W]``, bytes) and perhaps ``class_names``, or a
+    folder ``train/CLASS/image`` and ``test/CLASS/image``, or a folder
+    ``CLASS/image`` of which a fifth becomes the test part.
 
     Args:
         name: a name or a path.
@@ -261,7 +274,7 @@ def _read_npz(path: Path, name: str) -> ImageSet:
     return ImageSet(name, parts[0], labels[0], parts[1], labels[1], tuple(names))
 
 
-def _arrays(pack: Any, part: str, path: Path) -> Pixels:
+def _arrays(pack: Any, part: str, path: Path) -> Tensor:
     return _to_pixels(pack[f"{part}_images"], str(path))
 
 
@@ -286,13 +299,15 @@ def _to_labels(array: NDArray[Any], name: str) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _to_pixels(array: NDArray[Any], name: str) -> Pixels:
-    """Arrays [N, H, W] or [N, H, W, C] of bytes to a tensor [N, C, H, W]."""
-    if array.dtype != np.uint8 or array.ndim not in (3, 4):
+def _to_pixels(array: NDArray[Any], name: str) -> Tensor:
+    """Arrays [N, H, W] or [N, H, W, C] of bytes to a tensor [N, C, H, W]; event frames [N, T, 2, H, W] as they are."""
+    if array.dtype != np.uint8 or array.ndim not in (3, 4, 5):
         raise DataError(
             f"The images of '{name}' are {array.dtype} of shape {array.shape}: expected bytes (uint8, 0 to 255) of"
-            " shape [N, H, W] or [N, H, W, C]."
+            " shape [N, H, W] or [N, H, W, C], or event frames [N, T, 2, H, W]."
         )
+    if array.ndim == 5:
+        return torch.from_numpy(np.ascontiguousarray(array))
     if array.ndim == 3:
         return torch.from_numpy(np.ascontiguousarray(array))[:, None]
     return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))

@@ -6,14 +6,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from spikedistill.data.augment import to_unit
+from spikedistill.data.augment import to_inputs
 from spikedistill.shapes import Labels, Logits
 from spikedistill.student.build import Student
 
 Result = TypeVar("Result")
 
 
-def answers(
+def predict(
     network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32, batch_size: int | None = None
 ) -> Logits:
     """The logits of a network for a whole set, in evaluation mode, on the CPU.
@@ -29,20 +29,20 @@ def answers(
         Logits ``[T, N, K]``; T = 1 for a network without time.
     """
 
-    def answer(batch: Tensor) -> Tensor:
+    def forward(batch: Tensor) -> Tensor:
         logits = network(batch)
         return (logits if logits.ndim == 3 else logits[None]).float().cpu()
 
     if batch_size is None:
         batch_size = network.at_once if isinstance(network, Student) else 250
-    return torch.cat(in_batches(network, answer, images, dtype, batch_size), dim=1)
+    return torch.cat(in_batches(network, forward, images, dtype, batch_size), dim=1)
 
 
 @torch.no_grad()
 def in_batches(
     network: nn.Module, work: Callable[[Tensor], Result], images: Tensor, dtype: torch.dtype, batch_size: int
 ) -> list[Result]:
-    """What ``work`` makes of each batch of a whole set, with the network in evaluation mode; see ``answers``."""
+    """What ``work`` makes of each batch of a whole set, with the network in evaluation mode; see ``predict``."""
     first = next(network.parameters())
     layout = _layout(network)
     modes = {module: module.training for module in network.modules()}
@@ -50,11 +50,9 @@ def in_batches(
     results = []
     for pixels in images.split(batch_size):
         with torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
-            if pixels.ndim == 5:  # event frames: time comes first, and counts are left as they are
-                given = pixels.transpose(0, 1).to(first.device, torch.float32)
-            else:
-                given = to_unit(pixels).to(first.device, memory_format=layout)
-            results.append(work(given))
+            given = to_inputs(pixels)
+            order = layout if given.ndim == 4 else torch.preserve_format
+            results.append(work(given.to(first.device, memory_format=order)))
     for module, training in modes.items():
         module.training = training
     return results

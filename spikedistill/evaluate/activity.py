@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.build import Student
-from spikedistill.student.surgery import ACTIVATIONS
+from spikedistill.student.rules import ACTIVATIONS
 
 
 @dataclass

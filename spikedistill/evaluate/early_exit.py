@@ -81,14 +81,14 @@ def early_exit(student: Student, images: Tensor, confidence: float) -> EarlyExit
     return EarlyExit(sums / steps[:, None], steps)
 
 
-def early_answers(
+def predict_early(
     student: Student,
     images: Tensor,
     confidence: float,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 250,
 ) -> EarlyExit:
-    """``early_exit`` for a whole set of bytes ``[N, C, H, W]``, in evaluation mode; see ``accuracy.answers``."""
+    """``early_exit`` for a whole set of bytes ``[N, C, H, W]``, in evaluation mode; see ``accuracy.predict``."""
 
     def leave(batch: Tensor) -> tuple[Tensor, Tensor]:
         found = early_exit(student, batch, confidence)

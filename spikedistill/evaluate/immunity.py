@@ -1,6 +1,6 @@
 """The noise-immunity suite: how much accuracy noise costs, network by network, on equal terms.
 
-Kinds of trouble, five severities each: ``noise`` and ``natural`` corruptions of the pixels (``data/noise.py``),
+Kinds of perturbation, five severities each: ``noise`` and ``natural`` corruptions of the pixels (``data/noise.py``),
 ``hardware`` faults of weights and neurons (of an ANN: of weights alone), ``attack`` by each network's own gradient, and
 of event frames, which know no pixels, ``event``: what event cameras do wrong.
 Every network meets the same noise and corruptions; faults are drawn from the seed alone. The levels of faults and
@@ -20,10 +20,10 @@ from torch import Generator, Tensor, nn
 from spikedistill.data.images import evenly
 from spikedistill.data.noise import CORRUPTIONS, SEVERITIES, check_severity, corrupt
 from spikedistill.errors import ConfigError, one_of
-from spikedistill.evaluate.accuracy import accuracy_by_step, answers, in_batches
+from spikedistill.evaluate.accuracy import accuracy_by_step, in_batches, predict
 from spikedistill.neuron.layer import Spiking, is_channels_last
 from spikedistill.shapes import Image, Labels
-from spikedistill.student.surgery import repeat_time
+from spikedistill.student.graph import repeat_time
 
 KINDS = ("noise", "natural", "hardware", "attack")
 """Of images."""
@@ -33,7 +33,7 @@ EVENT_KINDS = ("event", "hardware")
 
 @dataclass(frozen=True)
 class Score:
-    """The accuracy (percent) of one network under one trouble; severity 0 is the clean set."""
+    """The accuracy (percent) of one network under one perturbation; severity 0 is the clean set."""
 
     network: str
     kind: str
@@ -49,39 +49,40 @@ def immunity(
     *,
     kinds: Sequence[str] | None = None,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     attacked: int = 500,
     known: Iterable[Score] = (),
     keep: Callable[[Score], None] = lambda score: None,
 ) -> list[Score]:
-    """Measure every network under every trouble.
+    """Measure every network under every perturbation.
 
     Args:
         networks: name -> network, from images in 0..1, or counts of events ``[T, B, 2, H, W]``, to logits
             ``[T, B, K]`` or ``[B, K]``; left as they were.
         images: bytes ``[N, C, H, W]``, or event frames ``[N, T, 2, H, W]`` (``data.events.to_frames``).
         labels: ``[N]``.
-        kinds: which kinds of trouble; by default all that there are for such images.
+        kinds: which kinds of perturbation; by default all that there are for such images.
         seed: of all that is drawn.
-        dtype: number format of the large operations.
+        dtypes: by network the number format of its large operations; float32 where none is named.
         attacked: how many of the images, evenly spaced, are attacked: it takes a gradient each.
         known: scores of an interrupted call with the same arguments; they are not measured again.
         keep: told every score that was measured.
 
     Returns:
-        One score a network, trouble and severity; faults of neurons only for networks that have some.
+        One score a network, perturbation and severity; faults of neurons only for networks that have some.
 
     Raises:
         ConfigError: if there is no such kind, or not for such images.
     """
     possible = EVENT_KINDS if images.ndim == 5 else KINDS
-    measured = troubles(possible if kinds is None else kinds)
+    measured = perturbations(possible if kinds is None else kinds)
     for kind in () if kinds is None else kinds:
         if kind not in possible:
             raise ConfigError(
                 f"The kind '{kind}' is not for inputs of shape {tuple(images.shape)}: 'event' is for event frames"
                 f" [N, T, 2, H, W], 'noise', 'natural' and 'attack' for images. Choose among {', '.join(possible)}."
             )
+    formats = {who: (dtypes or {}).get(who, torch.float32) for who in networks}
     found = {(score.network, score.name, score.severity): score for score in known}
     scores: list[Score] = []
 
@@ -92,11 +93,12 @@ def immunity(
         scores.append(found[who, name, severity])
 
     for who, network in networks.items():
-        add(who, "clean", "clean", 0, partial(_accuracy, network, images, labels, dtype))
+        add(who, "clean", "clean", 0, partial(_accuracy, network, images, labels, formats[who]))
     for kind, name in measured:
         for severity in SEVERITIES:
             changed = cache(partial(corrupt, images, name, severity, seed))
             for who, network in networks.items():
+                dtype = formats[who]
                 if kind in ("noise", "natural", "event"):
                     add(who, kind, name, severity, lambda: _accuracy(network, changed(), labels, dtype))  # noqa: B023
                 elif kind == "attack":
@@ -108,21 +110,21 @@ def immunity(
     return scores
 
 
-def troubles(kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """Kind and name of every trouble of these kinds.
+def perturbations(kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """Kind and name of every perturbation of these kinds.
 
     Raises:
         ConfigError: if there is no such kind.
     """
     for kind in kinds:
-        one_of("kind of trouble", kind, dict.fromkeys((*KINDS, *EVENT_KINDS)))
+        one_of("kind of perturbation", kind, dict.fromkeys((*KINDS, *EVENT_KINDS)))
     pixels = [(corruption.kind, name) for name, corruption in CORRUPTIONS.items()]
     others = [("hardware", name) for name in FAULTS] + [("attack", name) for name in ATTACKS]
     return [(kind, name) for kind, name in [*pixels, *others] if kind in kinds]
 
 
 def _accuracy(network: nn.Module, images: Tensor, labels: Labels, dtype: torch.dtype) -> float:
-    return accuracy_by_step(answers(network, images, dtype), labels)[-1]
+    return accuracy_by_step(predict(network, images, dtype), labels)[-1]
 
 
 def area(scores: Sequence[Score], network: str, name: str) -> float:
@@ -134,7 +136,7 @@ def area(scores: Sequence[Score], network: str, name: str) -> float:
 
 
 def mean_corruption_error(scores: Sequence[Score], network: str, baseline: str, kind: str = "natural") -> float:
-    """Errors over all severities in percent of a baseline's, mean over troubles, after mCE (arXiv 1903.12261).
+    """Errors over all severities in percent of a baseline's, mean over perturbations, after mCE (arXiv 1903.12261).
 
     That one takes 15 corruptions, noises among them, and AlexNet as baseline: its figures are others than these.
 
@@ -292,13 +294,13 @@ def attack(
     changed = start
     for _ in range(steps):
         changed = changed.detach().requires_grad_(True)
-        (slope,) = torch.autograd.grad(F.cross_entropy(_answer(network, changed), labels), changed)
+        (slope,) = torch.autograd.grad(F.cross_entropy(_mean_logits(network, changed), labels), changed)
         moved = changed.detach() + size * slope.sign()
         changed = torch.minimum(torch.maximum(moved, images - reach), images + reach).clamp(0, 1)
     return changed.detach()
 
 
-def _answer(network: nn.Module, images: Image) -> Tensor:
+def _mean_logits(network: nn.Module, images: Image) -> Tensor:
     """Logits ``[B, K]`` of a network with time or without."""
     logits = network(images).float()
     return logits.mean(0) if logits.ndim == 3 else logits
@@ -326,7 +328,7 @@ def _attacked(
         with torch.enable_grad():
             reach = levels[severity - 1] / 255
             changed = attack(network, batch, truth, reach=reach, steps=steps, generator=generator)
-        return (_answer(network, changed).argmax(-1) == truth).sum().cpu()
+        return (_mean_logits(network, changed).argmax(-1) == truth).sum().cpu()
 
     right = in_batches(network, work, images, dtype, ATTACKED_AT_ONCE)
     return 100.0 * float(torch.stack(right).sum()) / len(labels)

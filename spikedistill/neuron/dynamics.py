@@ -44,7 +44,7 @@ class Neuron:
         threshold: where a layer without calibration starts, above 0.
         learn_threshold: whether each layer trains its own threshold.
         initial: potential at the first step in units of the threshold, 0 <= initial < 1.
-        learn_initial: whether each layer trains its own initial potential, one a channel where thresholds are. While
+        learn_initial: whether each layer trains its own initial potential, per channel where thresholds are. While
             learning it may leave 0..1; this project's choice.
         surrogate: the derivative of the spike.
 
@@ -118,7 +118,16 @@ def step(current: Tensor, potential: Tensor, neuron: Neuron, leak: Tensor) -> tu
     >>> spikes.tolist(), [round(v, 1) for v in state.tolist()]
     ([0.0, 1.0], [0.7, 0.2])
     """
-    charged = leak * potential + ((1.0 - leak) * current if neuron.decay_input else current)
+    return discharge(charge(current, potential, neuron, leak), neuron)
+
+
+def charge(current: Tensor, potential: Tensor, neuron: Neuron, leak: Tensor) -> Tensor:
+    """The potential after the current of one step has come in, in units of the threshold."""
+    return leak * potential + ((1.0 - leak) * current if neuron.decay_input else current)
+
+
+def discharge(charged: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor]:
+    """The spikes of one step, and the potential that they leave."""
     spikes = fire(charged - 1.0, neuron.surrogate)
     taken = spikes.detach() if neuron.detach_reset else spikes
     after = charged - taken if neuron.reset is Reset.SUBTRACT else charged * (1.0 - taken)
@@ -126,7 +135,13 @@ def step(current: Tensor, potential: Tensor, neuron: Neuron, leak: Tensor) -> tu
 
 
 def run(
-    current: Current, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
+    current: Current,
+    state: Tensor | None,
+    neuron: Neuron,
+    leak: Tensor,
+    threshold: Tensor,
+    timesteps: int,
+    potentials: list[Tensor] | None = None,
 ) -> tuple[Spikes, Tensor]:
     """T time steps from a state.
 
@@ -137,6 +152,7 @@ def run(
         leak: scalar tensor.
         threshold: a scalar, or what spreads over the current; the spikes that leave have this height.
         timesteps: T.
+        potentials: takes the potential ``[...]`` after the charge of every step, where given.
 
     Returns:
         Spikes ``[T, ...]`` in the dtype of the current, and the potential after the last step (at least float32).
@@ -145,7 +161,10 @@ def run(
     potential = torch.full_like(exact[0], neuron.initial) if state is None else state
     trains = []
     for t in range(timesteps):
-        spikes, potential = step(exact[t if len(exact) > 1 else 0], potential, neuron, leak)
+        charged = charge(exact[t if len(exact) > 1 else 0], potential, neuron, leak)
+        spikes, potential = discharge(charged, neuron)
+        if potentials is not None:
+            potentials.append(charged)
         trains.append((threshold * spikes).to(current.dtype))
     return torch.stack(trains), potential
 
@@ -169,7 +188,7 @@ def slope_step(
 
 
 @torch.no_grad()
-def measure(
+def run_with_slope(
     current: Current, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
 ) -> tuple[Spikes, Tensor, Tensor]:
     """T time steps from a state (fresh where None) without graph: spikes ``[T, ...]``, their mean, and its slope.

@@ -1,6 +1,6 @@
 """The mathematics of ``dynamics`` for all T steps in one pass over memory, forward and backward.
 
-Both passes are plain Python over tensors ``[T, N]`` (``[T, A, L]`` with a threshold a channel, which spreads over A or
+Both passes are plain Python over tensors ``[T, N]`` (``[T, A, L]`` with thresholds per channel, which spread over A or
 L) that torch.compile turns into one loop over the N neurons, each of which keeps its potential in a register. Backward
 computes the potentials again from the current, so nothing is stored beyond what went in. With g_t the gradient that
 arrives at the spikes of step t, theta the threshold, ``'`` the surrogate, and r the gradient at the potential after the
@@ -68,7 +68,7 @@ def _forward(
     return torch.stack([(threshold * s).to(current.dtype) for s in spikes]), before[-1] if keep else None
 
 
-def _measure(
+def _forward_with_slope(
     neuron: Neuron,
     current: Tensor,
     carry: Tensor | None,
@@ -265,10 +265,10 @@ def fused_run(
 
 
 @torch.no_grad()
-def fused_measure(
+def fused_run_with_slope(
     current: Tensor, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``dynamics.measure``, for ``[T, N]`` (or ``[1, N]``)."""
+    """As ``dynamics.run_with_slope``, for ``[T, N]`` (or ``[1, N]``)."""
     current = current.contiguous()
     parts, pieces = [], chunks(timesteps)
     whole = None if state is None else state.float().expand(current.shape[1:])
@@ -276,7 +276,8 @@ def fused_measure(
     for steps in pieces:
         share = torch.full_like(leak, 1.0 / timesteps) if steps is pieces[-1] else None
         part, *rest = _call(
-            _measure, neuron, _steps(current, steps), carry, leak, threshold, steps.stop - steps.start, share
+            *(_forward_with_slope, neuron, _steps(current, steps), carry),
+            *(leak, threshold, steps.stop - steps.start, share),
         )
         parts.append(part)
         carry = rest[0]

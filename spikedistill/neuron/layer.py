@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spikedistill.errors import ConfigError, ShapeError, one_of
 from spikedistill.neuron import fused
-from spikedistill.neuron.dynamics import Neuron, measure, run
+from spikedistill.neuron.dynamics import Neuron, run, run_with_slope
 
 Backend = Literal["auto", "fused", "reference"]
 
@@ -21,12 +21,12 @@ class Spiking(nn.Module):
 
     Args:
         neuron: the model.
-        threshold: where the layer fires, and the height of its spikes: one number, or one a channel ``[C]``;
+        threshold: where the layer fires, and the height of its spikes: one number, or ``[C]`` per channel;
             ``neuron.threshold`` where not given.
         backend: ``fused`` (compiled), ``reference`` (a loop over time), or ``auto``: fused where a compiler works.
 
     Raises:
-        ConfigError: if a threshold is not above 0, or they are neither one nor one a channel.
+        ConfigError: if a threshold is not above 0, or they are neither one number nor per channel.
     """
 
     threshold: Tensor
@@ -42,7 +42,7 @@ class Spiking(nn.Module):
             self._hold("leak_logit", torch.tensor(math.log(neuron.leak / (1 - neuron.leak))), neuron.learn_leak)
 
     def set_threshold(self, threshold: float | Tensor) -> None:
-        """Give the layer another threshold, one number or one a channel ``[C]``.
+        """Give the layer another threshold, one number or ``[C]`` per channel.
 
         Raises:
             ConfigError: as for a new layer.
@@ -50,7 +50,7 @@ class Spiking(nn.Module):
         value = torch.as_tensor(threshold, dtype=torch.float32).detach().clone()
         if value.ndim > 1 or not value.numel():
             raise ConfigError(
-                f"thresholds of shape {tuple(value.shape)} were given: give one number, or one a channel."
+                f"thresholds of shape {tuple(value.shape)} were given: give one number, or [C] per channel."
             )
         faulty = value[~((value > 0) & torch.isfinite(value))]
         if len(faulty):
@@ -74,7 +74,13 @@ class Spiking(nn.Module):
         return torch.ones((), device=self.threshold.device)
 
     def forward(
-        self, current: Tensor, timesteps: int, repeats: int = 1, state: Tensor | None = None, keep: bool = False
+        self,
+        current: Tensor,
+        timesteps: int,
+        repeats: int = 1,
+        state: Tensor | None = None,
+        keep: bool = False,
+        potentials: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """T time steps.
 
@@ -84,6 +90,8 @@ class Spiking(nn.Module):
             repeats: how often the given current is used; 1 or T.
             state: potential ``[B, ...]`` in units of the threshold, from an earlier call; fresh where None.
             keep: whether to return the potential after the last step.
+            potentials: takes the potentials ``[T*B, ...]`` after the charge, in units of the threshold and with
+                gradient, where given; the reference then runs, whatever the backend.
 
         Returns:
             Spikes ``[T*B, ...]`` of height ``threshold``, and the potential ``[B, ...]`` (None unless kept).
@@ -100,22 +108,26 @@ class Spiking(nn.Module):
             )
         if state is not None:
             kept = flatten_rows(state, 1, order).reshape(flat.shape[1:])
-        if self._compiles(flat):
+        charged: list[Tensor] | None = None if potentials is None else []
+        if charged is None and self._compiles(flat):
             spikes, after = fused.fused_run(flat, kept, self.neuron, self.leak, threshold, timesteps, keep)
         else:
-            spikes, after = run(flat, kept, self.neuron, self.leak, threshold, timesteps)
+            spikes, after = run(flat, kept, self.neuron, self.leak, threshold, timesteps, charged)
         shape = (timesteps * batch, *current.shape[1:])
+        if potentials is not None and charged:
+            potentials.append(restore_rows(torch.stack(charged), shape, order))
         final = restore_rows(after, (batch, *shape[1:]), order) if keep and after is not None else None
         return restore_rows(spikes, shape, order), final
 
-    def measure(self, current: Tensor, timesteps: int, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    def with_slope(self, current: Tensor, timesteps: int, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """T time steps from a fresh state without graph, for the rate-based gradient.
 
         Returns:
-            Spikes ``[T*B, ...]``, their mean over time and its slope, ``[B, ...]`` each; see ``dynamics.measure``.
+            Spikes ``[T*B, ...]``, their mean over time and its slope, ``[B, ...]`` each: see
+            ``dynamics.run_with_slope``.
         """
         flat, threshold, order, batch = self._rows(current, timesteps, repeats)
-        run_all = fused.fused_measure if self._compiles(flat) else measure
+        run_all = fused.fused_run_with_slope if self._compiles(flat) else run_with_slope
         fresh = self._fresh(batch, order or current.ndim == 2)
         spikes, rate, slope = run_all(flat, fresh, self.neuron, self.leak, threshold, timesteps)
         shape = (batch, *current.shape[1:])
@@ -136,7 +148,7 @@ class Spiking(nn.Module):
     def _rows(self, current: Tensor, timesteps: int, repeats: int) -> tuple[Tensor, Tensor, bool, int]:
         """The current as ``[T or 1, N]`` with its threshold, whether its memory is channels last, and the batch size.
 
-        With one threshold a channel the N neurons are a table of two dimensions that the thresholds spread over.
+        With thresholds per channel the N neurons are a table of two dimensions that the thresholds spread over.
         """
         rows = timesteps // repeats
         if repeats not in (1, timesteps) or current.shape[0] % rows:
@@ -152,7 +164,7 @@ class Spiking(nn.Module):
         channels = len(threshold)
         if current.shape[1:2] != (channels,):
             raise ShapeError(
-                f"A current of shape {tuple(current.shape)} was given to a layer with {channels} thresholds, one a"
+                f"A current of shape {tuple(current.shape)} was given to a layer with {channels} thresholds, one per"
                 " channel: expected as many channels, [rows, channels, ...]."
             )
         by_channel = last or current.ndim == 2

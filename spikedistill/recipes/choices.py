@@ -1,58 +1,40 @@
-"""The choices of a distillation, frozen, each of which knows its faults: who teaches, who learns, what is taught."""
+"""The choices of a distillation, frozen, each of which knows its faults: who teaches, and who learns."""
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from spikedistill.neuron.dynamics import NEURONS, Neuron, Reset
-from spikedistill.neuron.surrogate import SURROGATES
-from spikedistill.objective.direct import TET, Direct
-from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse, Pairs
-from spikedistill.objective.terms import Objective
-from spikedistill.student.build import FRESH
-from spikedistill.student.calibrate import Rule
-from spikedistill.teacher.load import is_library_s
+from tyro.conf import arg
 
-CONVERSIONS: dict[str, Rule] = {
-    "conversion-max": "max",
-    "conversion-percentile": "percentile",
-    "conversion-least-squares": "least-squares",
-}
-"""Methods without training, and how they choose thresholds."""
+from spikedistill.neuron.dynamics import Neuron
+from spikedistill.student.coding import CODINGS
+from spikedistill.student.conversion import Conversion, neuron_from
 
 
 @dataclass(frozen=True)
 class TeacherChoice:
     """Who teaches."""
 
-    teacher: str = "runs/digits-teacher"
-    """A run directory of 'teach', a weights file (.safetensors, .npz, .pt), or torchvision/NAME or timm/NAME: that
-    network with its published weights."""
-    teacher_network: str | None = None
+    source: Annotated[str, arg(name="teacher")] = "runs/digits-teacher"
+    """A run directory of 'teach' or of 'distill' (a spiking teacher), a weights file (.safetensors, .npz, .pt),
+    torchvision/NAME or timm/NAME: that network with its published weights; or 'none' for methods without a teacher."""
+    network: Annotated[str | None, arg(name="teacher-network")] = None
     """The network that a bare weights file belongs to: a zoo name (resnet18, vgg9 ...), torchvision/NAME, timm/NAME or
     FILE.py:FUNCTION, which is called with classes=K and returns the module."""
-    teacher_width: int | None = None
+    width: Annotated[int | None, arg(name="teacher-width")] = None
     """Channels of its first stage (zoo networks)."""
-    teacher_mean: tuple[float, ...] | None = None
-    """Input mean, one value a channel, that a bare weights file was trained with (images in 0..1)."""
-    teacher_std: tuple[float, ...] | None = None
+    mean: Annotated[tuple[float, ...] | None, arg(name="teacher-mean")] = None
+    """Input mean per channel that a bare weights file was trained with (images in 0..1)."""
+    std: Annotated[tuple[float, ...] | None, arg(name="teacher-std")] = None
     """Input deviation, likewise."""
-
-    @property
-    def published(self) -> bool:
-        """Whether a library's network with its published weights is meant."""
-        return self.teacher_network is None and is_library_s(self.teacher) and not Path(self.teacher).exists()
 
 
 @dataclass(frozen=True)
 class StudentChoice:
     """Who learns."""
 
-    student: str = "same"
+    network: Annotated[str, arg(name="student")] = "same"
     """'same' as the teacher's network, or a zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
-    student_width: int | None = None
+    width: Annotated[int | None, arg(name="student-width")] = None
     """Channels of its first stage (zoo networks other than 'same')."""
     inherit: bool | None = None
     """Start from the teacher's weights; by default just if the student is the 'same'."""
@@ -101,13 +83,14 @@ class StudentChoice:
     """Shift biases so that every layer's channels answer as the ANN's do on average (for methods without training)."""
     max_pool: Literal["keep", "average"] = "keep"
     """Keep max pooling, or exchange it for average pooling."""
-    coding: Literal["direct", "latency", "rate"] = "direct"
-    """What the student sees at each step."""
+    coding: Literal["direct", "frames", "latency", "rate"] = "direct"
+    """What the student sees at each step: the image itself (direct), spikes made from it (latency, rate), or the frames
+    of event data (frames), of which there must be T."""
 
     @property
     def inherits(self) -> bool:
         """Whether the student starts from the teacher's weights."""
-        return self.student == "same" if self.inherit is None else self.inherit
+        return self.network == "same" if self.inherit is None else self.inherit
 
     @property
     def rounds(self) -> bool:
@@ -117,19 +100,33 @@ class StudentChoice:
 
     def make_neuron(self) -> Neuron:
         """The neuron model that the fields describe."""
-        base, fresh = NEURONS[self.neuron], not self.inherits
-        usual = FRESH.threshold if fresh and self.neuron == "if" else base.threshold
-        given: dict[str, Any] = {"leak": self.leak, "decay_input": self.decay_input}
-        given["reset"] = None if self.reset is None else Reset(self.reset)
-        return dataclasses.replace(
-            base,
-            **{name: value for name, value in given.items() if value is not None},
+        return neuron_from(
+            self.neuron,
+            fresh=not self.inherits,
+            gradient=self.gradient,
+            leak=self.leak,
+            decay_input=self.decay_input,
+            reset=self.reset,
+            detach_reset=self.detach_reset,
             initial=self.initial,
             learn_initial=self.learn_initial,
-            detach_reset=fresh and self.gradient != "rate" if self.detach_reset is None else self.detach_reset,
-            threshold=usual if self.threshold is None else self.threshold,
+            threshold=self.threshold,
             learn_threshold=self.learn_threshold,
-            surrogate=SURROGATES[self.surrogate or ("triangle" if fresh else "rectangle")](),
+            surrogate=self.surrogate,
+        )
+
+    def conversion(self) -> Conversion:
+        """How the ANN becomes this student."""
+        return Conversion(
+            timesteps=self.timesteps,
+            neuron=self.make_neuron(),
+            inherit=self.inherits,
+            rule=self.rule,
+            percentile=self.percentile,
+            per_channel=self.per_channel,
+            correct_bias=self.correct_bias,
+            max_pool=self.max_pool,
+            coding=CODINGS[self.coding](),
         )
 
     def faults(self) -> list[str]:
@@ -147,8 +144,8 @@ class StudentChoice:
             faults.append("decay_input is for lif and plif; the neuron is 'if'")
         if self.threshold is not None and self.inherits:
             faults.append(f"threshold (={self.threshold}) is for fresh weights; inherited ones are calibrated")
-        if self.student == "same" and self.student_width is not None:
-            faults.append(f"student_width (={self.student_width}) needs a student of its own: name one by student")
+        if self.network == "same" and self.width is not None:
+            faults.append(f"student_width (={self.width}) needs a student of its own: name one by student")
         if self.correct_bias and not self.inherits:
             faults.append("correct_bias needs inherited weights: leave it away, or inherit=True")
         if self.gradient == "rate" and (self.learn_threshold or self.learn_initial or self.neuron == "plif"):
@@ -156,71 +153,6 @@ class StudentChoice:
                 "the rate-based gradient does not reach learned thresholds, initial potentials and leaks: take"
                 " gradient=exact"
             )
-        if self.inherit and self.student != "same":
-            faults.append(f"inherit needs the teacher's own network; the student is '{self.student}', not 'same'")
+        if self.inherit and self.network != "same":
+            faults.append(f"inherit needs the teacher's own network; the student is '{self.network}', not 'same'")
         return faults
-
-
-@dataclass(frozen=True)
-class Method:
-    """What the student is taught."""
-
-    method: Literal[
-        "direct",
-        "tet",
-        "kdsnn-response",
-        "kdsnn-feature",
-        "kdsnn",
-        "conversion-max",
-        "conversion-percentile",
-        "conversion-least-squares",
-        "conversion-qcfs",
-    ] = "kdsnn"
-    """Labels alone (direct, tet), or with the teacher's answers, its inner features, or both (kdsnn). Conversion: no
-    training, thresholds by that rule; or training of the quantised stand-in on labels, then conversion (qcfs)."""
-    temperature: float = 2.0
-    """Temperature of the soft labels."""
-    alpha: float = 0.7
-    """The teacher's share against the labels, 0..1."""
-    feature_weight: float = 1.0
-    """Weight of the distance of inner features."""
-    pairs: tuple[tuple[str, str], ...] = ()
-    """Module paths (teacher, student) whose features are compared; by default the ends of their stages."""
-    adapt: bool | None = None
-    """Compare through 1 x 1 convolutions even where channels agree; by default just if weights are not inherited."""
-    margin: bool = False
-    """Raise the teacher's negative features to their channel's mean below 0; after a ReLU there are none."""
-    partial: bool = False
-    """Do not count places where the teacher is not above 0 and the student lies below it; none after a ReLU."""
-    label_smoothing: float = 0.0
-    """Share of probability spread over all classes."""
-    lam: float = 1e-3
-    """Weight of the term that keeps logits near 1, 0..1 (tet)."""
-
-    @property
-    def trains(self) -> bool:
-        """Whether anything is trained."""
-        return self.method not in CONVERSIONS
-
-    def settle(self, student: "StudentChoice") -> "StudentChoice":
-        """The student that the method is about: a conversion decides on the rule, or on the stand-in."""
-        if self.method == "conversion-qcfs":
-            return dataclasses.replace(student, gradient="quantised", learn_threshold=True)
-        return dataclasses.replace(student, rule=CONVERSIONS[self.method]) if not self.trains else student
-
-    def objective(self, pairs: Pairs, inherits: bool) -> Objective:
-        """The objective that the fields describe."""
-        smoothing = self.label_smoothing
-        adapt = not inherits if self.adapt is None else self.adapt
-        features = {"pairs": pairs, "weight": self.feature_weight, "adapt": adapt}
-        features |= {"margin": self.margin, "partial": self.partial}
-        soft = {"temperature": self.temperature, "alpha": self.alpha}
-        methods: dict[str, Callable[[], Objective]] = {
-            "direct": lambda: Direct(smoothing),
-            "tet": lambda: TET(smoothing, self.lam),
-            "conversion-qcfs": lambda: Direct(smoothing),
-            "kdsnn-response": lambda: KDSNNResponse(**soft, label_smoothing=smoothing),
-            "kdsnn-feature": lambda: KDSNNFeature(**features, label_smoothing=smoothing),  # type: ignore[arg-type]
-            "kdsnn": lambda: KDSNN(**features, **soft, label_smoothing=smoothing),  # type: ignore[arg-type]
-        }
-        return methods[self.method]()

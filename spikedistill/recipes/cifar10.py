@@ -1,11 +1,12 @@
 """CIFAR-10 on two cores: a ResNet-18 of half width, and its student of four time steps."""
 
-from spikedistill.recipes.choices import Method, StudentChoice, TeacherChoice
+from spikedistill.objective.kdsnn import KDSNN
+from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.recipe import Data, Training
 
-DATA = Data(data="cifar10", validation=0.02, crop=4, border="mirror", flip=True, cutout=8)
+DATA = Data(name="cifar10", validation=0.02, crop=4, border="mirror", flip=True, cutout=8)
 
 
 def teacher() -> Teach:
@@ -18,5 +19,5 @@ def student() -> Distill:
     """Its T=4 student, inherited, KDSNN: ``spikedistill distill cifar10``, 81 minutes, 91.60 percent."""
     training = Training(epochs=8, batch_size=128, weight_decay=1e-4, warmup=0.1)
     choice = StudentChoice(timesteps=4, per_channel=False)
-    what = Method("kdsnn", temperature=2.0, alpha=0.7)
-    return Distill(TeacherChoice("runs/cifar10-teacher"), choice, what, DATA, training)
+    method = KDSNN(temperature=2.0, alpha=0.7)
+    return Distill(TeacherChoice("runs/cifar10-teacher"), choice, method, DATA, training)

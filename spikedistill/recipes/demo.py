@@ -1,15 +1,18 @@
-"""The demonstration: on the embedded digits a teacher, students trained on labels alone, and one that is distilled."""
+"""The demonstration on the embedded digits: a teacher, students by cross-entropy only, and one that is distilled."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from spikedistill.objective.direct import Direct
+from spikedistill.objective.kdsnn import KDSNN
+from spikedistill.objective.terms import Objective
 from spikedistill.recipes import digits
 from spikedistill.recipes.choices import TeacherChoice
 from spikedistill.recipes.distill import Distill, distill
-from spikedistill.recipes.runs import unless_done
 from spikedistill.recipes.teach import teach
 from spikedistill.train.progress import Progress
+from spikedistill.train.run import unless_done
 
 
 def demo(out: Path) -> list[Path]:
@@ -20,18 +23,18 @@ def demo(out: Path) -> list[Path]:
     """
     teacher, (scratch, direct, kdsnn) = out / "teacher", (out / name for name in ("scratch", "direct", "kdsnn"))
     unless_done(teacher, lambda resume: teach(digits.teacher(), teacher, resume, Progress.stderr("teacher")))
-    for path, method, inherit in ((scratch, "direct", False), (direct, "direct", True), (kdsnn, "kdsnn", True)):
+    for path, method, inherit in ((scratch, Direct(), False), (direct, Direct(), True), (kdsnn, KDSNN(), True)):
         unless_done(path, _work(_recipe(teacher, method, inherit), path))
     return [teacher, scratch, direct, kdsnn]
 
 
-def _recipe(teacher: Path, method: str, inherit: bool) -> Distill:
+def _recipe(teacher: Path, method: Objective, inherit: bool) -> Distill:
     base = digits.student()
     return dataclasses.replace(
         base,
-        who=TeacherChoice(str(teacher)),
+        teacher=TeacherChoice(str(teacher)),
         student=dataclasses.replace(base.student, inherit=inherit),
-        what=dataclasses.replace(base.what, method=method),  # type: ignore[arg-type]
+        method=method,
     )
 
 

@@ -5,7 +5,7 @@ from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.recipe import Data, Training
 
-DATA = Data(data="digits", validation=0.1, crop=1)
+DATA = Data(name="digits", validation=0.1, crop=1)
 
 
 def teacher() -> Teach:

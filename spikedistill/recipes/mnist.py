@@ -5,7 +5,7 @@ from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.recipe import Data, Training
 
-DATA = Data(data="mnist", validation=0.05, crop=2)
+DATA = Data(name="mnist", validation=0.05, crop=2)
 
 
 def teacher() -> Teach:

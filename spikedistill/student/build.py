@@ -1,24 +1,27 @@
 """``to_spiking``: an ANN goes in, a spiking student and a report come out. Conversion is read whole on this page."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
+from spikedistill.answer import Answer
 from spikedistill.errors import ConfigError, ConversionError, ShapeError, one_of
-from spikedistill.neuron.dynamics import Neuron
 from spikedistill.neuron.layer import Spiking
-from spikedistill.neuron.surrogate import Rectangle, Triangle
 from spikedistill.shapes import ClassLogits, Image, Logits
-from spikedistill.student.calibrate import Rule, channel_means, correct_biases, record, thresholds
-from spikedistill.student.coding import Coding, Direct
+from spikedistill.student.calibrate import channel_means, correct_biases, record, thresholds
+from spikedistill.student.coding import Coding
+from spikedistill.student.conversion import USUAL, Conversion
+from spikedistill.student.graph import Charges, spike_nodes
 from spikedistill.student.quantised import quantised_run
 from spikedistill.student.rate import rate_run
 from spikedistill.student.recompute import Recompute, recomputed_run
-from spikedistill.student.surgery import MaxPool, Place, find_places, insert_neurons, trace
+from spikedistill.student.report import Report, Site
+from spikedistill.student.rules import Activation, find_activations
+from spikedistill.student.surgery import insert_neurons
+from spikedistill.student.trace import trace
 from spikedistill.teacher.load import Normalised
 from spikedistill.teacher.zoo import initialise
 
@@ -31,49 +34,6 @@ State = tuple[Tensor, ...]
 ROWS = 1000
 """Time steps times images in one call: more would leave the processor's caches."""
 
-ROUNDING = Neuron(initial=0.5, surrogate=Rectangle())
-"""The neuron of an inheriting student where none is named: IF that starts at half its threshold, so T steps round. In
-pilots (LOG.md) its students learnt most with the rectangle."""
-FRESH = replace(ROUNDING, threshold=1.5, detach_reset=True, surrogate=Triangle())
-"""The same where weights are fresh: in pilots (LOG.md) its students learnt fastest on currents from batch norm."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """One activation of the ANN and the neurons that took its place.
-
-    Where thresholds differ by channel, ``threshold`` is their mean; ``expected_rate`` is in spikes a step, 0..1.
-    """
-
-    name: str
-    kind: str
-    source: str
-    threshold: float
-    expected_rate: float | None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did, activation by activation."""
-
-    sites: tuple[Site, ...]
-    timesteps: int
-    inherited: bool
-
-    def __str__(self) -> str:
-        """A table for people."""
-        kind = "inherited" if self.inherited else "fresh"
-        lines = [f"{len(self.sites)} layers of neurons, {kind} weights, T={self.timesteps}"]
-        width = max(len(site.name) for site in self.sites)
-        for site in self.sites:
-            rate = "" if site.expected_rate is None else f"  rate {site.expected_rate:.3f}"
-            note = f"  ({site.note})" if site.note else ""
-            lines.append(
-                f"  {site.name:{width}}  {site.kind:10}  threshold {site.threshold:8.4g}{rate}  {site.source}{note}"
-            )
-        return "\n".join(lines)
-
 
 class Student(nn.Module):
     """A spiking network: raw images in, logits of every time step out, no state inside.
@@ -82,6 +42,9 @@ class Student(nn.Module):
     ``DistributedDataParallel`` treat it like any module.
 
     Attributes:
+        conversion: how it was made, every field settled.
+        origin: what its ANN is built from, as a saved file names it.
+        timesteps: T of the next call.
         gradient: how gradients are handed back in training.
         ends: for each module path of the ANN the node of ``core`` that carries its output, in order of execution.
         recompute: what is computed again for the exact gradient instead of kept: the same gradient from less memory.
@@ -95,33 +58,43 @@ class Student(nn.Module):
     def __init__(
         self,
         core: fx.GraphModule,
-        ends: dict[str, str],
-        timesteps: int,
-        coding: Coding,
+        ends: Mapping[str, str],
+        layers: Sequence[str],
+        conversion: Conversion,
+        origin: Mapping[str, Any],
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
         super().__init__()
         self.core = core
-        self.coding = coding
-        self.timesteps = timesteps
+        self.conversion, self.origin = conversion, origin
+        self.timesteps = conversion.timesteps
         self.gradient: Gradient = "exact"
         self.recompute: Recompute = "nothing"
-        self.tapped: tuple[str, ...] = ()
-        self.ends = ends
+        self.ends = dict(ends)
         self._group: str = core.meta["neurons"]
+        self._keys = dict(zip(layers, self.neurons))
         self._takes = _first_convolution(core)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     @property
+    def coding(self) -> Coding:
+        """What it sees at each step."""
+        return self.conversion.coding
+
+    @property
     def neurons(self) -> dict[str, Spiking]:
-        """The layers of neurons by name, in order of execution."""
+        """The layers of neurons by name in the module, in order of execution."""
         return dict(self.core.get_submodule(self._group).named_children())  # type: ignore[arg-type]
 
     def paths(self) -> list[str]:
         """The module paths of the ANN at which ``observe`` finds a feature, in order of execution."""
         return list(self.ends)
+
+    def layers(self) -> list[str]:
+        """The paths of the layers of neurons, named as the activations of the ANN, in order of execution."""
+        return list(self._keys)
 
     @property
     def at_once(self) -> int:
@@ -147,25 +120,61 @@ class Student(nn.Module):
             ShapeError: if the images are of another shape.
             ConfigError: if the gradient cannot be had of this network.
         """
-        logits, _, _ = self._run(images, self.timesteps)
+        logits, _, _ = self._run(images)
         return logits
 
-    def observe(self, images: Tensor, paths: Sequence[str]) -> tuple[Logits, dict[str, Tensor]]:
-        """Logits ``[T, B, K]`` and the features ``[T, B, ...]`` that the ANN's modules at these paths became.
+    def observe(
+        self, inputs: Tensor, paths: Sequence[str] = (), *, spikes: Sequence[str] = (), potentials: Sequence[str] = ()
+    ) -> Answer:
+        """Logits ``[T, B, K]``, and what the layers at these paths did; the student is not changed.
 
-        In training with ``gradient="rate"`` every step of a feature is their mean.
+        In training with ``gradient="rate"`` every step of a feature and of spikes is their mean; with ``"quantised"``
+        there is one step.
+
+        Args:
+            inputs: as for ``forward``.
+            paths: module paths of the ANN, for the features ``[T, B, ...]`` that its modules became.
+            spikes: paths of ``layers``, for counts of spikes ``[T, B, ...]``: the output over the threshold.
+            potentials: paths of ``layers``, for potentials after the charge and before the reset ``[T, B, ...]``, in
+                thresholds. These layers run the reference.
 
         Raises:
-            ConfigError: if the ANN had no module at a path.
+            ShapeError: if the images are of another shape.
+            ConfigError: if there is nothing at a path, or the gradient cannot give what is asked.
         """
-        if tuple(paths) != self.tapped:
-            self.tap(paths)
-        logits, _, features = self._run(images, self.timesteps)
-        shaped = {}
-        for path, rows in features.items():
-            once = rows.shape[0] == logits.shape[1]
-            shaped[path] = rows.expand(len(logits), *rows.shape) if once else rows.unflatten(0, (len(logits), -1))
-        return logits, shaped
+        self._check_asked(paths, spikes, potentials)
+        if not (paths or spikes or potentials):
+            return Answer(self.forward(inputs))
+        fired = spike_nodes(self.core) if spikes else {}
+        nodes = {path: fired[self._module(path)] for path in spikes}
+        keep = {*(self.ends[path] for path in paths), *nodes.values()}
+        logits, kept, charged = self._run(inputs, keep, [self._module(path) for path in potentials])
+        return Answer(
+            logits,
+            {path: _over_time(kept[self.ends[path]], logits) for path in paths},
+            {path: _over_time(self._counts(path, kept[node]), logits) for path, node in nodes.items()},
+            {path: _over_time(charged[self._module(path)], logits) for path in potentials},
+        )
+
+    def refusal(self, *, every_step: bool, spikes: bool, features: bool, potentials: bool) -> str:
+        """Why training with this gradient cannot give what an objective needs; empty where it can.
+
+        Args:
+            every_step: logits of every time step, each with a gradient of its own.
+            spikes: counts of spikes.
+            features: outputs of modules.
+            potentials: potentials before the reset.
+        """
+        exact = "take gradient='exact', or an objective that needs less."
+        if self.gradient == "quantised" and (every_step or spikes or potentials):
+            return f"gradient (='quantised') has no time steps, spikes or potentials in training: {exact}"
+        if self.gradient == "rate" and potentials:
+            return f"gradient (='rate') knows rates alone, no potentials: {exact}"
+        if self.gradient == "rate" and every_step and (spikes or features):
+            return f"gradient (='rate') knows the spikes and features of a mean step alone, not of every step: {exact}"
+        if self.gradient == "exact" and potentials and self.recompute != "nothing":
+            return f"recompute (={self.recompute!r}) keeps no potentials: take recompute='nothing'."
+        return ""
 
     def step(self, images: Tensor, state: State | None = None) -> tuple[ClassLogits, State]:
         """One time step of a stream.
@@ -180,49 +189,72 @@ class Student(nn.Module):
         Raises:
             ShapeError: if the state is another network's, or another batch's.
         """
-        layers = len(self.neurons)
+        layers = len(self._keys)
         if state is not None and len(state) != layers:
             raise ShapeError(
                 f"The state has {len(state)} layers, the student has {layers}: carry a state only between steps of one"
                 " student."
             )
         before = (None,) * layers if state is None else state
-        logits, after, _ = self._through(self._normalised(images), 1, 1, before, True)
-        return logits, after
+        result, _, _ = self._through((), (), self._normalised(images), 1, 1, before, True)
+        return result
 
-    def tap(self, paths: Sequence[str]) -> None:
-        """Choose the module paths whose features ``observe`` returns."""
-        nodes = {node.name: node for node in self.core.graph.nodes}
+    def extra_repr(self) -> str:
+        """Time steps, conversion and normalisation, for printing."""
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return f"timesteps={self.timesteps}, {self.conversion}, mean={mean}, std={std}"
+
+    def _check_asked(self, paths: Sequence[str], spikes: Sequence[str], potentials: Sequence[str]) -> None:
         for path in paths:
             one_of("module with a feature", path, self.ends)
-        result = nodes["output"]
-        logits, states, _ = result.args[0]
-        result.args = ((logits, states, {path: nodes[self.ends[path]] for path in paths}),)
-        self.core.recompile()
-        self.tapped = tuple(paths)
+        for path in (*spikes, *potentials):
+            one_of("layer of neurons", path, self._keys)
+        if self._learns():
+            refused = self.refusal(every_step=False, spikes=bool(spikes), features=False, potentials=bool(potentials))
+            if refused:
+                raise ConfigError(refused)
 
-    def _run(self, images: Tensor, timesteps: int) -> tuple[Logits, Any, dict[str, Tensor]]:
+    def _learns(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _module(self, path: str) -> str:
+        """Where in the graph a layer of neurons lies."""
+        return f"{self._group}.{self._keys[path]}"
+
+    def _counts(self, path: str, emitted: Tensor) -> Tensor:
+        """What a layer emitted over the height of its spikes; by the rate-based gradient thresholds do not learn."""
+        layer: Any = self.core.get_submodule(self._module(path))
+        heights = layer.heights(emitted).to(emitted.dtype)
+        return emitted / (heights.detach() if self._learns() and self.gradient == "rate" else heights)
+
+    def _run(
+        self, images: Tensor, keep: Collection[str] = (), charges: Collection[str] = ()
+    ) -> tuple[Logits, dict[str, Tensor], dict[str, Tensor]]:
+        """Logits, what nodes returned, and potentials of layers, by name each; rows ``[B, ...]`` or ``[T*B, ...]``."""
         one_of("gradient", self.gradient, get_args(Gradient))
+        timesteps, layers = self.timesteps, len(self._keys)
         rows, repeats = self.coding.encode(images, timesteps)
-        learns = self.training and torch.is_grad_enabled()
-        if self.gradient == "quantised" and learns:
+        if self.gradient == "quantised" and self._learns():
             if repeats != timesteps:
                 raise ConfigError("The quantised stand-in has no time: give images (no frames) and direct coding.")
-            logits, features = quantised_run(self.core, self._normalised(rows), timesteps, len(self.neurons))
-            return logits[None], None, features
-        if self.gradient == "rate" and learns:
-            logits, features = rate_run(self.core, self._normalised(rows), timesteps, repeats, len(self.neurons))
-            return logits.unflatten(0, (timesteps, -1)), None, features
-        states = (None,) * len(self.neurons)
-        logits, after, features = self._through(self._normalised(rows), timesteps, repeats, states, False)
-        return logits.unflatten(0, (timesteps, -1)), after, features
+            logits, kept = quantised_run(self.core, self._normalised(rows), timesteps, layers, keep)
+            return logits[None], kept, {}
+        if self.gradient == "rate" and self._learns():
+            logits, kept = rate_run(self.core, self._normalised(rows), timesteps, repeats, layers, keep)
+            return logits.unflatten(0, (timesteps, -1)), kept, {}
+        given = (self._normalised(rows), timesteps, repeats, (None,) * layers, False)
+        (logits, _), kept, charged = self._through(keep, charges, *given)
+        return logits.unflatten(0, (timesteps, -1)), kept, charged
 
-    def _through(self, *given: Any) -> Any:
-        """The graph's results, with what ``recompute`` asks for."""
+    def _through(self, keep: Collection[str], charges: Collection[str], *given: Any) -> Any:
+        """The graph's results, with what ``recompute`` asks for; what nodes returned; potentials of layers."""
         one_of("recompute", self.recompute, get_args(Recompute))
-        if self.recompute == "nothing" or not torch.is_grad_enabled():
-            return self.core(*given)
-        return recomputed_run(self.core, self.recompute == "stages", *given)
+        if self.recompute != "nothing" and torch.is_grad_enabled() and not charges:
+            return *recomputed_run(self.core, self.recompute == "stages", keep, *given), {}
+        if not keep and not charges:
+            return self.core(*given), {}, {}
+        walk = Charges(self.core, keep, charges)
+        return walk.run(*given), walk.kept, walk.potentials
 
     def _normalised(self, images: Tensor) -> Tensor:
         dims, channels = self._takes
@@ -239,19 +271,17 @@ class Student(nn.Module):
         )
 
 
+def _over_time(rows: Tensor, logits: Logits) -> Tensor:
+    """``[T*B, ...]``, or ``[B, ...]`` where every step is the same, as ``[T, B, ...]``, T and B those of the logits."""
+    once = rows.shape[0] == logits.shape[1]
+    return rows.expand(len(logits), *rows.shape) if once else rows.unflatten(0, (len(logits), -1))
+
+
 def to_spiking(
     ann: nn.Module,
+    conversion: Conversion = USUAL,
     *,
-    timesteps: int = 4,
-    neuron: Neuron | None = None,
     calibrate: Image | None = None,
-    inherit: bool = True,
-    rule: Rule = "least-squares",
-    percentile: float = 99.9,
-    per_channel: bool = True,
-    correct_bias: bool = False,
-    max_pool: MaxPool = "keep",
-    coding: Coding | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[Student, Report]:
@@ -260,19 +290,8 @@ def to_spiking(
     Args:
         ann: a ``Teacher``, or any network that torch.fx can trace, from images ``[B, C, H, W]`` to logits ``[B, K]``;
             it is not changed.
-        timesteps: T, 1 or more.
-        neuron: the model; ``ROUNDING`` by default, ``FRESH`` for fresh weights.
+        conversion: time steps, neuron and the rest.
         calibrate: some hundred raw images in 0..1; thresholds are set from the ANN's activations on them.
-        inherit: keep the ANN's weights and batch norm; False gives a network with fresh weights and thresholds
-            ``neuron.threshold``, for which no calibration is needed.
-        rule: how a threshold is chosen from activations; see ``calibrate.choose_threshold``.
-        percentile: for the rule of that name.
-        per_channel: choose a threshold for every channel, as channels differ in range; else one for each layer. Fresh
-            weights begin with one for each layer.
-        correct_bias: shift biases so that every layer's channels have the ANN's means over the calibration images (see
-            ``calibrate.correct_biases``): for a student that is not trained.
-        max_pool: keep max pooling (over spikes it is a logical or), or exchange it for average pooling.
-        coding: what the student sees at each step; the image itself by default.
         mean: input normalisation of a network that is no ``Teacher``; none by default.
         std: likewise.
 
@@ -281,50 +300,49 @@ def to_spiking(
 
     Raises:
         ConversionError: if a part of the network has no spiking meaning; the message names it, its line and a remedy.
-        ConfigError: if an argument is outside its range, or calibration images are missing.
+        ConfigError: if calibration images are missing.
     """
-    if timesteps < 1:
-        raise ConfigError(f"timesteps (={timesteps}) must be 1 or more.")
-    one_of("rule", rule, get_args(Rule))
-    one_of("max_pool", max_pool, get_args(MaxPool))
-    if inherit and (calibrate is None or not len(calibrate)):
+    conversion = conversion.settled()
+    if conversion.inherit and (calibrate is None or not len(calibrate)):
         raise ConfigError(
             "Inherited weights need thresholds: give some hundred images as calibrate=..., or inherit=False."
         )
-    if correct_bias and not inherit:
-        raise ConfigError("correct_bias is for inherited weights: leave it away, or inherit=True.")
-    if not 0 <= percentile <= 100:
-        raise ConfigError(f"percentile (={percentile}) must be between 0 and 100.")
     if isinstance(ann, Normalised):
         mean, std, ann = ann.mean.flatten().tolist(), ann.std.flatten().tolist(), ann.network
     mean, std = mean or (0.0,), std or (1.0,)
-    neuron = neuron or (ROUNDING if inherit else FRESH)
-
     copied = copy.deepcopy(ann).requires_grad_(True)
     copied.train(True)
     module, ends = trace(copied)
-    places = find_places(module)
+    activations = find_activations(module)
     chosen: Mapping[str, tuple[Tensor, float | None]]
     wanted: dict[str, Tensor] = {}
-    if inherit and calibrate is not None:
+    if conversion.inherit and calibrate is not None:
         inputs = _normalised(calibrate, mean, std, module)
-        chosen = _calibrated(module, places, inputs, neuron, timesteps, rule, percentile, per_channel)
-        if correct_bias:
-            wanted = channel_means(module, {place.node for place in places}, inputs)
+        chosen = _calibrated(module, activations, inputs, conversion)
+        if conversion.correct_bias:
+            wanted = channel_means(module, {one.node for one in activations}, inputs)
     else:
         initialise_fresh(module)
-        chosen = dict.fromkeys((place.node for place in places), (torch.tensor(neuron.threshold), None))
-    neurons = {place.name: Spiking(neuron, chosen[place.node][0]) for place in places}
-    insert_neurons(module, places, neurons, max_pool)
-    student = Student(module, _feature_nodes(module, ends), timesteps, coding or Direct(), mean, std)
+        fresh = torch.tensor(conversion.model.threshold)
+        chosen = dict.fromkeys((one.node for one in activations), (fresh, None))
+    neurons = {one.name: Spiking(conversion.model, chosen[one.node][0]) for one in activations}
+    named = insert_neurons(module, activations, neurons, conversion.max_pool)
+    nodes = {path: named[node.name] for path, node in ends.items() if node.name in named}
+    origin = {"code": f"{type(ann).__module__}:{type(ann).__qualname__}"}
+    student = Student(module, nodes, list(neurons), conversion, origin, mean, std)
     student.to(next(ann.parameters()).device)
     if wanted and calibrate is not None:
-        ordered = {name: wanted[place.node] for name, place in zip(student.neurons, places)}
+        ordered = {name: wanted[one.node] for name, one in zip(student.neurons, activations)}
         correct_biases(student, module, student.neurons, ordered, calibrate, student.at_once)
-    sites = tuple(
-        Site(p.name, p.kind, p.source, float(chosen[p.node][0].mean()), chosen[p.node][1], p.note) for p in places
+    return student, Report(_sites(activations, chosen), conversion.timesteps, conversion.inherit)
+
+
+def _sites(activations: Sequence[Activation], chosen: Mapping[str, tuple[Tensor, float | None]]) -> tuple[Site, ...]:
+    """What became of each activation, given its thresholds and the rate that is expected."""
+    return tuple(
+        Site(one.name, one.kind, one.source, float(chosen[one.node][0].mean()), chosen[one.node][1], one.note)
+        for one in activations
     )
-    return student, Report(sites, timesteps, inherit)
 
 
 @torch.no_grad()
@@ -334,24 +352,18 @@ def _normalised(images: Image, mean: Sequence[float], std: Sequence[float], modu
 
 
 def _calibrated(
-    module: fx.GraphModule,
-    places: list[Place],
-    inputs: Image,
-    neuron: Neuron,
-    timesteps: int,
-    rule: Rule,
-    percentile: float,
-    per_channel: bool,
+    module: fx.GraphModule, activations: Sequence[Activation], inputs: Image, conversion: Conversion
 ) -> dict[str, tuple[Tensor, float]]:
+    """By node, the thresholds of a layer and the rate that is expected of it."""
     try:
-        activations = record(module, {place.node for place in places}, inputs, per_channel)
+        seen = record(module, {one.node for one in activations}, inputs, conversion.per_channel)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
             f"The network does not accept the calibration images of shape {tuple(inputs.shape)} ({reason}): give images"
             " as it was trained on."
         ) from error
-    return thresholds(activations, neuron, timesteps, rule, percentile)
+    return thresholds(seen, conversion.model, conversion.timesteps, conversion.rule, conversion.percentile)
 
 
 def initialise_fresh(module: nn.Module) -> None:
@@ -371,11 +383,3 @@ def _first_convolution(core: fx.GraphModule) -> tuple[int | None, int | None]:
             if isinstance(layer, kind):
                 return dims, layer.in_channels
     return None, None
-
-
-def _feature_nodes(module: fx.GraphModule, ends: dict[str, fx.Node]) -> dict[str, str]:
-    """For each module path the node that now carries its output."""
-    present = {node.name for node in module.graph.nodes}
-    replaced = {node.meta["replaces"]: node.name for node in module.graph.nodes if "replaces" in node.meta}
-    named = {path: replaced.get(node.name, node.name) for path, node in ends.items()}
-    return {path: name for path, name in named.items() if name in present}

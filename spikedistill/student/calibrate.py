@@ -19,14 +19,14 @@ from spikedistill.errors import ConversionError
 from spikedistill.neuron.dynamics import Neuron, run
 from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import Image
-from spikedistill.student.surgery import repeat_time
+from spikedistill.student.graph import Walk, repeat_time
 
 Rule = Literal["least-squares", "max", "percentile"]
 
 RESERVOIR = 200_000
 """Activations a layer that the rules look at; more are thinned evenly."""
 CHANNEL_RESERVOIR = 1000
-"""Activations a channel and batch, where each has a threshold of its own."""
+"""Activations per channel and batch, where each channel has a threshold of its own."""
 FEW = 20
 """A channel with fewer positive activations takes its layer's threshold."""
 SMALLEST_SHARE = 0.1
@@ -38,7 +38,7 @@ CANDIDATES = 100
 """Thresholds tried, as even shares of the largest activation."""
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Walk):
     """Runs a traced network and keeps what ``look`` makes of what chosen nodes return."""
 
     def __init__(self, module: fx.GraphModule, nodes: set[str], look: Callable[[Tensor], Tensor]) -> None:
@@ -187,7 +187,7 @@ def thresholds(
     """For each layer its threshold, or thresholds ``[C]``, and the rate in spikes a step that it should fire with.
 
     Args:
-        activations: by layer, ``[n]`` for one threshold, or ``[C, n]`` for one a channel.
+        activations: by layer, ``[n]`` for one threshold, or ``[C, n]`` for one per channel.
         neuron: the model.
         timesteps: T.
         rule: see ``choose_threshold``.
@@ -203,7 +203,7 @@ def thresholds(
     return result
 
 
-class _Heard(BaseException):
+class _Stop(BaseException):
     """A layer has answered, and nobody waits for what comes after it; torch.fx would print an ``Exception``."""
 
 
@@ -235,24 +235,24 @@ def correct_biases(
     calls = {str(node.target): node for node in core.graph.nodes if node.op == "call_module"}
     device = next(student.parameters()).device
     for name, layer in neurons.items():
-        feeder = _feeder(core, calls[f"{core.meta['neurons']}.{name}"].args[0])
-        if feeder is None:
+        before = preceding_layer(core, calls[f"{core.meta['neurons']}.{name}"].args[0])
+        if before is None:
             continue
         sums: list[Tensor] = []
 
         def listen(_: nn.Module, given: Any, result: tuple[Tensor, Any], sums: list[Tensor] = sums) -> None:
             sums.append(_by_channel(result[0]))
-            raise _Heard
+            raise _Stop
 
         handle = layer.register_forward_hook(listen)
         parts = images.split(batch_size)
         for part in parts:
-            with contextlib.suppress(_Heard):
+            with contextlib.suppress(_Stop):
                 student(part.to(device))
         handle.remove()
         weights = torch.tensor([len(part) / len(images) for part in parts], device=device)
         lacking = wanted[name].to(device) - (torch.stack(sums) * weights[:, None]).sum(0)
-        feeder.bias += lacking.to(feeder.bias)
+        before.bias += lacking.to(before.bias)
     student.train(training)
 
 
@@ -260,17 +260,17 @@ SUMS = (operator.add, torch.add, "add")
 PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def _feeder(core: fx.GraphModule, node: Any) -> Any:
+def preceding_layer(core: fx.GraphModule, node: Any) -> Any:
     """The layer whose bias a node's value ends in and nothing else reads, if there is one; of a sum any one part's."""
     if not isinstance(node, fx.Node) or len(node.users) > 1:
         return None
     if node.op == "call_module":
         layer = core.get_submodule(str(node.target))
         if isinstance(layer, PASSING):
-            return _feeder(core, node.args[0])
+            return preceding_layer(core, node.args[0])
         calls = sum(other.op == "call_module" and other.target == node.target for other in core.graph.nodes)
         return layer if calls == 1 and getattr(layer, "bias", None) is not None else None
     if node.target in SUMS or node.target is repeat_time:
-        found = (_feeder(core, part) for part in node.args)
+        found = (preceding_layer(core, part) for part in node.args)
         return next((layer for layer in found if layer is not None), None)
     return None

@@ -23,7 +23,7 @@ class Coding(Protocol):
 
 
 @dataclass(frozen=True)
-class Direct:
+class DirectCoding:
     """The image itself at every step; the first layers compute it once and the first neurons turn it into spikes."""
 
     def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
@@ -91,8 +91,8 @@ class Latency:
         return (when == t).to(images.dtype)
 
 
-CODINGS: dict[str, type[Direct] | type[Rate] | type[Latency] | type[Frames]] = {
-    "direct": Direct,
+CODINGS: dict[str, type[DirectCoding] | type[Rate] | type[Latency] | type[Frames]] = {
+    "direct": DirectCoding,
     "frames": Frames,
     "latency": Latency,
     "rate": Rate,

@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spikedistill.student.build import Student
 from spikedistill.student.rate import CONVOLUTIONS, NORMS
-from spikedistill.student.surgery import trace
+from spikedistill.student.trace import trace
 from spikedistill.teacher.load import Normalised
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -7,6 +7,7 @@ differ from themselves only where spikes arrive unevenly. As a baseline it is ca
 spikes.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, fx
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import Neuron, Reset
 from spikedistill.neuron.layer import Spiking
-from spikedistill.student.surgery import repeat_time
+from spikedistill.student.graph import Walk
 
 
 def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
@@ -22,7 +23,7 @@ def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
 
     Args:
         x: currents of any shape.
-        threshold: above 0; a scalar, or one a channel, shaped to spread over the currents.
+        threshold: above 0; a scalar, or per channel, shaped to spread over the currents.
         levels: L, 1 or more.
 
     >>> import torch
@@ -43,35 +44,36 @@ def _check(neuron: Neuron) -> None:
         )
 
 
-class _Quantised(fx.Interpreter):
+class _Quantised(Walk):
     """Runs a student's graph once, its neurons exchanged for their closed form."""
 
-    def __init__(self, core: fx.GraphModule, levels: int) -> None:
-        super().__init__(core)
+    def __init__(self, core: fx.GraphModule, levels: int, keep: Collection[str]) -> None:
+        super().__init__(core, keep)
         self.levels = levels
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        layer = self.fetch_attr(target)
-        if isinstance(layer, Spiking):
-            _check(layer.neuron)
-            return clip_floor_shift(args[0], layer.heights(args[0]), self.levels), None
-        return super().call_module(target, args, kwargs)
+    def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        _check(layer.neuron)
+        return clip_floor_shift(current, layer.heights(current), self.levels), None
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return args[0] if target is repeat_time else super().call_function(target, args, kwargs)
+    def spread(self, x: Tensor, repeats: int) -> Tensor:
+        return x
 
 
-def quantised_run(core: fx.GraphModule, rows: Tensor, levels: int, layers: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits ``[B, K]`` and features ``[B, ...]`` of the stand-in with L levels, with graph.
+def quantised_run(
+    core: fx.GraphModule, rows: Tensor, levels: int, layers: int, keep: Collection[str] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits ``[B, K]`` of the stand-in with L levels, and what nodes returned, ``[B, ...]`` by name, with graph.
 
     Args:
         core: a student's graph.
         rows: normalised images ``[B, ...]``.
         levels: L.
         layers: how many layers of neurons there are.
+        keep: names of those nodes.
 
     Raises:
         ConfigError: if its neurons have another answer.
     """
-    logits, _, features = _Quantised(core, levels).run(rows, 1, 1, (None,) * layers, False)
-    return logits, features
+    walk = _Quantised(core, levels, keep)
+    logits, _ = walk.run(rows, 1, 1, (None,) * layers, False)
+    return logits, walk.kept

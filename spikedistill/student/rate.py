@@ -11,6 +11,7 @@ Max pooling is the one part that is not linear: the second pass pools the means 
 Gradients do not reach learned leaks, thresholds and initial potentials.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,18 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from spikedistill.compute.winograd import WinogradConv2d, applies, winograd_backward
 from spikedistill.errors import ConfigError
 from spikedistill.neuron.layer import Spiking, flatten_rows, is_channels_last, restore_rows
 from spikedistill.shapes import time_mean
-from spikedistill.student.surgery import repeat_time
-from spikedistill.student.winograd import WinogradConv2d, applies, winograd_backward
+from spikedistill.student.graph import Walk
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, WinogradConv2d)
 
 
 class _Through(torch.autograd.Function):
-    """Forward what was measured; backward the slope."""
+    """Forward the rate of the first pass; backward the slope."""
 
     @staticmethod
     def forward(ctx, current: Tensor, rate: Tensor, slope: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -111,40 +112,27 @@ def known_convolution(layer: Any, x: Tensor, result: Tensor) -> Tensor:
     return _Convolution.apply(x.to(result.dtype), layer.weight.to(result.dtype), bias, result, layer)
 
 
-class _Pass(fx.Interpreter):
-    """Runs the graph node by node; ``kept`` holds, by node, what the first pass leaves for the second."""
-
-    def __init__(self, core: fx.GraphModule, kept: dict[str, tuple[Tensor, ...]]) -> None:
-        super().__init__(core)
-        self.current = ""
-        self.kept = kept
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n.name
-        return super().run_node(n)
-
-
-class _Spiking(_Pass):
-    """The first pass: all time steps, without graph."""
+class _Steps(Walk):
+    """The first pass: all time steps, without graph; ``left`` holds, by node, what it leaves for the second."""
 
     def __init__(self, core: fx.GraphModule, timesteps: int, batch: int) -> None:
-        super().__init__(core, {})
+        super().__init__(core)
         self.timesteps, self.batch = timesteps, batch
+        self.left: dict[str, tuple[Tensor, ...]] = {}
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        layer = self.fetch_attr(target)
-        if isinstance(layer, Spiking):
-            x, timesteps, repeats, *_ = args
-            spikes, rate, slope = layer.measure(x, timesteps, repeats)
-            self.kept[self.current] = (rate, slope)
-            for hook in layer._forward_hooks.values():
-                hook(layer, args, (spikes, None))
-            return spikes, None
+    def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        spikes, rate, slope = layer.with_slope(current, timesteps, repeats)
+        self.left[self.current.name] = (rate, slope)
+        for hook in layer._forward_hooks.values():
+            hook(layer, (current, timesteps, repeats, state, keep), (spikes, None))
+        return spikes, None
+
+    def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         if isinstance(layer, NORMS) and layer.training:
             return self._norm(layer, args[0])
-        result = super().call_module(target, args, kwargs)
+        result = super().apply(layer, args, kwargs)
         if is_plain(layer):
-            self.kept[self.current] = (self._mean(result),)
+            self.left[self.current.name] = (self._mean(result),)
         return result
 
     def _mean(self, x: Tensor) -> Tensor:
@@ -162,33 +150,37 @@ class _Spiking(_Pass):
         y, mean, inverse = torch.native_batch_norm(
             x, layer.weight, layer.bias, layer.running_mean, layer.running_var, True, momentum or 0.0, layer.eps
         )
-        self.kept[self.current] = (mean, inverse)
+        self.left[self.current.name] = (mean, inverse)
         return y
 
 
-class _Means(_Pass):
-    """The second pass: one row a sample, on means, with graph; what the first pass kept is let go as it is used."""
+class _Means(Walk):
+    """The second pass: one row a sample, on means, with graph; what the first pass left is let go as it is used."""
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        layer = self.fetch_attr(target)
-        if isinstance(layer, Spiking):
-            return _Through.apply(args[0], *self.kept.pop(self.current)), None
+    def __init__(self, core: fx.GraphModule, left: dict[str, tuple[Tensor, ...]], keep: Collection[str]) -> None:
+        super().__init__(core, keep)
+        self.left = left
+
+    def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        return _Through.apply(current, *self.left.pop(self.current.name)), None
+
+    def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         if isinstance(layer, NORMS) and layer.training:
-            mean, inverse = self.kept.pop(self.current)
+            mean, inverse = self.left.pop(self.current.name)
             return _Norm.apply(args[0], layer.weight, layer.bias, mean, inverse, layer.eps)
         if is_plain(layer):
-            (mean,) = self.kept.pop(self.current)
+            (mean,) = self.left.pop(self.current.name)
             return known_convolution(layer, args[0], mean)
-        return super().call_module(target, args, kwargs)
+        return super().apply(layer, args, kwargs)
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return args[0] if target is repeat_time else super().call_function(target, args, kwargs)
+    def spread(self, x: Tensor, repeats: int) -> Tensor:
+        return x
 
 
 def rate_run(
-    core: fx.GraphModule, rows: Tensor, timesteps: int, repeats: int, layers: int
+    core: fx.GraphModule, rows: Tensor, timesteps: int, repeats: int, layers: int, keep: Collection[str] = ()
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits ``[T*B, K]`` of all steps, and features as means ``[B, ...]``, both with the rate-based gradient.
+    """Logits ``[T*B, K]`` of all steps, and the means ``[B, ...]`` of nodes, both with the rate-based gradient.
 
     Args:
         core: a student's graph, in training mode.
@@ -196,6 +188,7 @@ def rate_run(
         timesteps: T.
         repeats: how often each row is used, 1 or T.
         layers: how many layers of neurons there are.
+        keep: names of the nodes whose means are wanted.
 
     Raises:
         ConfigError: if the network drops out at random, which two passes cannot share, or takes its batch norms'
@@ -215,9 +208,10 @@ def rate_run(
     states = (None,) * layers
     batch = rows.shape[0] * repeats // timesteps
     with torch.no_grad():
-        first = _Spiking(core, timesteps, batch)
-        logits, _, _ = first.run(rows, timesteps, repeats, states, False)
+        first = _Steps(core, timesteps, batch)
+        logits, _ = first.run(rows, timesteps, repeats, states, False)
         means = rows if repeats > 1 or timesteps == 1 else rows.unflatten(0, (timesteps, -1)).mean(0)
-    mean, _, features = _Means(core, first.kept).run(means, 1, 1, states, False)
+    second = _Means(core, first.left, keep)
+    mean, _ = second.run(means, 1, 1, states, False)
     carried = (mean - mean.detach()).repeat(logits.shape[0] // batch, 1)
-    return logits + carried, features
+    return logits + carried, second.kept

@@ -13,7 +13,7 @@ them results of the T steps; to compute them again from the spikes ``[T*B, ...]`
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from spikedistill.neuron.layer import Spiking
+from spikedistill.student.graph import Walk
 from spikedistill.student.rate import is_plain, known_convolution
 
 Recompute = Literal["nothing", "neurons", "stages"]
@@ -31,26 +32,33 @@ FEWEST, MOST = 2, 4
 """Layers of neurons in a stage; between the two it ends where the fewest signals cross, and sooner where as few do."""
 
 
-def recomputed_run(core: fx.GraphModule, convolutions: bool, *given: Any) -> Any:
-    """What ``core(*given)`` returns, with the same gradients from less memory.
+def recomputed_run(
+    core: fx.GraphModule, convolutions: bool, keep: Collection[str], *given: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    """What ``core(*given)`` and nodes by name return, with the same gradients from less memory.
 
     A network that cannot be cut, since it has three layers of neurons or fewer, keeps what it always did.
 
     Args:
         core: a student's graph.
         convolutions: whether they are computed again too.
+        keep: names of those nodes.
         given: what the graph takes.
     """
     nodes = list(core.graph.nodes)
     values: dict[fx.Node, Any] = dict(zip(nodes, given))
+    kept: dict[str, Tensor] = {}
     *before, last = stages(core)
     for part in before:
-        stage = _Stage(core, part, convolutions)
+        stage = _Stage(core, part, convolutions, keep)
         results = checkpoint(stage, *(values[node] for node in stage.reads), use_reentrant=False)
-        values.update(zip(stage.returns, results))
+        returned = dict(zip(stage.returns, results))
+        kept |= {node.name: value for node, value in returned.items() if node.name in keep}
+        values |= returned
         values = {node: value for node, value in values.items() if stage.end < max(node.users, default=node)}
-    stage = _Stage(core, last, True)
-    return stage(*(values[node] for node in stage.reads))[-1]
+    stage = _Stage(core, last, True, keep)
+    *inner, (_, result) = zip(stage.returns, stage(*(values[node] for node in stage.reads)))
+    return result, kept | {node.name: value for node, value in inner}
 
 
 def stages(core: fx.GraphModule) -> list[list[fx.Node]]:
@@ -105,18 +113,21 @@ def _changes(core: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
     return bool(getattr(_layer(core, user), "inplace", False))
 
 
-class _Stage(fx.Interpreter):
-    """Some nodes of the graph as a function of the values that they read; it returns those that are read after them."""
+class _Stage(Walk):
+    """Some nodes of the graph as a function of what they read; it returns what is read after them or wanted."""
 
-    def __init__(self, core: fx.GraphModule, nodes: list[fx.Node], convolutions: bool) -> None:
+    def __init__(self, core: fx.GraphModule, nodes: list[fx.Node], convolutions: bool, wanted: Collection[str]) -> None:
         super().__init__(core, garbage_collect_values=False)
         own = set(nodes)
         self.nodes, self.end = nodes, nodes[-1]
         self.reads = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own))
-        self.returns = [node for node in nodes if node.op == "output" or any(user not in own for user in node.users)]
+        self.returns = [
+            node
+            for node in nodes
+            if node.op == "output" or node.name in wanted or any(user not in own for user in node.users)
+        ]
         self.again, self.convolutions = False, convolutions
-        self.kept: dict[str, tuple[Tensor, int]] = {}
-        self.current = ""
+        self.convolved: dict[str, tuple[Tensor, int]] = {}
 
     def __call__(self, *values: Any) -> tuple[Any, ...]:
         self.env = dict(zip(self.reads, values))
@@ -124,33 +135,30 @@ class _Stage(fx.Interpreter):
             for node in self.nodes:
                 self.env[node] = self.run_node(node)
                 for source in node.all_input_nodes:
-                    if max(source.users) is node:
+                    if max(source.users) is node and source not in self.returns:
                         del self.env[source]
             return tuple(self.env[node] for node in self.returns)
         finally:
             self.env, self.again = {}, True
 
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n.name
-        return super().run_node(n)
+    def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        run = layer.forward if self.again else layer
+        return run(current, timesteps, repeats, state, keep)
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        layer = self.fetch_attr(target)
+    def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self.convolutions and is_plain(layer):
             return self._convolution(layer, *args, **kwargs)
-        if self.again and isinstance(layer, Spiking):
-            return layer.forward(*args, **kwargs)
         with _unmoved(layer) if self.again and isinstance(layer, _BatchNorm) else contextlib.nullcontext():
             return layer(*args, **kwargs)
 
     def _convolution(self, layer: Any, x: Tensor) -> Tensor:
         """Its result, of the first run if that was kept and nothing was written over it."""
-        result, version = self.kept.pop(self.current, (None, 0))
+        result, version = self.convolved.pop(self.current.name, (None, 0))
         if result is None or result._version != version:
             with torch.no_grad():
                 result = layer(x)
         if not self.again:
-            self.kept[self.current] = result, result._version
+            self.convolved[self.current.name] = result, result._version
         return known_convolution(layer, x, result)
 
 

@@ -5,8 +5,9 @@ is a directory of plain files under the digest of its key, so that other choices
 
 key.json             what the answers depend on (teacher, data, augmentation, seed, ...), and how each file is laid out
 samples.npy          [views, steps, B] the sample that each row belongs to; -1: its answer is not there yet
-logits.npy           [views, steps, B, K]
-features.PATH.npy    [views, steps, B, ...] axes in the network's order of memory; bfloat16 as int16 of the same bits
+logits.npy           [views, steps, T, B, K] T = 1 unless an objective needs every step of a spiking teacher
+features.PATH.npy    [views, steps, T, B, ...] axes in the network's order of memory; bfloat16 as int16 of the same bits
+spikes.PATH.npy      likewise, of a spiking teacher
 
 A batch is marked in samples.npy after its rows are on disk, so a kill at any moment costs answers and never falsifies
 one. Whoever opens a cache that another process filled asks the teacher once more and compares.
@@ -29,37 +30,16 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from spikedistill.answer import Answer
 from spikedistill.errors import ConfigError, RunError
-from spikedistill.shapes import ClassLogits
-
-Answer = tuple[ClassLogits | None, Mapping[str, Tensor]]
-"""Logits, and features by module path; where there is no teacher, neither."""
 
 SAMPLES = "samples"
-FEATURES = "features."
+KINDS = ("features", "spikes")
+"""What an answer holds by path, beside its logits."""
 FAR = 0.05
 """Relative distance from which a kept answer is another teacher's; rounding on other hardware stays far below."""
-
-
-def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """A digest of names, shapes, number formats and bits; devices and orders of memory do not matter.
-
-    >>> ones = torch.ones(2, 3)
-    >>> fingerprint({"a": ones}) == fingerprint({"a": ones.T.contiguous().T}) != fingerprint({"a": -ones})
-    True
-    """
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def fingerprint_of(network: nn.Module) -> str:
-    """A digest of a network's modules, parameters and buffers, those too that no file of weights holds."""
-    return fingerprint({**dict(network.named_parameters()), **dict(network.named_buffers())}, str(network))
 
 
 @dataclass(frozen=True)
@@ -133,8 +113,8 @@ class Cache:
     def __init__(self, folder: Path, key: Mapping[str, Any], example: Answer, views: int, steps: int) -> None:
         tensors = _named(example)
         self.layouts = {name: Layout.of(tensor) for name, tensor in tensors.items()}
-        batch, self.device = len(next(iter(tensors.values()))), next(iter(tensors.values())).device
-        self.layouts[SAMPLES] = Layout((batch,), (0,), "int64")
+        self.device = example.logits.device
+        self.layouts[SAMPLES] = Layout((example.logits.shape[1],), (0,), "int64")
         self.views, self.steps = views, steps
         files = {name: asdict(layout) for name, layout in self.layouts.items()}
         self.key = json.loads(json.dumps({**key, "views": views, "steps": steps, "files": files}))
@@ -166,8 +146,11 @@ class Cache:
         elif not self.trusted:
             self._compare(view, step, ask())
         kept = {name: self._read(name, view, step).to(self.device) for name in self.layouts if name != SAMPLES}
-        logits = kept.pop("logits", None)
-        return logits, {unquote(name.removeprefix(FEATURES)): feature for name, feature in kept.items()}
+        logits, found = kept.pop("logits"), {kind: dict[str, Tensor]() for kind in KINDS}
+        for name, tensor in kept.items():
+            kind, _, path = name.partition(".")
+            found[kind][unquote(path)] = tensor
+        return Answer(logits, **found)
 
     def flush(self) -> None:
         """Mark what was filled since: the rows reach the disk first, then their marks.
@@ -226,7 +209,7 @@ class Cache:
             raise self._unwritten(error) from error
         if needed <= free:
             return
-        features = sum(layout.nbytes for name, layout in self.layouts.items() if name.startswith(FEATURES))
+        features = sum(layout.nbytes for name, layout in self.layouts.items() if name.startswith("features."))
         lean = f"--method kdsnn-response (features take {100 * features / self._batch_bytes():.0f} % of it), "
         raise ConfigError(
             f"The teacher's answers to {self.views} views need {_size(needed)} in '{folder}', where {_size(free)} are"
@@ -327,9 +310,11 @@ class Cache:
 
 def _named(answer: Answer) -> dict[str, Tensor]:
     """The tensors of an answer by the names of their files."""
-    logits, features = answer
-    known: dict[str, Tensor] = {} if logits is None else {"logits": logits}
-    return known | {FEATURES + quote(path, safe=""): feature for path, feature in features.items()}
+    known = {"logits": answer.logits}
+    for kind in KINDS:
+        for path, tensor in getattr(answer, kind).items():
+            known[f"{kind}.{quote(path, safe='')}"] = tensor
+    return known
 
 
 def _map(file: Path) -> np.memmap[Any, np.dtype[Any]]:

@@ -4,6 +4,7 @@
 (read with ``weights_only=True``; nothing is ever unpickled); ``Teacher`` freezes it.
 """
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,21 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spikedistill.answer import Answer, Learner
 from spikedistill.errors import ConfigError, WeightsError, one_of, unknown
-from spikedistill.files import read_tensors
+from spikedistill.files import read_tensors, weights_file
 from spikedistill.shapes import ClassLogits, Image, Logits
 from spikedistill.teacher.taps import taps
 from spikedistill.teacher.zoo import ZOO
 
 
-def is_library_s(name: str) -> bool:
+def from_library(name: str) -> bool:
     """Whether an architecture's name asks for a network of torchvision or timm."""
     return name.startswith(("torchvision/", "timm/"))
 
 
 def is_elsewhere(name: str) -> bool:
     """Whether an architecture's name asks for a network that is not the zoo's."""
-    return is_library_s(name) or ".py:" in name
+    return from_library(name) or ".py:" in name
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,8 @@ class Architecture:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        for field, value in (
-            ("classes", self.classes),
-            ("channels", self.channels),
-            ("width", 1 if self.width is None else self.width),
-        ):
+        sizes = {"classes": self.classes, "channels": self.channels, "width": 1 if self.width is None else self.width}
+        for field, value in sizes.items():
             if value < 1:
                 raise ConfigError(f"{field} (={value}) of '{self.name}' must be 1 or more.")
         if self.width is not None and is_elsewhere(self.name):
@@ -68,9 +67,9 @@ class Architecture:
         Raises:
             ConfigError: if there is no such architecture.
         """
-        if ".py:" in self.name:
+        if self.names_code:
             return _own(self.name, self.classes)
-        if is_library_s(self.name):
+        if from_library(self.name):
             origin, _, name = self.name.partition("/")
             return _library(origin, name, self.classes, self.channels)
         if self.name not in ZOO:
@@ -80,6 +79,11 @@ class Architecture:
             )
         extra = {} if self.width is None else {"width": self.width}
         return ZOO[self.name](classes=self.classes, channels=self.channels, **extra)
+
+    @property
+    def names_code(self) -> bool:
+        """Whether building it executes a file of Python code."""
+        return ".py:" in self.name
 
     def facts(self) -> dict[str, Any]:
         """The fields as JSON keeps them."""
@@ -112,10 +116,29 @@ def _timm(name: str) -> Any:
 
 
 def _own(name: str, classes: int) -> nn.Module:
-    file, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(f"spikedistill_own_{Path(file).stem}", file)
+    maker = import_object(name)
+    try:
+        network = maker(classes=classes)
+    except TypeError as error:
+        raise ConfigError(
+            f"'{name}' cannot be called with classes={classes} ({error}): let it take 'classes'."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"'{name}' returned {type(network).__name__}: it must return a torch.nn.Module.")
+    return network
+
+
+def import_object(name: str) -> Any:
+    """What ``FILE.py:NAME`` names; the file is executed.
+
+    Raises:
+        ConfigError: if there is no such file, it cannot be imported, or it has no such name.
+    """
+    file, _, wanted = name.rpartition(":")
+    place = hashlib.sha256(str(Path(file).resolve()).encode()).hexdigest()[:8]  # two files may have one name
+    spec = importlib.util.spec_from_file_location(f"spikedistill_own_{Path(file).stem}_{place}", file)
     if spec is None or spec.loader is None or not Path(file).is_file():
-        raise ConfigError(f"The file '{file}' of architecture '{name}' does not exist: check the path.")
+        raise ConfigError(f"The file '{file}' of '{name}' does not exist: check the path.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     sys.path.insert(0, str(Path(file).resolve().parent))  # for modules that lie beside it
@@ -127,18 +150,11 @@ def _own(name: str, classes: int) -> nn.Module:
         ) from error
     finally:
         sys.path.pop(0)
-    maker = getattr(module, function, None)
-    if not callable(maker):
-        raise ConfigError(unknown(f"function in '{file}'", function, [key for key in vars(module) if key[0] != "_"]))
-    try:
-        network = maker(classes=classes)
-    except TypeError as error:
+    if not hasattr(module, wanted):
         raise ConfigError(
-            f"'{name}' cannot be called with classes={classes} ({error}): let it take 'classes'."
-        ) from error
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"'{name}' returned {type(network).__name__}: it must return a torch.nn.Module.")
-    return network
+            unknown(f"function or class in '{file}'", wanted, [key for key in vars(module) if key[0] != "_"])
+        )
+    return getattr(module, wanted)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -199,11 +215,11 @@ class Normalised(nn.Module):
 
     Args:
         network: any module from images ``[B, C, H, W]`` to logits ``[B, K]``.
-        mean: one value a channel.
-        std: one value a channel, above 0.
+        mean: one value per channel.
+        std: one value per channel, above 0.
 
     Raises:
-        ConfigError: if a deviation is not above 0.
+        ConfigError: if a deviation is not above 0, or the network normalises its inputs itself, as students do.
     """
 
     mean: Tensor
@@ -211,13 +227,18 @@ class Normalised(nn.Module):
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        if isinstance(network, Learner):
+            raise ConfigError(
+                f"A {type(network).__name__} owns the normalisation of its inputs, a second one would be wrong: give it"
+                " as it is, a student can teach."
+            )
         if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise ConfigError(f"mean {tuple(mean)} and std {tuple(std)} need one value a channel, std above 0.")
+            raise ConfigError(f"mean {tuple(mean)} and std {tuple(std)} need one value per channel, std above 0.")
         self.network = network
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
-    def answer(self, images: Image) -> ClassLogits:
+    def logits(self, images: Image) -> ClassLogits:
         """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``."""
         logits = self.network(self.normalise(images))
         if not isinstance(logits, Tensor):
@@ -225,11 +246,43 @@ class Normalised(nn.Module):
                 f"{type(self.network).__name__} returns {type(logits).__name__}, not a tensor of logits: switch its"
                 " auxiliary outputs off, or wrap it in a module that returns one."
             )
+        if logits.ndim == 3:
+            raise ConfigError(
+                f"{type(self.network).__name__} returns logits of shape {tuple(logits.shape)}, an ANN's are [B, K]."
+                " A network with time steps teaches as it is, if it has 'observe' as a student has."
+            )
         return logits
 
     def normalise(self, images: Image) -> Image:
         """Images in 0..1 as the network was trained on."""
         return (images - self.mean) / self.std
+
+    def observe(
+        self, inputs: Image, paths: Sequence[str] = (), *, spikes: Sequence[str] = (), potentials: Sequence[str] = ()
+    ) -> Answer:
+        """Logits ``[1, B, K]`` and features ``[1, B, ...]`` at module paths of the network.
+
+        Raises:
+            ConfigError: if there is no module at a path, or spikes or potentials are asked for, which an ANN lacks.
+        """
+        if spikes or potentials:
+            raise ConfigError(
+                f"{type(self.network).__name__} is an ANN and has no spikes or potentials at"
+                f" {', '.join([*spikes, *potentials])}: take a spiking network, a run of 'distill'."
+            )
+        if not paths:
+            return Answer(self.logits(inputs)[None])
+        with taps(self.network, paths) as seen:
+            logits = self.logits(inputs)
+        return Answer(logits[None], {path: feature[None] for path, feature in seen.items()})
+
+    def paths(self) -> list[str]:
+        """The paths of all modules of the network."""
+        return [name for name, _ in self.network.named_modules() if name]
+
+    def layers(self) -> list[str]:
+        """None, since it is an ANN."""
+        return []
 
 
 class Teacher(Normalised):
@@ -242,7 +295,7 @@ class Teacher(Normalised):
 
     def forward(self, images: Image) -> ClassLogits:
         """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``."""
-        return self.answer(images)
+        return self.logits(images)
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode."""
@@ -254,15 +307,15 @@ class OneStep(Normalised):
 
     def forward(self, images: Image) -> Logits:
         """Images ``[B, C, H, W]`` in 0..1 to logits ``[1, B, K]``."""
-        return self.answer(images)[None]
+        return self.logits(images)[None]
 
-    def observe(self, images: Image, paths: Sequence[str]) -> tuple[Logits, dict[str, Tensor]]:
-        """Logits ``[1, B, K]`` and features ``[1, B, ...]`` at module paths of the network."""
-        if not paths:
-            return self(images), {}
-        with taps(self.network, paths) as seen:
-            logits = self(images)
-        return logits, {path: feature[None] for path, feature in seen.items()}
+
+def code_refused(path: Path, name: str) -> ConfigError:
+    """The refusal of a weights file that names Python code."""
+    return ConfigError(
+        f"'{path}' names Python code as its network, '{name}', which is not executed unasked: give the network, or"
+        " trust_code=True if you trust the file (on the command line --trust-code)."
+    )
 
 
 def pretrained(name: str) -> tuple[Teacher, Architecture]:
@@ -304,38 +357,43 @@ def load_teacher(
     architecture: Architecture | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    trust_code: bool = False,
 ) -> tuple[Teacher, Architecture]:
     """A trained ANN from a run directory or weights file.
 
     Args:
         source: a run directory of ``spikedistill teach``, or a weights file.
         architecture: what the weights belong to; files of ``teach`` know it themselves.
-        mean: input normalisation, one value a channel; files of ``teach`` know it themselves.
+        mean: input normalisation, one value per channel; files of ``teach`` know it themselves.
         std: likewise.
+        trust_code: execute the file of Python code that a weights file may name as its network.
 
     Returns:
         The teacher and its architecture.
 
     Raises:
         WeightsError: if the weights cannot be read or do not fit.
-        ConfigError: if architecture or normalisation are neither given nor known to the file.
+        ConfigError: if architecture or normalisation are neither given nor known to the file, or it names Python code
+            and is not trusted.
     """
-    path = Path(source)
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = weights_file(source)
     tensors, facts = read_weights(path)
     if architecture is None:
         if "architecture" not in facts:
             raise ConfigError(f"'{path}' does not say which network its weights belong to: name the architecture.")
         try:
             architecture = Architecture(**facts["architecture"])
+            refused = architecture.names_code and not trust_code
         except TypeError as error:
             raise WeightsError(
                 f"'{path}' names its network in a way that this version does not know ({error}): name the architecture."
             ) from error
+        if refused:
+            raise code_refused(path, architecture.name)
     mean, std = mean or facts.get("mean"), std or facts.get("std")
     if mean is None or std is None:
         raise ConfigError(
-            f"'{path}' does not say how its inputs were normalised: give mean and std, one value a channel."
+            f"'{path}' does not say how its inputs were normalised: give mean and std, one value per channel."
         )
     network = architecture.build()
     load_weights(network, tensors, f"'{path}'")

@@ -1,9 +1,14 @@
 """The choices of a run as frozen values, checked as a whole, saved beside the weights."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from tyro.conf import arg
+
+from spikedistill.compute.place import Convolutions, Place, Precision, choose_place
 from spikedistill.data.augment import Augment
+from spikedistill.data.feed import Feed, MemoryFeed, PairFeed
+from spikedistill.data.images import ImageSet, load_images
 from spikedistill.errors import ConfigError
 
 
@@ -11,8 +16,13 @@ from spikedistill.errors import ConfigError
 class Data:
     """What comes in."""
 
-    data: str = "digits"
-    """A set (digits, mnist, fashion-mnist, cifar10, cifar100), a folder of images by class, or a .npz file."""
+    name: Annotated[str, arg(name="data")] = "digits"
+    """A set (digits, mnist, fashion-mnist, cifar10, cifar100), a folder of images by class, or a .npz file, which may
+    also hold event frames."""
+    source: str | None = None
+    """Images of the same classes beside event frames, for methods with a second input stream: a set, folder or file."""
+    paired: bool = False
+    """With source: take the image with the same number as the recording, instead of one of its class at random."""
     data_dir: str | None = None
     """Where named sets lie; else $SPIKEDISTILL_DATA; else ./data."""
     image_size: int | None = None
@@ -36,6 +46,24 @@ class Data:
         """The augmentation that the fields describe."""
         return Augment(self.crop, self.flip, self.cutout, self.policy, self.border, self.noise)
 
+    def load(self) -> ImageSet:
+        """The set that the fields name; a ``DataError`` where there is none."""
+        return load_images(self.name, self.data_dir, self.image_size)
+
+    def load_source(self) -> ImageSet | None:
+        """The images of the second input stream, if there is one."""
+        return None if self.source is None else load_images(self.source, self.data_dir)
+
+    def feed(self, images: ImageSet, training: "Training", source: ImageSet | None = None) -> Feed:
+        """What yields the batches of a training; with a source, pairs.
+
+        Raises:
+            ConfigError: if there are fewer samples than one batch.
+            DataError: if the source has other classes.
+        """
+        feed = MemoryFeed(images, training.batch_size, training.seed, self.augment(), self.validation, training.views)
+        return feed if source is None else PairFeed(feed, source, self.paired)
+
     def faults(self) -> list[str]:
         """What cannot work, one sentence each."""
         faults = []
@@ -47,6 +75,8 @@ class Data:
             faults.append(f"crop (={self.crop}) and cutout (={self.cutout}) are sizes in pixels: 0 or more")
         if not 0 <= self.noise <= 1:
             faults.append(f"noise (={self.noise}) is a deviation of pixels in 0..1: 0 to 1")
+        if self.paired and self.source is None:
+            faults.append("paired needs a source, the images that go with the recordings: give --source")
         return faults
 
 
@@ -80,12 +110,12 @@ class Training:
     """0: every epoch sees new augmentations; k: those of k epochs in turn, the teacher's answers kept on disk."""
     cache_dir: str | None = None
     """With views: where the teacher's answers lie, also those of other runs; by default the run's own directory."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Number format of the large operations; auto takes bf16 where the processor has it."""
     channels_last: bool = True
     """Memory order of images inside the network; faster for convolutions nearly everywhere. Left out where oneDNN's
     gradients would be wrong with it (a strided 1 x 1 convolution of few channels on a CPU)."""
-    convolutions: Literal["auto", "torch", "winograd"] = "auto"
+    convolutions: Convolutions = "auto"
     """PyTorch's, or on a CPU in float32 our own by Winograd's algorithm; auto takes ours where they were found to be
     faster: on processors with AVX2 and without AVX-512, where there is a C compiler."""
     compile: bool = False
@@ -100,6 +130,12 @@ class Training:
     """Minutes between resumable checkpoints within an epoch (each epoch ends with one)."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
+
+    def place(self) -> Place:
+        """Where a run computes; a ``ConfigError`` where there is no such device."""
+        return choose_place(
+            self.device, self.precision, self.channels_last, self.convolutions, self.compile, self.keep_memory
+        )
 
     @property
     def peak(self) -> float:

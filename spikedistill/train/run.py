@@ -1,6 +1,6 @@
 """A run directory: what was asked, where it ran, what came out.
 
-recipe.json             every choice, resolved
+recipe.json             every choice, as given
 environment.json        when and where it began: date, versions, processor, threads
 conversion.json         of a student: what became of each activation
 before.json             of a student: measurements on 1000 training images before training
@@ -8,7 +8,9 @@ metrics.jsonl           one line an epoch; the same numbers in an interrupted an
 timing.jsonl            one line an epoch; seconds, which are never the same, device, number format and memory order
 checkpoint.safetensors  all that the next step needs
 model.safetensors       the weights, when the run is done
-results.json            the measurements on the test set, when the run is done
+results.json            the measurements on the test set, and the method with its open fields closed, when the run is
+                        done
+method.py               of an objective of the user's: a copy of its file
 scores.jsonl            of 'immunity': one line a score
 answers/                with views: the teacher's answers; may be deleted
 lock                    locked while a process works in the directory
@@ -19,7 +21,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +30,9 @@ from typing import Any
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
 
-from spikedistill.errors import RunError
+from spikedistill.errors import RunError, SpikeDistillError
 from spikedistill.files import write_text
+from spikedistill.student.upgrade import upgrade
 
 
 @dataclass
@@ -75,6 +78,11 @@ class Run:
         if worth_keeping and not resume:
             raise RunError(f"'{self.path}' already holds a run: go on with it by --resume, or choose another --out.")
         if resume:
+            if self.read("recipe").get("format") != recipe.get("format") and not self.finished:
+                raise RunError(
+                    f"The run in '{self.path}' was begun, and not finished, by an older version of spikedistill: finish"
+                    " it with that version, or begin anew in another --out."
+                )
             if changed := self.changes(recipe, defaults):
                 raise RunError(
                     f"'{self.path}' was begun with another recipe ({'; '.join(changed[:3])}): give the same, or another"
@@ -104,7 +112,20 @@ class Run:
     def changes(self, recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
         """In what the choices that lie here differ from others; see ``differences``."""
         now, usual = json.loads(json.dumps([recipe, defaults or {}]))
-        return differences(self.read("recipe"), now, usual)
+        return differences(self.recipe(), now, usual)
+
+    def recipe(self) -> dict[str, Any]:
+        """The choices that lie here, in today's format whoever wrote them.
+
+        Raises:
+            RunError: if they are missing or broken.
+        """
+        found = self.read("recipe")
+        try:
+            return upgrade(found) if found.get("kind") in ("teach", "distill") else found
+        except SpikeDistillError as error:
+            reason = str(error).rstrip(".")
+            raise RunError(f"'{self.path}' holds no run that can be read ({reason}): give another.") from error
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one JSON file of the directory."""
@@ -158,6 +179,19 @@ class Run:
                 continue
             kept = [json.dumps(line) + "\n" for line in self.lines(name) if line["epoch"] <= epoch]
             write_text(self.path / f"{name}.jsonl", "".join(kept))
+
+
+def unless_done(path: Path, work: Callable[[bool], object], say: Callable[[], object] = lambda: None) -> None:
+    """Leave a finished run alone; begin any other, or go on with it.
+
+    Args:
+        path: its directory.
+        work: told whether to resume.
+        say: called before.
+    """
+    if not Run(path).finished:
+        say()
+        work((path / "recipe.json").exists())
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:

@@ -3,26 +3,42 @@
 import dataclasses
 import importlib
 import pkgutil
+from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import spikedistill.objective
+from spikedistill.answer import Answer
 from spikedistill.errors import ConfigError
+from spikedistill.neuron.dynamics import Neuron
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
-from spikedistill.objective.terms import Batch, Objective, total
+from spikedistill.objective.qcfs import QCFS
+from spikedistill.objective.schedule import Ramp
+from spikedistill.objective.terms import Batch, Objective, Sum, total
+from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
+from spikedistill.teacher.load import Teacher
 
-PAIRS = (("deep", "late"), ("flat", "even"))
+PAIRS = (("layer1", "late"), ("layer2", "even"))
 
 SETTINGS = {
     Direct: [{}, {"label_smoothing": 0.1}],
     TET: [{}, {"label_smoothing": 0.1, "lam": 0.3, "target": 0.5}],
+    QCFS: [{}, {"label_smoothing": 0.1}],
     KDSNNResponse: [{}, {"temperature": 4.0, "alpha": 0.3, "label_smoothing": 0.1}],
     KDSNNFeature: [{"pairs": PAIRS}, {"pairs": PAIRS, "weight": 0.5, "adapt": True, "margin": True, "partial": True}],
     KDSNN: [{"pairs": PAIRS}, {"pairs": PAIRS, "temperature": 4.0, "adapt": True, "margin": True, "partial": True}],
+    Sum: [
+        {"parts": ((0.5, Direct()),)},
+        {"parts": ((1.0, TET()), (Ramp(1.0, 0.5), KDSNNFeature(PAIRS, adapt=True)), (0.0, KDSNNResponse()))},
+    ],
 }
 ALL = [kind(**fields) for kind, choices in SETTINGS.items() for fields in choices]
+OPEN = [KDSNNFeature(), KDSNN(), Sum(((1.0, KDSNNFeature()), (1.0, KDSNN(adapt=True)), (1.0, Direct())))]
 
 
 def subclasses(kind):
@@ -33,25 +49,54 @@ def drawn(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def counts(seed, *shape):
+    return torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def make_batch(steps=1):
+    """A student's answer of three steps and a teacher's, with all that an answer can hold."""
+    ours = {"late": drawn(1, 3, 6, 2, 4, 4), "even": drawn(2, 3, 6, 5)}
+    theirs = {"layer1": drawn(4, steps, 6, 3, 2, 2), "layer2": drawn(5, steps, 6, 5)}
+    student = Answer(
+        drawn(0, 3, 6, 4).requires_grad_(), ours, {"relu": counts(7, 3, 6, 5)}, {"relu": drawn(8, 3, 6, 5)}
+    )
+    teacher = Answer(drawn(3, steps, 6, 4), theirs, {"relu": counts(9, steps, 6, 5)})
+    return Batch(labels=torch.tensor([0, 1, 2, 3, 3, 1]), student=student, teacher=teacher, source=student)
+
+
 @pytest.fixture
 def batch():
-    return Batch(
-        drawn(0, 3, 6, 4).requires_grad_(),
-        torch.tensor([0, 1, 2, 3, 3, 1]),
-        {"late": drawn(1, 3, 6, 2, 4, 4), "even": drawn(2, 3, 6, 5)},
-        drawn(3, 6, 4),
-        {"deep": drawn(4, 6, 3, 2, 2), "flat": drawn(5, 6, 5)},
-    )
+    return make_batch()
+
+
+def of_each(answer, change):
+    """An answer whose every tensor is changed."""
+    kinds = ("features", "spikes", "potentials")
+    inner = ({path: change(x) for path, x in getattr(answer, kind).items()} for kind in kinds)
+    return Answer(change(answer.logits), *inner)
 
 
 def permuted(batch, order):
-    return Batch(
-        batch.logits[:, order],
-        batch.labels[order],
-        {path: feature[:, order] for path, feature in batch.features.items()},
-        batch.teacher_logits[order],
-        {path: feature[order] for path, feature in batch.teacher_features.items()},
+    said = {name: of_each(getattr(batch, name), lambda x: x[:, order]) for name in ("student", "teacher", "source")}
+    return replace(batch, labels=batch.labels[order], **said)
+
+
+def some(tensors, paths):
+    return {path: x for path, x in tensors.items() if path in paths}
+
+
+def pared(batch, needs):
+    """The batch without anything that is not needed."""
+    ours, theirs = {b for _, b in needs.pairs}, {a for a, _ in needs.pairs}
+    spikes, potentials = (
+        some(batch.student.spikes, needs.student_spikes),
+        some(batch.student.potentials, needs.potentials),
     )
+    student = Answer(batch.student.logits, some(batch.student.features, ours), spikes, potentials)
+    said = batch.teacher
+    teacher = Answer(said.logits, some(said.features, theirs), some(said.spikes, needs.teacher_spikes))
+    source = batch.source if needs.source else None
+    return replace(batch, student=student, teacher=teacher if needs.asks_teacher else None, source=source)
 
 
 def test_every_objective_is_listed():
@@ -64,7 +109,7 @@ def test_every_objective_is_listed():
 @pytest.mark.parametrize("objective", ALL, ids=repr)
 class TestEvery:
     def test_returns_finite_scalars_by_name(self, objective, batch):
-        terms = objective(batch, objective.adapters(batch))
+        terms = objective(batch, objective.modules(batch, None))
         assert terms
         for name, term in terms.items():
             assert name.isidentifier()
@@ -72,51 +117,150 @@ class TestEvery:
             assert torch.isfinite(term)
 
     def test_sums_to_the_loss(self, objective, batch):
-        terms = objective(batch, objective.adapters(batch))
+        terms = objective(batch, objective.modules(batch, None))
         assert total(terms).item() == pytest.approx(sum(term.item() for term in terms.values()))
 
     def test_does_not_depend_on_the_order_of_the_batch(self, objective, batch):
-        adapters = objective.adapters(batch)
+        modules = objective.modules(batch, None)
         other = permuted(batch, torch.tensor([4, 2, 0, 5, 1, 3]))
-        torch.testing.assert_close(objective(other, adapters), objective(batch, adapters))
+        torch.testing.assert_close(objective(other, modules), objective(batch, modules))
 
     def test_gives_the_same_terms_twice(self, objective, batch):
-        adapters = objective.adapters(batch)
-        torch.testing.assert_close(objective(batch, adapters), objective(batch, adapters), rtol=0, atol=0)
+        modules = objective.modules(batch, None)
+        torch.testing.assert_close(objective(batch, modules), objective(batch, modules), rtol=0, atol=0)
 
     def test_teaches_every_answer_of_the_student(self, objective, batch):
-        total(objective(batch, objective.adapters(batch))).backward()
-        assert torch.isfinite(batch.logits.grad).all()
-        assert (batch.logits.grad.abs().sum(-1) > 0).all()
+        total(objective(batch, objective.modules(batch, None))).backward()
+        assert torch.isfinite(batch.student.logits.grad).all()
+        assert (batch.student.logits.grad.abs().sum(-1) > 0).all()
 
     def test_descends_along_its_gradient(self, objective, batch):
-        adapters = objective.adapters(batch)
-        before = total(objective(batch, adapters))
-        (slope,) = torch.autograd.grad(before, batch.logits)
-        moved = dataclasses.replace(batch, logits=batch.logits.detach() - 0.01 * slope)
-        assert total(objective(moved, adapters)) < before
+        modules = objective.modules(batch, None)
+        before = total(objective(batch, modules))
+        (slope,) = torch.autograd.grad(before, batch.student.logits)
+        moved = replace(batch, student=replace(batch.student, logits=batch.student.logits.detach() - 0.01 * slope))
+        assert total(objective(moved, modules)) < before
 
     def test_is_a_frozen_value(self, objective, batch):
         assert objective == type(objective)(
             **{f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
         )
-        assert hash(objective) == hash(dataclasses.replace(objective))
+        assert hash(objective) == hash(replace(objective))
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(objective, dataclasses.fields(objective)[0].name, None)
 
+    def test_looks_at_nothing_that_it_does_not_need(self, objective, batch):
+        modules, bare = objective.modules(batch, None), pared(batch, objective.needs)
+        assert objective.modules(bare, None).state_dict().keys() == modules.state_dict().keys()
+        torch.testing.assert_close(objective(bare, modules), objective(batch, modules), rtol=0, atol=0)
 
-@pytest.mark.parametrize("objective", [each for each in ALL if each.teacher], ids=repr)
+
+@pytest.mark.parametrize("objective", [each for each in ALL if each.needs.pairs], ids=repr)
+def test_without_one_of_its_features_it_cannot_go_on(objective, batch):
+    modules = objective.modules(batch, None)
+    for pair in objective.needs.pairs:
+        for name, path in zip(("teacher", "student"), pair):
+            said = getattr(batch, name)
+            left = {other: x for other, x in said.features.items() if other != path}
+            with pytest.raises((ConfigError, KeyError)):
+                objective(replace(batch, **{name: replace(said, features=left)}), modules)
+
+
+@pytest.mark.parametrize("objective", [each for each in ALL if not each.needs.every_step], ids=repr)
+def test_single_steps_of_a_teacher_do_not_matter_where_they_are_not_needed(objective):
+    batch = make_batch(steps=3)
+    mean = replace(batch, teacher=batch.teacher.averaged())
+    modules = objective.modules(mean, None)
+    torch.testing.assert_close(objective(batch, modules), objective(mean, modules))
+
+
+class Step(nn.Module):
+    """What a neuron of threshold 1 does in a single step from 0, as an activation of an ANN."""
+
+    def forward(self, x):
+        return (x >= 1).float()
+
+
+def network(activation):
+    """Two stages of the shapes of ``PAIRS``, from images of one channel and 4 x 4 pixels."""
+    first = nn.Sequential(nn.Conv2d(1, 3, 3), activation())
+    second = nn.Sequential(nn.Linear(12, 5), activation())
+    parts = {"layer1": first, "flat": nn.Flatten(), "layer2": second, "head": nn.Linear(5, 4)}
+    return nn.Sequential(OrderedDict(parts))
+
+
+@pytest.fixture(scope="module")
+def teachers():
+    """A student of one step, and an ANN that answers and sees the same."""
+    torch.manual_seed(0)
+    student, _ = to_spiking(network(nn.ReLU), Conversion(timesteps=1, neuron=Neuron(), inherit=False))
+    ann = network(Step)
+    with torch.no_grad():
+        for ours, theirs in zip(student.core.parameters(), ann.parameters(), strict=True):
+            theirs.copy_(ours.mul_(3))
+    return student.eval(), Teacher(ann, (0.0,), (1.0,))
+
+
+@pytest.mark.parametrize("objective", ALL, ids=repr)
+def test_it_does_not_matter_whether_the_teacher_is_an_ann_or_a_student_of_one_step(objective, batch, teachers):
+    images = 2 * torch.rand(6, 1, 4, 4)
+    said = [teacher.observe(images, ["layer1", "layer2"]) for teacher in teachers]
+    assert 0.05 < said[0].features["layer1"].mean() < 0.95 and said[0].logits.std() > 0.1
+    first, second = (replace(batch, teacher=replace(answer, logits=answer.logits.detach())) for answer in said)
+    modules = objective.modules(first, teachers[0])
+    assert objective.modules(second, teachers[1]).state_dict().keys() == modules.state_dict().keys()
+    torch.testing.assert_close(objective(first, modules), objective(second, modules))
+
+
+@pytest.mark.parametrize("inherits", [False, True])
+class TestSettled:
+    @pytest.mark.parametrize("objective", ALL + OPEN, ids=repr)
+    def test_twice_is_once(self, objective, inherits, teachers):
+        student, ann = teachers
+        once = objective.settled(ann, student, inherits)
+        assert type(once) is type(objective)
+        assert once.settled(ann, student, inherits) == once
+        assert once.settled(None, student, not inherits) == once  # nothing is open that a teacher could close
+        assert objective in OPEN or once.needs == objective.needs
+
+    @pytest.mark.parametrize("objective", [each for each in ALL if not each.needs.pairs], ids=repr)
+    def test_what_is_closed_is_handed_on(self, objective, inherits, teachers):
+        assert objective.settled(None, teachers[0], inherits) == objective
+
+    @pytest.mark.parametrize("kind", [KDSNNFeature, KDSNN])
+    @pytest.mark.parametrize("adapt", [None, False, True])
+    def test_pairs_and_adapters_are_closed_where_they_were_open(self, kind, adapt, inherits, teachers):
+        student, ann = teachers
+        stages = (("layer1", "layer1"), ("layer2", "layer2"))
+        for pairs, expected in (((), stages), (PAIRS[:1], PAIRS[:1])):
+            once = kind(pairs, adapt=adapt, weight=0.5).settled(ann, student, inherits)
+            assert once == kind(expected, adapt=not inherits if adapt is None else adapt, weight=0.5)
+            assert once.needs.pairs == expected
+
+    @pytest.mark.parametrize("objective", OPEN, ids=repr)
+    def test_without_a_teacher_pairs_cannot_be_closed(self, objective, inherits, teachers):
+        with pytest.raises(ConfigError, match="needs a teacher, and no teacher was given"):
+            objective.settled(None, teachers[0], inherits)
+
+    def test_every_part_of_a_sum_is_settled(self, inherits, teachers):
+        student, ann = teachers
+        weights, parts = zip(*OPEN[-1].parts)
+        settled = tuple(part.settled(ann, student, inherits) for part in parts)
+        assert OPEN[-1].settled(ann, student, inherits) == Sum(tuple(zip(weights, settled)))
+
+
+@pytest.mark.parametrize("objective", [each for each in ALL if each.needs.asks_teacher], ids=repr)
 def test_without_a_teacher_it_says_so(objective, batch):
-    adapters = objective.adapters(batch)
-    alone = Batch(batch.logits, batch.labels, batch.features)
-    with pytest.raises(ConfigError, match="asks the teacher, and no teacher was given"):
-        objective(alone, adapters)
-    if objective.pairs:
-        with pytest.raises(ConfigError, match="asks the teacher, and no teacher was given"):
-            objective.adapters(alone)
+    modules, alone = objective.modules(batch, None), replace(batch, teacher=None)
+    with pytest.raises(ConfigError, match="needs a teacher, and no teacher was given"):
+        objective(alone, modules)
+    if objective.needs.pairs:
+        with pytest.raises(ConfigError, match="needs a teacher, and no teacher was given"):
+            objective.modules(alone, None)
 
 
-@pytest.mark.parametrize("objective", [each for each in ALL if not each.teacher], ids=repr)
+@pytest.mark.parametrize("objective", [each for each in ALL if not each.needs.asks_teacher], ids=repr)
 def test_an_objective_that_asks_no_teacher_needs_none(objective, batch):
-    alone = Batch(batch.logits, batch.labels)
-    torch.testing.assert_close(objective(alone, objective.adapters(alone)), objective(batch, objective.adapters(batch)))
+    alone = Batch(labels=batch.labels, student=Answer(batch.student.logits))
+    found, expected = (objective(each, objective.modules(each, None)) for each in (alone, batch))
+    torch.testing.assert_close(found, expected)

@@ -1,9 +1,10 @@
+import itertools
 import random
 
 import pytest
 import torch
 
-from spikedistill.data.augment import Augment, alternate, random_crop, random_cutout, random_noise, to_unit
+from spikedistill.data.augment import Augment, alternate, random_crop, random_cutout, random_noise, to_inputs, to_unit
 from spikedistill.errors import ConfigError
 
 EVERYTHING = Augment(crop=2, flip=True, cutout=3, policy="trivial", noise=0.1)
@@ -57,6 +58,24 @@ def test_bytes_become_numbers_from_0_to_1():
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     expected = [value / 255 for value in range(256)]
     assert to_unit(every).flatten().tolist() == pytest.approx(expected, abs=1e-7)
+
+
+class TestToInputs:
+    def test_images_become_numbers_from_0_to_1(self, pixels):
+        assert torch.equal(to_inputs(pixels), to_unit(pixels))
+
+    def test_frames_get_time_in_front_and_keep_their_counts(self):
+        stored = torch.randint(0, 256, (3, 4, 2, 5, 6), dtype=torch.uint8)
+        frames = to_inputs(stored)
+        assert frames.shape == (4, 3, 2, 5, 6) and frames.dtype == torch.float32
+        for sample, step in itertools.product(range(3), range(4)):
+            assert torch.equal(frames[step, sample], stored[sample, step].float())
+
+    @pytest.mark.parametrize("shape", [(3, 2, 5, 6), (3, 4, 2, 5, 6)])
+    def test_stored_bytes_stay_as_they_are(self, shape):
+        stored = torch.full(shape, 7, dtype=torch.uint8)
+        to_inputs(stored).zero_()
+        assert (stored == 7).all()
 
 
 @pytest.mark.parametrize("augment", EACH, ids=repr)

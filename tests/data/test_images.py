@@ -145,6 +145,16 @@ class TestNpz:
     def test_classes_that_only_the_test_part_has_are_counted(self, tmp_path):
         assert load_images(write_npz(tmp_path / "own.npz", test_labels=np.array([0, 1, 2, 5]))).classes == 6
 
+    def test_event_frames_come_out_as_they_are(self, tmp_path):
+        train, test = drawn(10, 6, 2, 4, 5), drawn(4, 6, 2, 4, 5, seed=1)
+        read = load_images(write_npz(tmp_path / "own.npz", train_images=train, test_images=test))
+        assert (read.frames, read.channels, read.classes) == (6, 2, 2)
+        np.testing.assert_array_equal(read.train_images, train)
+        np.testing.assert_array_equal(read.test_images, test)
+
+    def test_images_have_no_frames(self, tmp_path):
+        assert load_images(write_npz(tmp_path / "own.npz")).frames == 0
+
     def test_a_home_directory_is_expanded(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
         write_npz(tmp_path / "own.npz")
@@ -157,6 +167,16 @@ class TestNpz:
             ({"test_labels": np.array([0, 1, -1, 0])}, "run from -1 to 1"),
             ({"class_names": np.array(["cat"])}, "run from 0 to 1 for 1 classes: expected 0 to 0"),
             ({"train_images": drawn(10, 4, 5) / 255.0}, r"float64 of shape \(10, 4, 5\): expected bytes"),
+            (
+                {"train_images": drawn(10, 6, 3, 4, 5), "test_images": drawn(4, 6, 3, 4, 5)},
+                r"event frames \[N, T, 2, H, W\]",
+            ),
+            ({"train_images": drawn(10, 6, 2, 4, 5)}, r"\(6, 2, 4, 5\) and test images of shape \(1, 4, 5\)"),
+            (
+                {"train_images": drawn(10, 6, 2, 4, 5), "test_images": drawn(4, 5, 2, 4, 5)},
+                r"shape \(5, 2, 4, 5\) \(time",
+            ),
+            ({"train_images": drawn(10, 2, 6, 2, 4, 5)}, r"expected bytes .* or event frames \[N, T, 2, H, W\]"),
             ({"train_images": drawn(10, 20)}, r"shape \(10, 20\): expected bytes .* \[N, H, W\]"),
             ({"test_images": drawn(4, 5, 5)}, r"\(1, 4, 5\) and test images of shape \(1, 5, 5\)"),
             ({"test_images": None}, "test_images"),
@@ -432,6 +452,13 @@ class TestStatistics:
         scaled = pixels.numpy() / 255
         assert mean == pytest.approx(scaled.mean((0, 2, 3)), rel=1e-5)
         assert deviation == pytest.approx(scaled.std((0, 2, 3), ddof=1), rel=1e-5)
+
+    @pytest.mark.parametrize("shape", [(50, 6, 2, 4, 5), (1, 1, 2, 1, 1)])
+    def test_of_event_frames_leave_counts_as_they_are(self, shape):
+        counts = torch.from_numpy(drawn(*shape))
+        labels = torch.zeros(len(counts), dtype=torch.int64)
+        statistics = ImageSet("own", counts, labels, counts, labels, ("one",)).statistics()
+        assert statistics == ((0.0, 0.0), (1.0, 1.0))
 
     def test_come_from_evenly_spaced_images_of_a_large_set(self):
         pixels = (torch.arange(20_001) % 256).to(torch.uint8).view(-1, 1, 1, 1)

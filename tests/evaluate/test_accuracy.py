@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spikedistill.evaluate.accuracy import accuracy_by_step, answers, cumulative
+from spikedistill.evaluate.accuracy import accuracy_by_step, cumulative, predict
 
 
 class Steps(nn.Module):
@@ -72,33 +72,33 @@ class TestAnswers:
     def test_are_those_of_the_whole_set_in_evaluation_mode_whatever_the_batch(self, network, blobs, batch_size):
         expected = network.eval()(blobs.test_images / 255.0)
         network.train()
-        logits = answers(network, blobs.test_images, batch_size=batch_size)
+        logits = predict(network, blobs.test_images, batch_size=batch_size)
         torch.testing.assert_close(logits, expected[None].detach())
 
     def test_keep_the_steps_of_a_network_with_time(self, network, blobs):
-        logits = answers(Steps(network), blobs.test_images, batch_size=20)
+        logits = predict(Steps(network), blobs.test_images, batch_size=20)
         assert logits.shape == (2, 48, 3)
         torch.testing.assert_close(logits, torch.stack([logits[0], 2 * logits[0]]))
-        torch.testing.assert_close(logits[:1], answers(network, blobs.test_images, batch_size=20))
+        torch.testing.assert_close(logits[:1], predict(network, blobs.test_images, batch_size=20))
 
     @pytest.mark.parametrize("training", [True, False])
     def test_leave_every_layer_in_the_mode_it_was_in(self, network, blobs, training):
         network.train(training)
         network[1].eval()
         modes = [module.training for module in network.modules()]
-        answers(network, blobs.test_images)
+        predict(network, blobs.test_images)
         assert [module.training for module in network.modules()] == modes
 
     def test_carry_no_gradient(self, network, blobs):
-        assert not answers(network, blobs.test_images).requires_grad
+        assert not predict(network, blobs.test_images).requires_grad
 
     def test_of_a_network_in_channels_last_are_the_same(self, network, blobs):
-        logits = answers(network, blobs.test_images)
+        logits = predict(network, blobs.test_images)
         network.to(memory_format=torch.channels_last)
-        torch.testing.assert_close(answers(network, blobs.test_images), logits)
+        torch.testing.assert_close(predict(network, blobs.test_images), logits)
 
     def test_in_bfloat16_are_near_and_come_back_as_floats(self, network, blobs):
-        logits, exact = (answers(network, blobs.test_images, dtype) for dtype in (torch.bfloat16, torch.float32))
+        logits, exact = (predict(network, blobs.test_images, dtype) for dtype in (torch.bfloat16, torch.float32))
         assert logits.dtype == torch.float32
         assert not torch.equal(logits, exact)
         torch.testing.assert_close(logits, exact, atol=0.05, rtol=0.05)

@@ -5,12 +5,13 @@ from torch import nn
 from spikedistill.evaluate.activity import FiringRates, fan_out, firing_rates, operations
 from spikedistill.neuron.dynamics import IF
 from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
 
 
 def student_of(*layers, timesteps=4):
     """Two neurons that see one and a half of a pixel, and what follows them."""
     network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), *layers)
-    student, _ = to_spiking(network, timesteps=timesteps, neuron=IF, inherit=False)
+    student, _ = to_spiking(network, Conversion(timesteps=timesteps, neuron=IF, inherit=False))
     for layer in student.neurons.values():
         layer.backend = "reference"
     student.core.get_submodule("0").weight.data = torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)
@@ -146,7 +147,7 @@ class TestOperations:
         network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Flatten())
         network.append(nn.Linear(2 * 4, 3))
         images = torch.rand(64, 1, 6, 6)
-        student, _ = to_spiking(network, calibrate=images, per_channel=True)
+        student, _ = to_spiking(network, Conversion(per_channel=True), calibrate=images)
         with operations(student) as counts:
             student.eval()(images)
         assert len({float(height) for height in next(iter(student.neurons.values())).threshold.flatten()}) > 1

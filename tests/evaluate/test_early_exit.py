@@ -5,14 +5,16 @@ import torch
 from torch import Tensor, nn
 
 from spikedistill.errors import ConfigError, ShapeError
-from spikedistill.evaluate.accuracy import answers, cumulative
-from spikedistill.evaluate.early_exit import EarlyExit, early_answers, early_exit
+from spikedistill.evaluate.accuracy import cumulative, predict
+from spikedistill.evaluate.early_exit import EarlyExit, early_exit, predict_early
 from spikedistill.neuron.dynamics import LIF
 from spikedistill.student.build import Student, to_spiking
-from spikedistill.student.coding import Frames, Latency, Rate
+from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
+from spikedistill.student.conversion import Conversion
 from spikedistill.student.fold import fold
 
 STEPS, BATCH = 5, 12
+DIRECT = DirectCoding()
 
 
 class Net(nn.Module):
@@ -30,18 +32,18 @@ class Net(nn.Module):
         return 8 * self.fc(x.flatten(1))
 
 
-def student_of(coding=None, dtype=torch.float64, **options) -> Student:
+def student_of(coding=DIRECT, dtype=torch.float64, **options) -> Student:
     """In double precision, where no rounding tips a spike; its neurons run step by step, nothing is compiled."""
     network = Net().to(dtype)
     network(torch.rand(20, 3, 8, 8, dtype=dtype))
     many = torch.rand(16, 3, 8, 8, dtype=dtype)
-    student, _ = to_spiking(network.eval(), timesteps=STEPS, calibrate=many, coding=coding, **options)
+    student, _ = to_spiking(network.eval(), Conversion(timesteps=STEPS, coding=coding, **options), calibrate=many)
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student.eval()
 
 
-def inputs(coding=None, dtype=torch.float64) -> Tensor:
+def inputs(coding=DIRECT, dtype=torch.float64) -> Tensor:
     shape = (STEPS, BATCH, 3, 8, 8) if isinstance(coding, Frames) else (BATCH, 3, 8, 8)
     return torch.rand(shape, dtype=dtype)
 
@@ -66,7 +68,7 @@ def cut(means: Tensor, confidence: float) -> EarlyExit:
     return EarlyExit(means[steps, torch.arange(means.shape[1])], steps + 1)
 
 
-@pytest.mark.parametrize("coding", [None, Frames(), Rate(seed=1), Latency()], ids=repr)
+@pytest.mark.parametrize("coding", [DIRECT, Frames(), Rate(seed=1), Latency()], ids=repr)
 class TestEverySample:
     def test_answers_as_the_whole_run_cut_after_its_last_step(self, coding):
         student, images = student_of(coding), inputs(coding)
@@ -164,9 +166,9 @@ class TestAWholeSet:
         student = student_of(dtype=torch.float32).train()
         student.core.get_submodule("bn").eval()
         modes = [module.training for module in student.modules()]
-        means = cumulative(answers(student, blobs.test_images))
+        means = cumulative(predict(student, blobs.test_images))
         expected = cut(means, middle(means))
-        found = early_answers(student, blobs.test_images, middle(means), batch_size=batch_size)
+        found = predict_early(student, blobs.test_images, middle(means), batch_size=batch_size)
         assert (found.steps == expected.steps).double().mean() > 0.9
         assert (found.logits - expected.logits).abs().amax(-1).median() < 1e-4
         assert [module.training for module in student.modules()] == modes

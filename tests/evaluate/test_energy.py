@@ -6,6 +6,7 @@ from spikedistill.evaluate.activity import firing_rates, operations
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, verdicts
 from spikedistill.neuron.dynamics import IF
 from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
 
 COST = Cost(acs=100.0, macs=10.0, spikes=20.0, updates=40.0, dense=60.0, active=30.0, timesteps=4)
 BIT = 10 / 64
@@ -51,7 +52,7 @@ def test_where_a_student_loses_it_is_said_with_both_figures():
 def test_costs_are_counted_as_by_hand():
     """Two neurons that see one and a half of a pixel, then three classes."""
     network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(2, 3))
-    student, _ = to_spiking(network, timesteps=4, neuron=IF, inherit=False)
+    student, _ = to_spiking(network, Conversion(timesteps=4, neuron=IF, inherit=False))
     for layer in student.neurons.values():
         layer.backend = "reference"
     student.core.get_submodule("0").weight.data = torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)

@@ -7,7 +7,7 @@ from torch import Generator, nn
 
 from spikedistill.data.noise import CORRUPTIONS, SEVERITIES
 from spikedistill.errors import ConfigError
-from spikedistill.evaluate.accuracy import answers
+from spikedistill.evaluate.accuracy import predict
 from spikedistill.evaluate.immunity import (
     ATTACKS,
     FAULTS,
@@ -21,6 +21,7 @@ from spikedistill.evaluate.immunity import (
 from spikedistill.neuron.dynamics import IF
 from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
+from spikedistill.student.conversion import Conversion
 from spikedistill.teacher.load import Teacher
 
 
@@ -33,7 +34,7 @@ def network():
 @pytest.fixture(scope="module")
 def trio():
     teacher = Teacher(network(), (0.5,), (0.25,))
-    student, _ = to_spiking(teacher, timesteps=3, calibrate=torch.rand(16, 1, 8, 8))
+    student, _ = to_spiking(teacher, Conversion(timesteps=3), calibrate=torch.rand(16, 1, 8, 8))
     for layer in student.neurons.values():
         layer.backend = "reference"
     images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=Generator().manual_seed(2))
@@ -42,7 +43,7 @@ def trio():
     return teacher, student.eval(), images, labels
 
 
-def test_every_trouble_is_measured_and_nothing_is_changed(trio):
+def test_every_perturbation_is_measured_and_nothing_is_changed(trio):
     teacher, student, images, labels = trio
     before = copy.deepcopy(student.state_dict())
     scores = immunity({"ann": teacher, "snn": student}, images, labels, attacked=20)
@@ -69,7 +70,7 @@ def test_kinds_are_chosen(trio):
 def event_student():
     torch.manual_seed(0)
     layers = nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 3)
-    student, _ = to_spiking(nn.Sequential(*layers), timesteps=4, inherit=False, coding=Frames())
+    student, _ = to_spiking(nn.Sequential(*layers), Conversion(timesteps=4, inherit=False, coding=Frames()))
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student.eval()
@@ -85,10 +86,10 @@ class TestEvents:
     def test_a_student_sees_counts_with_time_first(self, event_student, frames):
         with torch.no_grad():
             expected = event_student(frames.transpose(0, 1).float())
-        assert torch.allclose(answers(event_student, frames, batch_size=7), expected, atol=1e-6)
+        assert torch.allclose(predict(event_student, frames, batch_size=7), expected, atol=1e-6)
 
     def test_what_event_cameras_do_wrong_and_faults_are_measured(self, event_student, frames):
-        labels = answers(event_student, frames).mean(0).argmax(-1)
+        labels = predict(event_student, frames).mean(0).argmax(-1)
         scores = immunity({"snn": event_student}, frames, labels)
         assert {score.kind for score in scores} == {"clean", "event", "hardware"}
         assert scores[0].accuracy == 100.0 and len(scores) == 1 + 5 * (5 + len(FAULTS))
@@ -120,7 +121,7 @@ class TestFaults:
     @pytest.fixture
     def firing(self):
         net = nn.Sequential(nn.Flatten(), nn.Linear(1, 4000, bias=False), nn.ReLU(), nn.Linear(4000, 2))
-        student, _ = to_spiking(net, timesteps=4, neuron=IF, inherit=False)
+        student, _ = to_spiking(net, Conversion(timesteps=4, neuron=IF, inherit=False))
         next(iter(student.neurons.values())).backend = "reference"
         student.core.get_submodule("1").weight.data.fill_(1.0)
         return student.eval()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.dynamics import IF, LIF, NEURONS, PLIF, Neuron, Reset, measure, run, step
+from spikedistill.neuron.dynamics import IF, LIF, NEURONS, PLIF, Neuron, Reset, run, run_with_slope, step
 from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid
 
 DYADIC = st.integers(-2048, 4096).map(lambda k: k / 1024)
@@ -281,7 +281,7 @@ def test_measuring_gives_the_spikes_their_mean_and_the_derivative_by_a_shift_of_
     current = torch.linspace(-1, 3, 8 if constant else 40, dtype=torch.float64).view(1 if constant else 5, 8)
     leak, threshold, shift = *double(neuron.leak, 0.8), torch.zeros(8, dtype=torch.float64, requires_grad=True)
     expected, _ = run(current + shift, None, neuron, leak, threshold, 5)
-    spikes, rate, slope = measure(current, None, neuron, leak, threshold, 5)
+    spikes, rate, slope = run_with_slope(current, None, neuron, leak, threshold, 5)
     assert torch.equal(spikes, expected) and not slope.requires_grad
     torch.testing.assert_close(rate, expected.mean(0))
     torch.testing.assert_close(slope, torch.autograd.grad(expected.mean(0).sum(), shift)[0])
@@ -301,7 +301,9 @@ def test_the_slope_is_that_of_a_rate_that_rises_from_nothing_to_all_unless_the_r
     current, one = torch.linspace(0, 1, 4001).expand(timesteps, -1), torch.tensor(1.0)
     through = Neuron(initial=0.5, surrogate=Rectangle())
     left_out = dataclasses.replace(through, detach_reset=True)
-    (mean, other) = (float(measure(current, None, n, one, one, timesteps)[2].mean()) for n in (through, left_out))
+    (mean, other) = (
+        float(run_with_slope(current, None, n, one, one, timesteps)[2].mean()) for n in (through, left_out)
+    )
     assert mean == pytest.approx(1.0, abs=0.05)
     assert 1 + 0.3 * (timesteps - 1) - 0.05 < other < (timesteps + 1) / 2 + 0.05
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from spikedistill.neuron import fused
-from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset, measure, run
+from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset, run, run_with_slope
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid
-from spikedistill.student.build import ROUNDING
+from spikedistill.student.conversion import ROUNDING
 
 T = 3
 
@@ -103,14 +103,14 @@ def test_a_current_that_is_the_same_at_every_step_needs_no_kernel_of_its_own():
 
 
 @pytest.mark.parametrize("name", ["if, learned threshold, half, constant", "plif"])
-def test_what_is_measured_equals_the_reference(name):
+def test_rates_and_slopes_equal_the_reference(name):
     case = CASES[name]
     current, leak, threshold = draw(case, (2, 3), False)[0], torch.tensor(case.neuron.leak), torch.tensor(0.7)
     for size in (1, 2):
         given = current.view(1 if case.constant else T, -1).repeat(1, size)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            found = fused.fused_measure(given, None, case.neuron, leak, threshold, T)
-        torch.testing.assert_close(found, measure(given, None, case.neuron, leak, threshold, T))
+            found = fused.fused_run_with_slope(given, None, case.neuron, leak, threshold, T)
+        torch.testing.assert_close(found, run_with_slope(given, None, case.neuron, leak, threshold, T))
 
 
 CHAINED = ["if, learned threshold, half, constant", "if, to zero, state", "plif"]
@@ -127,8 +127,8 @@ def test_a_chain_of_chunks_equals_the_reference(name, monkeypatch):
     leak, threshold = torch.tensor(case.neuron.leak), torch.tensor(0.8)
     given = current.view(1 if case.constant else T, -1)
     torch.testing.assert_close(
-        fused.fused_measure(given, None, case.neuron, leak, threshold, T),
-        measure(given, None, case.neuron, leak, threshold, T),
+        fused.fused_run_with_slope(given, None, case.neuron, leak, threshold, T),
+        run_with_slope(given, None, case.neuron, leak, threshold, T),
     )
 
 
@@ -140,7 +140,7 @@ def test_another_number_of_steps_needs_no_new_kernel():
         found, _ = fused.fused_run(current, None, IF, one, one, timesteps, False)
         found.sum().backward()
         torch.testing.assert_close(found, run(current, None, IF, one, one, timesteps)[0])
-        fused.fused_measure(current.detach(), None, IF, one, one, timesteps)
+        fused.fused_run_with_slope(current.detach(), None, IF, one, one, timesteps)
 
     every_way(3 * fused.CHUNK)
     compiled = fused._compiled.cache_info().misses

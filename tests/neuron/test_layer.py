@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikedistill.errors import ConfigError, ShapeError
-from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, measure, run
+from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, run, run_with_slope
 from spikedistill.neuron.layer import SMALLEST, Spiking
 
 LEARNING = replace(PLIF, learn_threshold=True)
@@ -43,9 +43,9 @@ class TestFoldedTime:
     @pytest.mark.parametrize("repeats", [1, 3])
     def test_measuring_is_the_reference_on_time_unfolded(self, repeats):
         current = torch.rand(6 // repeats, 3, 2, 2).contiguous(memory_format=torch.channels_last) * 2
-        spikes, rate, slope = reference(LIF, 0.7).measure(current, 3, repeats)
+        spikes, rate, slope = reference(LIF, 0.7).with_slope(current, 3, repeats)
         unfolded = current.unflatten(0, (-1, 2))
-        expected = measure(unfolded, None, LIF, torch.tensor(0.5), torch.tensor(0.7), 3)
+        expected = run_with_slope(unfolded, None, LIF, torch.tensor(0.5), torch.tensor(0.7), 3)
         torch.testing.assert_close((spikes.unflatten(0, (3, 2)), rate, slope), expected)
 
     def test_the_state_is_returned_only_when_asked_for(self):
@@ -130,10 +130,10 @@ class TestAThresholdAChannel:
         if neuron.learn_threshold:
             torch.testing.assert_close(learned, torch.stack([one for _, one in parts]), rtol=1e-4, atol=1e-4)
 
-    def test_is_measured_as_one_layer_a_channel(self):
+    def test_has_the_slopes_of_one_layer_per_channel(self):
         current, values = torch.rand(6, 3, 2, 2) * 2, torch.tensor([0.3, 0.7, 1.5])
-        found = reference(LIF, values).measure(current, 3)
-        parts = [reference(LIF, float(value)).measure(current[:, c : c + 1], 3) for c, value in enumerate(values)]
+        found = reference(LIF, values).with_slope(current, 3)
+        parts = [reference(LIF, float(value)).with_slope(current[:, c : c + 1], 3) for c, value in enumerate(values)]
         for one, expected in zip(found, zip(*parts)):
             torch.testing.assert_close(one, torch.cat(expected, dim=1))
 
@@ -164,7 +164,7 @@ class TestAThresholdAChannel:
         assert torch.equal(spikes, expected)
         summed = state.grad.transpose(0, 1).flatten(1).sum(1) if channels else state.grad.sum()
         torch.testing.assert_close(layer.initial.grad, summed, rtol=1e-4, atol=1e-4)
-        assert torch.equal(layer.measure(current, 3, repeats)[0], spikes)
+        assert torch.equal(layer.with_slope(current, 3, repeats)[0], spikes)
 
     def test_a_learned_initial_potential_has_the_shape_of_the_thresholds(self):
         layer = reference(replace(IF, initial=0.5, learn_initial=True), 0.7)
@@ -187,12 +187,14 @@ class TestAThresholdAChannel:
 
     @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2, 2), (4,)])
     def test_refuses_another_number_of_channels(self, shape):
-        with pytest.raises(ShapeError, match=r"to a layer with 2 thresholds, one a channel: expected as many channels"):
+        with pytest.raises(
+            ShapeError, match=r"to a layer with 2 thresholds, one per channel: expected as many channels"
+        ):
             reference(IF, torch.ones(2))(torch.rand(shape), 2)
 
     @pytest.mark.parametrize("values", [torch.ones(2, 2), torch.ones(0)])
     def test_refuses_thresholds_of_another_shape(self, values):
-        with pytest.raises(ConfigError, match="give one number, or one a channel"):
+        with pytest.raises(ConfigError, match=r"give one number, or \[C\] per channel"):
             Spiking(IF, values)
 
     def test_is_printed_as_their_mean(self):

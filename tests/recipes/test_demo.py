@@ -19,7 +19,7 @@ def test_four_networks_are_trained_and_measured_and_a_second_call_finds_them(tmp
     results = [Run(path).read("results") for path in paths]
     assert all(0 <= result["test_accuracy"] <= 100 for result in results)
     kinds = [
-        (Run(path).read("conversion")["inherited"], Run(path).read("recipe")["what"]["method"]) for path in paths[1:]
+        (Run(path).read("conversion")["inherited"], Run(path).read("recipe")["method"]["name"]) for path in paths[1:]
     ]
     assert kinds == [(False, "direct"), (True, "direct"), (True, "kdsnn")]
     rates = [Run(path).read("recipe")["training"]["lr"] for path in paths]

@@ -41,7 +41,7 @@ def recipe(file):
 def test_the_result_is_the_accuracy_that_the_loaded_teacher_has(recipe, tmp_path):
     results = teach(recipe, tmp_path / "run")
     teacher, _ = load_teacher(tmp_path / "run")
-    images = load_images(recipe.data.data)
+    images = load_images(recipe.data.name)
     right = teacher(images.test_images.float() / 255).argmax(1) == images.test_labels
     assert results == Run(tmp_path / "run").read("results")
     assert results == {"test_accuracy": pytest.approx(100 * right.double().mean().item())}
@@ -63,7 +63,9 @@ def test_a_network_of_ones_own_is_taught_and_loaded_again(file, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     recipe = Teach(f"{tmp_path / 'own.py'}:small", width=32, data=Data(file), training=TRAINING)
     teach(recipe, tmp_path / "run")
-    teacher, architecture = load_teacher(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"names Python code .*own\.py:small.*--trust-code"):
+        load_teacher(tmp_path / "run")
+    teacher, architecture = load_teacher(tmp_path / "run", trust_code=True)
     assert architecture.name.endswith("own.py:small") and architecture.width is None
     assert teacher(torch.rand(2, 3, 8, 8)).shape == (2, 3)
 

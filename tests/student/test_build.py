@@ -12,9 +12,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from spikedistill.errors import ConfigError, ConversionError, ShapeError
 from spikedistill.neuron.dynamics import IF, LIF, PLIF
-from spikedistill.student.build import FRESH, ROUNDING, Report, Student, to_spiking
+from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.calibrate import SMALLEST_SHARE
-from spikedistill.student.coding import Frames, Latency, Rate
+from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
+from spikedistill.student.conversion import FRESH, ROUNDING, Conversion
+from spikedistill.student.report import Report
 from spikedistill.teacher.load import Teacher
 
 
@@ -48,7 +50,8 @@ def convert(network: nn.Module, timesteps: int = 4, **options) -> tuple[Student,
     """A student in evaluation mode whose neurons run step by step, so that nothing is compiled."""
     if options.get("inherit", True):
         options.setdefault("calibrate", images(8))
-    student, report = to_spiking(network, timesteps=timesteps, **options)
+    given = {name: options.pop(name) for name in ("calibrate", "mean", "std") if name in options}
+    student, report = to_spiking(network, Conversion(timesteps=timesteps, **options), **given)
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student.eval(), report
@@ -126,7 +129,7 @@ class TestTheConversionLimit:
         network, many = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 3)).double(), images(16)
         student, report = convert(network, 100, calibrate=many)
         (site,) = report.sites
-        _, features = student.observe(many, ["2"])
+        features = student.observe(many, ["2"]).features
         rate = float((features["2"] > 0).double().mean())
         # expected from a grid of currents, 1/500 of the threshold apart
         assert rate == pytest.approx(site.expected_rate, abs=2e-3) and rate > 0.1
@@ -166,7 +169,7 @@ class TestTime:
         torch.testing.assert_close(direct(given), frames(given.expand(4, *given.shape)))
 
     @pytest.mark.parametrize("neuron", [ROUNDING, LIF, PLIF], ids=["rounding", "lif", "plif"])
-    @pytest.mark.parametrize("coding", [None, Frames(), Rate(seed=1), Latency()], ids=repr)
+    @pytest.mark.parametrize("coding", [DirectCoding(), Frames(), Rate(seed=1), Latency()], ids=repr)
     def test_a_whole_call_equals_a_stream_of_steps(self, coding, neuron):
         student, _ = convert(net(), coding=coding, neuron=neuron)
         given = torch.rand(4, 3, 1, 4, 4, dtype=torch.float64) if isinstance(coding, Frames) else images()
@@ -204,7 +207,7 @@ class TestTime:
         with pytest.raises(ConfigError, match=r"timesteps \(=0\) must be 1 or more"):
             student.set_timesteps(0)
         with pytest.raises(ConfigError, match=r"timesteps \(=0\) must be 1 or more"):
-            to_spiking(net(), timesteps=0, inherit=False)
+            to_spiking(net(), Conversion(timesteps=0, inherit=False))
         assert student.timesteps == 4
 
 
@@ -214,7 +217,8 @@ class TestObserve:
     def test_features_stand_where_the_modules_stood(self):
         student, _ = convert(net(), timesteps=5)
         assert student.paths() == list(self.paths)
-        logits, features = student.observe(images(3), self.paths)
+        answer = student.observe(images(3), self.paths)
+        logits, features = answer.logits, answer.features
         assert {path: tuple(feature.shape) for path, feature in features.items()} == {
             **dict.fromkeys(("conv1", "bn", "act1", "conv2", "act2"), (5, 3, 4, 4, 4)),
             "fc": (5, 3, 3),
@@ -227,26 +231,26 @@ class TestObserve:
     def test_a_feature_without_time_is_the_same_at_every_step_and_that_of_the_ann(self):
         network, given = net(), images()
         student, _ = convert(network)
-        _, features = student.observe(given, ["bn"])
+        features = student.observe(given, ["bn"]).features
         torch.testing.assert_close(features["bn"], network.bn(network.conv1(given)).expand(4, 3, 4, 4, 4))
 
     def test_the_mean_of_a_spiking_feature_rounds_the_activation(self):
         network, given = net(), images()
         student, _ = convert(network, timesteps=10)
-        _, features = student.observe(given, ["act1"])
+        features = student.observe(given, ["act1"]).features
         threshold = next(iter(student.neurons.values())).threshold[:, None, None]
         activation = network.bn(network.conv1(given)).clamp_min(0).minimum(threshold)
         assert ((features["act1"].mean(0) - activation).abs() <= threshold * 0.5 / 10 + 1e-6).all()
 
     def test_frames_have_features_of_their_own_at_every_step(self):
         student, _ = convert(net(), coding=Frames())
-        _, features = student.observe(torch.rand(4, 3, 1, 4, 4, dtype=torch.float64), ["bn", "act1"])
+        features = student.observe(torch.rand(4, 3, 1, 4, 4, dtype=torch.float64), ["bn", "act1"]).features
         assert features["bn"].shape == features["act1"].shape == (4, 3, 4, 4, 4)
         assert not torch.equal(features["bn"][0], features["bn"][1])
 
     def test_one_step_has_one_step_of_features(self):
         student, _ = convert(net(), timesteps=1)
-        _, features = student.observe(images(), ["bn", "act1"])
+        features = student.observe(images(), ["bn", "act1"]).features
         assert features["bn"].shape == features["act1"].shape == (1, 3, 4, 4, 4)
 
     def test_changes_no_answer_and_may_change_its_mind(self):
@@ -254,7 +258,8 @@ class TestObserve:
         given = images()
         before = student(given)
         for paths in (["act2"], [], ["bn", "act1"]):
-            logits, features = student.observe(given, paths)
+            answer = student.observe(given, paths)
+            logits, features = answer.logits, answer.features
             assert torch.equal(logits, before) and list(features) == paths
         assert torch.equal(student(given), before)
         stepped, _ = student.step(given)
@@ -262,7 +267,7 @@ class TestObserve:
 
     def test_gradients_reach_the_weights_through_a_feature(self):
         student, _ = convert(net())
-        student.observe(images(), ["act1"])[1]["act1"].sum().backward()
+        student.observe(images(), ["act1"]).features["act1"].sum().backward()
         assert student.core.get_submodule("conv1").weight.grad.abs().sum() > 0
 
     def test_an_unknown_path_is_refused_with_the_nearest(self):
@@ -415,15 +420,15 @@ class TestAsAnyModule:
                 parameter.add_(1.0)
         assert torch.equal(twin.eval()(self.given), expected)
         assert not torch.equal(student(self.given), expected)
-        assert list(twin.observe(self.given, ["act2"])[1]) == ["act2"]
-        assert list(student.observe(self.given, ["act1"])[1]) == ["act1"]
+        assert list(twin.observe(self.given, ["act2"]).features) == ["act2"]
+        assert list(student.observe(self.given, ["act1"]).features) == ["act1"]
 
     def test_is_pickled(self, neuron):
         student = trained(neuron=neuron)
         student.observe(self.given, ["act1"])
         twin = pickle.loads(pickle.dumps(student.eval()))
         assert torch.equal(twin(self.given), student(self.given))
-        found, expected = (each.observe(self.given, ["act2"])[1]["act2"] for each in (twin, student))
+        found, expected = (each.observe(self.given, ["act2"]).features["act2"] for each in (twin, student))
         assert torch.equal(found, expected)
 
     def test_is_averaged(self, neuron):

@@ -19,6 +19,7 @@ from spikedistill.student.calibrate import (
     staircase,
     thresholds,
 )
+from spikedistill.student.conversion import Conversion
 
 law = settings(deadline=None, max_examples=30)
 GRIDDED = [REACH * number / (GRID - 1) for number in range(GRID)]
@@ -126,7 +127,7 @@ class TestThresholds:
         # in thresholds of 2: 0, 0.15, 0.45, 1; times 4 and rounded: 0, 1, 2, 4 of 4 spikes
         assert found == {"a": (torch.tensor(2.0), pytest.approx(7 / 16))}
 
-    def test_a_layer_of_channels_gets_one_a_channel(self):
+    def test_a_layer_of_channels_gets_one_per_channel(self):
         # 25 values up to 2 a channel; the second ten times the first; the third hardly active: it takes the layer's;
         # the fourth tiny: it takes a tenth of the layer's
         ramp = torch.linspace(0.08, 2.0, 25)
@@ -189,7 +190,7 @@ class TestBiases:
 
     def lacking(self, ann, images, **options):
         """The largest difference of a channel's mean from the ANN's, over the layers of neurons."""
-        student, _ = to_spiking(ann, calibrate=images, timesteps=3, neuron=IF, rule="max", **options)
+        student, _ = to_spiking(ann, Conversion(timesteps=3, neuron=IF, rule="max", **options), calibrate=images)
         seen = []
         for layer in student.neurons.values():
             layer.backend = "reference"
@@ -240,11 +241,11 @@ class TestBiases:
                 return self.head(torch.relu(self.norm(self.conv(x)) + x).flatten(1))
 
         images = torch.rand(32, 1, 8, 8)
-        ann, options = Block(), {"calibrate": images, "neuron": IF, "rule": "max"}
-        plain = to_spiking(ann, **options)[0].state_dict()
-        corrected = to_spiking(ann, **options, correct_bias=True)[0].state_dict()
+        ann, options = Block(), {"neuron": IF, "rule": "max"}
+        plain = to_spiking(ann, Conversion(**options), calibrate=images)[0].state_dict()
+        corrected = to_spiking(ann, Conversion(**options, correct_bias=True), calibrate=images)[0].state_dict()
         assert {name for name in plain if not torch.equal(plain[name], corrected[name])} == {"core.norm.bias"}
 
     def test_of_fresh_weights_are_refused(self):
         with pytest.raises(ConfigError, match="correct_bias is for inherited weights"):
-            to_spiking(self.network(), inherit=False, correct_bias=True)
+            to_spiking(self.network(), Conversion(inherit=False, correct_bias=True))

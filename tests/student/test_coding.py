@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikedistill.errors import ShapeError
-from spikedistill.student.coding import CODINGS, Coding, Direct, Frames, Latency, Rate
+from spikedistill.student.coding import CODINGS, Coding, DirectCoding, Frames, Latency, Rate
 
 law = settings(deadline=None, max_examples=50)
 BYTES = st.lists(st.integers(0, 255), min_size=1, max_size=12)
@@ -16,7 +16,7 @@ def image(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32).view(1, 1, 1, -1) / 255
 
 
-@pytest.mark.parametrize("coding", [Direct(), Rate(seed=3), Latency()], ids=repr)
+@pytest.mark.parametrize("coding", [DirectCoding(), Rate(seed=3), Latency()], ids=repr)
 @pytest.mark.parametrize("timesteps", [1, 4])
 def test_a_whole_input_is_its_frames_one_after_another(coding, timesteps):
     images = torch.rand(3, 2, 4, 4)
@@ -29,7 +29,7 @@ def test_a_whole_input_is_its_frames_one_after_another(coding, timesteps):
 class TestDirect:
     def test_uses_the_image_itself_at_every_step(self):
         images = torch.rand(2, 3, 4, 4)
-        rows, repeats = Direct().encode(images, 6)
+        rows, repeats = DirectCoding().encode(images, 6)
         assert rows is images and repeats == 6
 
 

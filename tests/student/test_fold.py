@@ -7,6 +7,7 @@ from torch import nn
 
 from spikedistill.errors import ConversionError
 from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
 from spikedistill.student.fold import fold
 from spikedistill.teacher.load import Teacher
 from spikedistill.teacher.taps import taps
@@ -42,7 +43,7 @@ def test_a_teacher_answers_as_before_and_is_not_changed(name):
 
 def test_a_student_spikes_as_before():
     images = torch.rand(4, 3, 16, 16)
-    student, _ = to_spiking(used(ZOO["resnet20"](width=4)), timesteps=3, calibrate=images)
+    student, _ = to_spiking(used(ZOO["resnet20"](width=4)), Conversion(timesteps=3), calibrate=images)
     student = student.double().eval()
     folded = fold(student)
     assert norms(folded) == 0
@@ -69,8 +70,8 @@ def test_what_a_container_returns_is_kept_too(spiking):
     with taps(network, ("0",)) as expected:
         network(images)
     if spiking:
-        student, _ = to_spiking(network, timesteps=1, calibrate=images)
-        _, found = fold(student, keep=("0",)).observe(images, ("0",))
+        student, _ = to_spiking(network, Conversion(timesteps=1), calibrate=images)
+        found = fold(student, keep=("0",)).observe(images, ("0",)).features
         torch.testing.assert_close(found["0"][0], expected["0"])
     else:
         folded = fold(network, keep=("0",))

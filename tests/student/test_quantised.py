@@ -7,8 +7,9 @@ from torch import nn
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import cumulative
 from spikedistill.neuron.dynamics import LIF, Neuron, Reset, run
-from spikedistill.student.build import ROUNDING, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
+from spikedistill.student.conversion import ROUNDING, Conversion
 from spikedistill.student.quantised import clip_floor_shift
 
 ONE = torch.ones(())
@@ -41,7 +42,7 @@ class TestClipFloorShift:
 
 
 def learner(*layers, **options):
-    student, _ = to_spiking(nn.Sequential(*layers), calibrate=torch.rand(32, 1, 4, 4), **options)
+    student, _ = to_spiking(nn.Sequential(*layers), Conversion(**options), calibrate=torch.rand(32, 1, 4, 4))
     for layer in student.neurons.values():
         layer.backend = "reference"
     student.gradient = "quantised"
@@ -66,7 +67,8 @@ class TestStudent:
 
     def test_observes_features_without_time(self):
         student = learner(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3), timesteps=4).train()
-        logits, features = student.observe(torch.rand(5, 1, 4, 4), ["1"])
+        answer = student.observe(torch.rand(5, 1, 4, 4), ["1"])
+        logits, features = answer.logits, answer.features
         assert logits.shape == (1, 5, 3) and features["1"].shape == (1, 5, 6, 2, 2)
 
     def test_refuses_frames(self):
@@ -95,7 +97,9 @@ class TestStudent:
                 return self.head(torch.relu(x + self.second(torch.relu(x))).flatten(1))
 
         ann = Skip()
-        student, _ = to_spiking(ann, calibrate=torch.rand(16, 1, 4, 4), timesteps=512, rule="max", neuron=ROUNDING)
+        student, _ = to_spiking(
+            ann, Conversion(timesteps=512, rule="max", neuron=ROUNDING), calibrate=torch.rand(16, 1, 4, 4)
+        )
         student.gradient = "quantised"
         images = torch.rand(4, 1, 4, 4)
         # with many levels the stand-in is the ANN, as far as no activation is larger than those it was calibrated on

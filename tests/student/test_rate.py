@@ -10,6 +10,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.evaluate.activity import firing_rates
 from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron
 from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
 from spikedistill.teacher.zoo import ZOO
 
 ROUNDING = dataclasses.replace(IF, initial=0.5)
@@ -18,7 +19,9 @@ ROUNDING = dataclasses.replace(IF, initial=0.5)
 def pair(name, timesteps, neuron=ROUNDING, pool="average"):
     """The same student twice, with either gradient."""
     images = torch.rand(8, 3, 16, 16)
-    exact, _ = to_spiking(ZOO[name](width=4), timesteps=timesteps, calibrate=images, max_pool=pool, neuron=neuron)
+    exact, _ = to_spiking(
+        ZOO[name](width=4), Conversion(timesteps=timesteps, max_pool=pool, neuron=neuron), calibrate=images
+    )
     for layer in exact.neurons.values():
         layer.backend = "reference"
     rate = copy.deepcopy(exact)
@@ -27,7 +30,8 @@ def pair(name, timesteps, neuron=ROUNDING, pool="average"):
 
 
 def teach(student, images):
-    logits, features = student.observe(images, ("layer2",))
+    answer = student.observe(images, ("layer2",))
+    logits, features = answer.logits, answer.features
     loss = F.cross_entropy(logits.mean(0), torch.arange(8) % 10) + features["layer2"].mean(0).square().mean()
     loss.backward()
     return logits, features["layer2"].mean(0)
@@ -60,7 +64,7 @@ def test_a_linear_regime_has_the_exact_gradient_at_any_number_of_steps():
 
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
     neuron = Neuron(leak=0.5, threshold=100.0, surrogate=Flat(), detach_reset=True)
-    exact, _ = to_spiking(network, timesteps=5, inherit=False, neuron=neuron)
+    exact, _ = to_spiking(network, Conversion(timesteps=5, inherit=False, neuron=neuron))
     rate = copy.deepcopy(exact)
     rate.gradient = "rate"
     images = torch.rand(4, 3, 2, 2)
@@ -99,7 +103,7 @@ def test_evaluation_and_firing_rates_do_not_depend_on_it():
 
 def test_synchronised_batch_norm_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
-    student, _ = to_spiking(nn.SyncBatchNorm.convert_sync_batchnorm(network), inherit=False)
+    student, _ = to_spiking(nn.SyncBatchNorm.convert_sync_batchnorm(network), Conversion(inherit=False))
     student.gradient = "rate"
     with pytest.raises(ConfigError, match="SyncBatchNorm asks for those of all"):
         student(torch.rand(2, 3, 4, 4))
@@ -108,7 +112,7 @@ def test_synchronised_batch_norm_is_refused():
 @pytest.mark.parametrize("dropout", [nn.Dropout, nn.AlphaDropout])
 def test_dropout_is_refused(dropout):
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), dropout(0.5), nn.Linear(6, 3))
-    student, _ = to_spiking(network, inherit=False)
+    student, _ = to_spiking(network, Conversion(inherit=False))
     student.gradient = "rate"
     with pytest.raises(ConfigError, match=r"dropout \(p=0.5\) would differ"):
         student(torch.rand(2, 3, 2, 2))

@@ -10,14 +10,16 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+from spikedistill.data.feed import MemoryFeed
 from spikedistill.evaluate.activity import firing_rates
 from spikedistill.neuron.dynamics import LIF, PLIF
 from spikedistill.neuron.layer import Spiking
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes.choices import StudentChoice
 from spikedistill.recipes.distill import Distill, build_student
-from spikedistill.student.build import ROUNDING, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
+from spikedistill.student.conversion import ROUNDING, Conversion
 from spikedistill.student.recompute import FEWEST, Recompute, stages
 from spikedistill.teacher.load import Architecture, Teacher
 from spikedistill.teacher.zoo import ZOO
@@ -37,8 +39,8 @@ def pair(request):
         if isinstance(network, str):
             network = ZOO[network](width=4)
         given = torch.rand(4, 3, 16, 16, dtype=next(network.parameters()).dtype)
-        options = {"calibrate": given, "neuron": ROUNDING, **options}
-        kept, _ = to_spiking(network, timesteps=timesteps, **options)
+        options = {"neuron": ROUNDING, **options}
+        kept, _ = to_spiking(network, Conversion(timesteps=timesteps, **options), calibrate=given)
         for layer in kept.train().neurons.values():
             layer.backend = backend
         again = copy.deepcopy(kept)
@@ -50,7 +52,8 @@ def pair(request):
 
 def learn(student, given, path=None):
     """One step's gradients; the answers and, where a path is given, the feature there."""
-    logits, features = student.observe(given, () if path is None else (path,))
+    answer = student.observe(given, () if path is None else (path,))
+    logits, features = answer.logits, answer.features
     loss = F.cross_entropy(logits.float().mean(0), LABELS)
     for feature in features.values():
         loss = loss + feature.float().mean(0).square().mean()
@@ -251,11 +254,12 @@ def test_a_student_with_it_is_copied_saved_and_trained_in_parallel(tmp_path, pai
 def test_the_training_loop_reaches_the_same_weights(blobs, tmp_path, pair):
     config = Training(epochs=1, batch_size=32, lr=0.05, precision="bf16", device="cpu", ema=0.5)
     teacher = Teacher(Net(), (0.4,) * 3, (0.25,) * 3)
+    feed = MemoryFeed(blobs, 32, validation=0.0)
     _, *students = pair(Net())
     for student in students:
         run = Run(tmp_path / student.recompute)
         run.path.mkdir()
-        fit(student, KDSNN(pairs=(("norms.1", "norms.1"),)), blobs, config, run, teacher=teacher, validation=0.0)
+        fit(student, KDSNN(pairs=(("norms.1", "norms.1"),)), feed, config, run, teacher=teacher)
     for expected, found in zip(*(student.state_dict().values() for student in students)):
         torch.testing.assert_close(found, expected)
 

@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torchvision
 from torch import Tensor, nn
 
 from spikedistill.errors import ConversionError
-from spikedistill.student.build import Report, Student, to_spiking
-from spikedistill.student.surgery import LARGEST_SLOPE
+from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.conversion import Conversion
+from spikedistill.student.report import Report
 from spikedistill.teacher.zoo import ZOO
 
 HERE = Path(__file__)
@@ -27,7 +29,7 @@ def line(marker: str) -> str:
 
 def convert(network: nn.Module, images: Tensor, timesteps: int = 2, **options) -> tuple[Student, Report]:
     """A student whose neurons run step by step, so that nothing is compiled."""
-    student, report = to_spiking(network, timesteps=timesteps, calibrate=images, **options)
+    student, report = to_spiking(network, Conversion(timesteps=timesteps, **options), calibrate=images)
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student, report
@@ -161,42 +163,6 @@ class TestCallSites:
         assert len(student.neurons) == len(report.sites) == 2
         assert student(torch.rand(2, 1, 4, 4)).shape == (2, 2, 3)
 
-    def test_functional_dropout_follows_train_and_eval(self):
-        student, _ = convert(Own(), torch.rand(4, 1, 8, 8))
-        images = torch.rand(4, 1, 8, 8)
-        student.eval()
-        assert torch.equal(student(images), student(images))
-        student.train()
-        assert not torch.equal(student(images), student(images))
-
-    def test_a_feature_that_ends_in_functional_dropout_is_found(self):
-        class Dropping(nn.Module):
-            def forward(self, x):
-                return F.dropout(x, 0.5, self.training)
-
-        network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), Dropping(), nn.Flatten(), nn.Linear(8, 3))
-        student, _ = convert(network, torch.rand(2, 1, 4, 4))
-        _, features = student.eval().observe(torch.rand(2, 1, 4, 4), ["1", "2"])
-        assert torch.equal(features["1"], features["2"])
-
-    def test_functional_dropout_keeps_its_probability_and_its_neighbours(self):
-        class Dropping(Sized):
-            def __init__(self) -> None:
-                super().__init__()
-                self.dropout_0 = nn.Dropout(0.25)
-
-            def forward(self, x):
-                x = self.dropout_0(F.relu(self.conv(x)))
-                return self.fc(F.dropout2d(F.dropout(x, p=0.125, training=self.training)).flatten(1))
-
-        student, _ = convert(Dropping(), torch.rand(2, 1, 4, 4))
-        dropped = [module for module in student.modules() if isinstance(module, nn.Dropout | nn.Dropout2d)]
-        assert sorted((type(module).__name__, module.p) for module in dropped) == [
-            ("Dropout", 0.125),
-            ("Dropout", 0.25),
-            ("Dropout2d", 0.5),
-        ]
-
     def test_a_network_may_call_a_part_of_its_own_neurons(self):
         class Named(nn.Module):
             def __init__(self) -> None:
@@ -212,77 +178,6 @@ class TestCallSites:
         torch.testing.assert_close(student(images).mean(0), network(images), rtol=0, atol=0.05)
 
 
-class Normed(nn.Module):
-    """A batch norm that is a function, as timm's BatchNormAct2d has it."""
-
-    def __init__(self, own: type[nn.Module] = nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(1, 4, 3), own(4), nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bn, x = self.bn, self.conv(x)
-        x = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training, bn.momentum, bn.eps)
-        return self.fc(F.relu(x).flatten(1))
-
-
-class Called(Normed):
-    """The same with its module called."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.bn(self.conv(x))).flatten(1))
-
-
-class TestFunctionalBatchNorm:
-    images = torch.rand(6, 1, 4, 4)
-
-    def pair(self, **options) -> list[Student]:
-        networks = [Normed(), Called()]
-        networks[1].load_state_dict(networks[0].state_dict())
-        return [convert(network, self.images, 3, **options)[0] for network in networks]
-
-    def test_learns_and_remembers_as_the_module_does(self):
-        functional, module = self.pair()
-        for student in (functional, module):
-            optimizer = torch.optim.SGD(student.train().parameters(), 0.1)
-            for _ in range(3):
-                optimizer.zero_grad()
-                student(self.images).mean(0).square().sum().backward()
-                optimizer.step()
-        found = {name.replace("norm.", ""): value for name, value in functional.state_dict().items()}
-        torch.testing.assert_close(found, dict(module.state_dict()))
-        torch.testing.assert_close(functional.eval()(self.images), module.eval()(self.images))
-
-    def test_of_fresh_weights_forgets_the_ann(self):
-        network = Normed()
-        network.bn.running_mean.fill_(3.0)
-        network.bn.weight.data.fill_(2.0)
-        student, _ = to_spiking(network, inherit=False)
-        (norm,) = (layer for layer in student.modules() if isinstance(layer, nn.BatchNorm2d))
-        assert not norm.running_mean.any() and torch.equal(norm.weight.data, torch.ones(4))
-        assert float(network.bn.running_mean[0]) == 3.0
-
-    def test_is_the_ann_s_only_as_long_as_it_is_shared(self):
-        network = Normed()
-        student, _ = convert(network, self.images)
-        student.train()(self.images)
-        assert not network.bn.running_mean.any()
-
-    def test_without_running_statistics_is_refused(self):
-        class Batch(Around):
-            def __init__(self) -> None:
-                super().__init__(lambda x: F.batch_norm(x, None, None, training=True))
-
-        with pytest.raises(ConversionError, match=r"batch norm without running statistics .* measures each input anew"):
-            convert(Batch(), torch.rand(2, 1, 4, 4))
-
-    def test_of_timm_s_networks_learns(self):
-        student, _ = convert(timm.create_model("regnetx_002", num_classes=3), torch.rand(2, 3, 32, 32))
-        norms = [layer for layer in student.modules() if isinstance(layer, nn.BatchNorm2d)]
-        assert norms and all(type(layer) is nn.BatchNorm2d for layer in norms)
-        can_learn(student, torch.rand(2, 3, 32, 32))
-        assert all(int(layer.num_batches_tracked) == 1 for layer in norms)
-
-
 class Sized(nn.Module):
     """A convolution, an activation, a classifier; how they are joined is up to the subclass."""
 
@@ -292,309 +187,6 @@ class Sized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.relu(self.conv(x)).flatten(1))
-
-
-class ViewAfter(Sized):
-    def forward(self, x):
-        x = F.relu(self.conv(x))
-        return self.fc(x.view(x.size(0), -1))
-
-
-class ViewBefore(Sized):
-    def forward(self, x):
-        x = self.conv(x)
-        return self.fc(F.relu(x.view(x.shape[0], -1)))
-
-
-class SizeOfTheInput(Sized):
-    def forward(self, x):
-        batch = x.size(0)
-        return self.fc(F.relu(self.conv(x)).view(batch, -1))
-
-
-class ShapeUnpacked(Sized):
-    def forward(self, x):
-        x = F.relu(self.conv(x))
-        batch, channels, height, width = x.shape
-        return self.fc(x.reshape(batch, channels * height * width))
-
-
-class ShapeTimesNumber(Sized):
-    def forward(self, x):
-        x = F.relu(self.conv(x))
-        return self.fc(x.reshape(x.shape[0], 4 * x.shape[2] * x.shape[3]))
-
-
-class Flag(Sized):
-    def forward(self, x, spread: bool = False):
-        return super().forward(x if not spread else x * 2)
-
-
-class Mutated(Sized):
-    """The activation works in place, its result is not looked at."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        x = self.conv(x)
-        self.act(x)
-        return self.fc(x.flatten(1))
-
-
-class MutatedByFunction(Sized):
-    def forward(self, x):
-        x = self.conv(x)
-        F.relu(x, inplace=True)
-        return self.fc(x.flatten(1))
-
-
-class MutatedBySum(Sized):
-    """A branch joins in place, and the sum is not bound to a name."""
-
-    def forward(self, x):
-        x = F.relu(self.conv(x))
-        y = x / 2
-        y.add_(x).sub_(x / 4)
-        y.mul_(4).div_(5)
-        return self.fc(y.flatten(1))
-
-
-class GivenByName(Sized):
-    def forward(self, x):
-        return self.fc(F.relu(input=self.conv(input=x)).flatten(1))
-
-
-class NamedAsTheStudentsOwn(Sized):
-    def forward(self, states):
-        return super().forward(states)
-
-
-WAYS = [
-    *(ViewAfter, ViewBefore, SizeOfTheInput, ShapeUnpacked, ShapeTimesNumber, Flag, Mutated, MutatedByFunction),
-    *(MutatedBySum, GivenByName, NamedAsTheStudentsOwn),
-]
-
-
-@pytest.mark.parametrize("kind", WAYS, ids=lambda kind: kind.__name__)
-def test_sizes_flags_and_work_in_place_mean_what_they_mean_in_the_ann(kind):
-    images, plain = torch.rand(3, 1, 4, 4), Sized()
-    other = kind()
-    other.load_state_dict(plain.state_dict())
-    expected, _ = convert(plain, images, timesteps=3, per_channel=False)
-    found, _ = convert(other, images, timesteps=3, per_channel=False)
-    torch.testing.assert_close(found(images), expected(images))
-    assert found(images[:2]).shape == (3, 2, 3)
-
-
-USES = {
-    "scale": lambda x, scale: x * scale,
-    "shift": lambda x, scale: x + scale,
-    "shaped": lambda x, scale: x * scale.view(1, 4, 1, 1),
-    "divided": lambda x, scale: x / (scale + 1).reshape(1, -1, 1, 1),
-}
-
-
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_a_learned_scale_or_shift_is_no_gate(use):
-    class Scaled(Sized):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.full((1, 4, 1, 1), 0.5))
-
-        def forward(self, x):
-            return self.fc(use(F.relu(self.conv(x)), self.scale).flatten(1))
-
-    images, network = torch.rand(3, 1, 4, 4), Scaled()
-    student, _ = convert(network, images, timesteps=64)
-    torch.testing.assert_close(student(images).mean(0), network(images), rtol=0, atol=0.05)
-    can_learn(student, images)
-
-
-class TestOtherActivations:
-    def test_relu6_and_leaky_relu_are_taken_and_the_slope_is_noted(self):
-        network = nn.Sequential(
-            nn.Flatten(), nn.Linear(16, 8), nn.ReLU6(), nn.Linear(8, 8), nn.LeakyReLU(0.125), nn.Linear(8, 3)
-        )
-        student, report = convert(network, torch.rand(2, 1, 4, 4))
-        assert [(site.kind, site.note) for site in report.sites] == [
-            ("ReLU6", ""),
-            ("LeakyReLU", "negative slope 0.125 dropped"),
-        ]
-        assert "(negative slope 0.125 dropped)" in str(report)
-        can_learn(student, torch.rand(2, 1, 4, 4))
-
-    def test_functional_ones_are_taken_too(self):
-        class Functional(Sized):
-            def forward(self, x):
-                return self.fc(F.leaky_relu(F.relu6(self.conv(x)), negative_slope=0.2).flatten(1))
-
-        _, report = convert(Functional(), torch.rand(2, 1, 4, 4))
-        assert [(site.kind, site.note) for site in report.sites] == [
-            ("relu6", ""),
-            ("leaky_relu", "negative slope 0.2 dropped"),
-        ]
-
-    @pytest.mark.parametrize("slope", [0.5, -0.5])
-    def test_too_steep_a_slope_is_refused(self, slope):
-        said = rf"'part' at {re.escape(line('the part'))} has a negative slope of {slope}.*train the ANN with ReLU"
-        with pytest.raises(ConversionError, match=said):
-            convert(Around(nn.LeakyReLU(slope)), torch.rand(2, 1, 4, 4))
-        assert LARGEST_SLOPE == 0.3
-
-
-class Around(nn.Module):
-    """A network with one part in its middle."""
-
-    def __init__(self, part) -> None:
-        super().__init__()
-        self.conv, self.part, self.fc = nn.Conv2d(1, 4, 3, padding=1), part, nn.Linear(64, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv(x))
-        x = self.part(x)  # the part
-        return self.fc(x.flatten(1))
-
-
-GATE = "leave it out with its product where it is a gate"
-EXCHANGE, ATTENTION = "exchange it for nn.ReLU", "use a convolutional network"
-NORM, RECURRENT, OTHER = "use batch norm", "use a feed-forward network", "use convolutions, linear layers"
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("part", "remedy"),
-        [
-            (nn.GELU(), EXCHANGE),
-            (nn.SiLU(), EXCHANGE),
-            (nn.PReLU(), EXCHANGE),
-            (nn.Sigmoid(), GATE),
-            (nn.Hardsigmoid(), GATE),
-            (nn.Hardswish(), EXCHANGE),
-            (nn.Softmax(1), ATTENTION),
-            (nn.TransformerEncoderLayer(4, 1, batch_first=True), ATTENTION),
-            (nn.LayerNorm(4), NORM),
-            (nn.GroupNorm(2, 4), NORM),
-            (nn.InstanceNorm2d(4), NORM),
-            (nn.LSTM(4, 4), RECURRENT),
-            (nn.GRU(4, 4), RECURRENT),
-            (nn.CosineSimilarity(), OTHER),
-        ],
-        ids=lambda value: type(value).__name__,
-    )
-    def test_of_a_layer_name_it_its_line_and_a_remedy(self, part, remedy):
-        said = rf"'part' \({type(part).__name__}\) at {re.escape(line('the part'))} has no spiking meaning: .*{remedy}"
-        with pytest.raises(ConversionError, match=said):
-            convert(Around(part), torch.rand(2, 1, 4, 4))
-
-    @pytest.mark.parametrize(
-        ("part", "name", "remedy"),
-        [
-            (F.gelu, "'gelu' (node gelu)", EXCHANGE),
-            (lambda x: x * torch.sigmoid(x), "'sigmoid' (node sigmoid)", GATE),
-            (lambda x: x.tanh(), "'tanh' (node tanh)", EXCHANGE),
-            (lambda x: x.softmax(1), "'softmax' (node softmax)", ATTENTION),
-            (lambda x: F.scaled_dot_product_attention(x, x, x), "'scaled_dot_product_attention'", ATTENTION),
-            (lambda x: x @ x.transpose(2, 3), "'matmul' (node matmul)", ATTENTION),
-            (lambda x: F.layer_norm(x, (4,)), "'layer_norm' (node layer_norm)", NORM),
-            (lambda x: x * F.relu(x - 1), "the product 'mul' of two signals (node mul)", OTHER),
-            (lambda x: x * x, "the product 'mul' of two signals (node mul)", OTHER),
-            (lambda x: torch.mul(x, other=x), "the product 'mul' of two signals (node mul)", OTHER),
-            (lambda x: x.mul_(x), "the product 'mul' of two signals (node mul_)", OTHER),
-            (lambda x: x / (x + 1), "the product 'truediv' of two signals (node truediv)", OTHER),
-            (lambda x: 1 / (x + 1), "'truediv'", OTHER),
-            (lambda x: x // 2, "'floordiv'", OTHER),
-            (lambda x: torch.exp(x), "'exp' (node exp)", OTHER),
-            (lambda x: x.abs(), "'abs' (node abs_1)", OTHER),
-        ],
-        ids=lambda value: value if isinstance(value, str) and value[0] in "'t" else "",
-    )
-    def test_of_a_function_name_it_its_line_and_a_remedy(self, part, name, remedy):
-        said = rf"{re.escape(name)}.* at {re.escape(str(HERE))}:\d+ has no spiking meaning: .*{remedy}"
-        with pytest.raises(ConversionError, match=said):
-            convert(Around(part), torch.rand(2, 1, 4, 4))
-
-    def test_of_multi_head_attention(self):
-        class Attending(Around):
-            def __init__(self) -> None:
-                super().__init__(nn.MultiheadAttention(16, 1, batch_first=True))
-
-            def forward(self, x):
-                x = F.relu(self.conv(x)).flatten(2)
-                x, _ = self.part(x, x, x)  # attended
-                return self.fc(x.flatten(1))
-
-        said = rf"'part' \(MultiheadAttention\) at {re.escape(line('attended'))} has no spiking .*{ATTENTION}"
-        with pytest.raises(ConversionError, match=said):
-            convert(Attending(), torch.rand(2, 1, 4, 4))
-
-    def test_of_a_layer_that_multiplies_two_signals(self):
-        class Squaring(Around):
-            def __init__(self) -> None:
-                super().__init__(nn.Bilinear(4, 4, 4))
-
-            def forward(self, x):
-                x = F.relu(self.conv(x))
-                return self.fc(self.part(x, x).flatten(1))  # squared
-
-        with pytest.raises(
-            ConversionError, match=rf"'part' \(Bilinear\) at {re.escape(line('squared'))} has no spiking"
-        ):
-            convert(Squaring(), torch.rand(2, 1, 4, 4))
-
-    def test_in_a_bare_sequence_do_not_point_into_torch(self):
-        with pytest.raises(ConversionError, match=r"'1' \(GELU\)") as caught:
-            convert(nn.Sequential(nn.Flatten(), nn.GELU(), nn.Linear(16, 3)), torch.rand(2, 1, 4, 4))
-        assert "proxy.py" not in str(caught.value)
-
-    def test_of_a_network_without_activations(self):
-        with pytest.raises(
-            ConversionError, match="no ReLU, ReLU6 or LeakyReLU, so nothing would spike: give a network"
-        ):
-            convert(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(2, 1, 4, 4))
-
-    @pytest.mark.parametrize(
-        "branch",
-        [
-            lambda x: x if x.sum() > 0 else -x,  # by value
-            lambda x: x * float(x.max()),
-            lambda x: torch.from_numpy(x.detach().numpy()),
-        ],
-        ids=["if", "float", "numpy"],
-    )
-    def test_of_a_network_that_depends_on_values(self, branch):
-        said = rf"Around cannot be traced by torch.fx .*{re.escape(str(HERE))}:\d+.* pass the inner network alone"
-        with pytest.raises(ConversionError, match=said):
-            convert(Around(branch), torch.rand(2, 1, 4, 4))
-
-    @pytest.mark.parametrize("options", [{}, {"inherit": False}], ids=["inherited", "fresh"])
-    def test_of_a_network_with_two_inputs(self, options):
-        class Two(Sized):
-            def forward(self, x, y):
-                return super().forward(x + y)
-
-        with pytest.raises(
-            ConversionError, match=r"takes 2 inputs and returns a tensor: expected one tensor in.*wrap it"
-        ):
-            convert(Two(), torch.rand(2, 1, 4, 4), **options)
-
-    @pytest.mark.parametrize("options", [{}, {"inherit": False}], ids=["inherited", "fresh"])
-    def test_of_a_network_with_two_outputs(self, options):
-        class Pair(Sized):
-            def forward(self, x):
-                logits = super().forward(x)
-                return logits, logits
-
-        with pytest.raises(ConversionError, match=r"takes 1 inputs and returns tuple: expected one tensor in.*wrap it"):
-            convert(Pair(), torch.rand(2, 1, 4, 4), **options)
-
-    def test_of_images_that_the_network_does_not_take(self):
-        said = (
-            r"does not accept the calibration images of shape \(2, 1, 9, 9\) \(mat1.*give images as it was trained on"
-        )
-        with pytest.raises(ConversionError, match=said):
-            convert(Sized(), torch.rand(2, 1, 9, 9))
 
 
 class TestMaxPooling:
@@ -609,7 +201,7 @@ class TestMaxPooling:
 
     def test_is_kept_and_over_spikes_a_logical_or(self):
         student, _ = convert(self.Pooled(), torch.rand(2, 1, 4, 4))
-        _, features = student.observe(torch.rand(2, 1, 4, 4), ["body.0", "body.1"])
+        features = student.observe(torch.rand(2, 1, 4, 4), ["body.0", "body.1"]).features
         spikes, pooled = features["body.0"], features["body.1"]
         (layer,) = student.neurons.values()
         assert set((pooled / layer.threshold[:, None, None]).unique().tolist()) <= {0.0, 1.0}
@@ -618,7 +210,7 @@ class TestMaxPooling:
     def test_becomes_average_pooling_where_asked(self):
         network = self.Pooled()
         student, _ = convert(network, torch.rand(2, 1, 4, 4), max_pool="average")
-        _, features = student.observe(torch.rand(2, 1, 4, 4), ["body.0", "body.1", "body.2"])
+        features = student.observe(torch.rand(2, 1, 4, 4), ["body.0", "body.1", "body.2"]).features
         expected = features["body.0"][..., :2, :2].mean((-2, -1))
         torch.testing.assert_close(features["body.1"][..., 0, 0], expected)
         torch.testing.assert_close(features["body.2"][..., 0, 0], features["body.1"].mean((-2, -1)))
@@ -639,3 +231,33 @@ class TestMaxPooling:
             ConversionError, match=rf"max pooling at {re.escape(line('pooled'))} .*write it as nn.MaxPool2d"
         ):
             convert(Functional(), torch.rand(2, 1, 4, 4), max_pool="average")
+
+
+class Sliced(Sized):
+    """Names its nodes in another order than the neurons take them: slices before and after."""
+
+    def forward(self, x):
+        x = F.relu(self.conv(x)[:, :, :, :])
+        return self.fc(F.relu(x[:, :, :, :] + x).flatten(1))
+
+
+class TestNames:
+    def test_of_nodes_outlive_pickling(self):
+        student, _ = convert(Sliced(), torch.rand(2, 1, 4, 4))
+        twin = pickle.loads(pickle.dumps(student))
+        names, again = ([node.name for node in each.core.graph.nodes] for each in (student, twin))
+        assert names == again
+        given = torch.rand(2, 1, 4, 4)
+        found, expected = (each.eval().observe(given, spikes=each.layers()).spikes for each in (twin, student))
+        assert list(found) == ["relu", "relu_1"] and all(torch.equal(found[path], expected[path]) for path in found)
+
+    def test_of_layers_are_those_of_the_report(self):
+        network = torchvision.models.resnet18(num_classes=3)
+        student, report = convert(network, torch.rand(2, 3, 32, 32))
+        for each in (student, copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+            assert each.layers() == [site.name for site in report.sites]
+
+    def test_the_graph_returns_output_and_states(self):
+        student, _ = convert(Sized(), torch.rand(2, 1, 4, 4))
+        output, states = student.core(torch.rand(2, 1, 4, 4), 2, 2, (None,), True)
+        assert output.shape == (4, 3) and [state.shape for state in states] == [(2, 4, 4, 4)]

@@ -8,16 +8,16 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
+from spikedistill.answer import Answer
 from spikedistill.errors import ConfigError, RunError
-from spikedistill.teacher.cache import Cache, Layout, fingerprint, fingerprint_of
-from spikedistill.teacher.load import Teacher
+from spikedistill.teacher.cache import Cache, Layout
 
 VIEWS, STEPS, BATCH = 2, 3, 4
 BATCHES = [(view, step) for view in range(1, VIEWS + 1) for step in range(STEPS)]
@@ -36,21 +36,34 @@ def samples_of(view, step):
 def answer_to(view, step):
     """An answer of its own for every batch: logits, a channels-last map in bfloat16, a map and a vector."""
     generator = torch.Generator().manual_seed(10 * view + step)
-    logits = torch.randn(BATCH, 5, generator=generator)
+    logits = torch.randn(1, BATCH, 5, generator=generator)
     deep = torch.randn(BATCH, 6, 3, 2, generator=generator).bfloat16().to(memory_format=torch.channels_last)
     tall = torch.randn(BATCH, 2, 4, 4, generator=generator)
-    return logits, {"layer1.0": deep, "layer2": tall, "neck/x": torch.randn(BATCH, 7, generator=generator).double()}
+    neck = torch.randn(BATCH, 7, generator=generator).double()
+    return Answer(logits, {"layer1.0": deep[None], "layer2": tall[None], "neck/x": neck[None]})
+
+
+def spiking_answer_to(view, step):
+    """Of a spiking teacher: T = 3 in logits, a channels-last map, a feature that no step changes, and spikes."""
+    generator = torch.Generator().manual_seed(10 * view + step)
+    logits = torch.randn(3, BATCH, 5, generator=generator)
+    deep = torch.randn(3 * BATCH, 6, 3, 2, generator=generator).bfloat16().to(memory_format=torch.channels_last)
+    first = torch.randn(BATCH, 7, generator=generator)
+    counts = torch.randint(0, 3, (3 * BATCH, 4, 2, 2), generator=generator).float()
+    spikes = {"relu.1": counts.to(memory_format=torch.channels_last), "relu": counts[:, :, 0, 0].contiguous()}
+    spikes = {path: rows.unflatten(0, (3, BATCH)) for path, rows in spikes.items()}
+    return Answer(logits, {"layer1.0": deep.unflatten(0, (3, BATCH)), "stem": first.expand(3, BATCH, 7)}, spikes)
 
 
 class Asked:
     """A teacher that counts how often it is asked."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, teacher=answer_to):
+        self.calls, self.teacher = [], teacher
 
     def __call__(self, view, step):
         self.calls.append((view, step))
-        return answer_to(view, step)
+        return self.teacher(view, step)
 
 
 def nobody(view, step):
@@ -74,7 +87,18 @@ def filled(folder, batches=BATCHES):
 
 
 def named(answer):
-    return {"logits": answer[0], **answer[1]}
+    kinds = {kind: getattr(answer, kind) for kind in ("features", "spikes", "potentials")}
+    return {"logits": answer.logits, **{(kind, path): x for kind, found in kinds.items() for path, x in found.items()}}
+
+
+def without_stem(answer):
+    """What has an order of memory of its own; a view with stride 0 has none."""
+    return replace(answer, features={path: x for path, x in answer.features.items() if path != "stem"})
+
+
+def order_of(tensor):
+    """How a tensor lies in memory; an axis of one step has no stride to speak of."""
+    return [tensor.stride(axis) for axis in range(tensor.ndim) if tensor.shape[axis] > 1]
 
 
 def assert_same_bits(first, second):
@@ -82,7 +106,7 @@ def assert_same_bits(first, second):
     assert first.keys() == second.keys()
     for name, one in first.items():
         other = second[name]
-        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride()), name
+        assert (one.dtype, one.shape, order_of(one)) == (other.dtype, other.shape, order_of(other)), name
         assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)), name
 
 
@@ -112,14 +136,29 @@ class TestAnswers:
         assert_same_bits(get(second, 2, 1, nobody), answer_to(2, 1))
         assert_same_bits(get(first, 1, 2, nobody), answer_to(1, 2))
 
-    def test_may_be_features_alone_or_logits_alone(self, tmp_path):
-        logits, features = answer_to(1, 0)
-        cache = opened(tmp_path, example=(None, features))
-        nothing, seen = cache.answer(1, 0, samples_of(1, 0), lambda: (None, features))
-        assert nothing is None
-        assert_same_bits((logits, seen), (logits, features))
-        cache = opened(tmp_path, example=(logits, {}))
-        assert_same_bits(cache.answer(1, 0, samples_of(1, 0), lambda: (logits, {})), (logits, {}))
+    def test_may_be_logits_alone(self, tmp_path):
+        alone = Answer(answer_to(1, 0).logits)
+        cache = opened(tmp_path, example=alone)
+        assert_same_bits(cache.answer(1, 0, samples_of(1, 0), lambda: alone), alone)
+
+    def test_of_a_spiking_teacher_keep_every_step_and_its_spikes(self, tmp_path):
+        example = spiking_answer_to(1, 0)
+        cache, asked = opened(tmp_path, example=example), Asked(spiking_answer_to)
+        for _ in range(2):
+            for view, step in BATCHES:
+                assert_same_bits(
+                    without_stem(get(cache, view, step, asked)), without_stem(spiking_answer_to(view, step))
+                )
+            cache.flush()
+        assert asked.calls == BATCHES
+        later = opened(tmp_path, example=example)
+        assert later.filled == VIEWS * STEPS
+        assert_same_bits(get(later, 2, 1, spiking_answer_to), get(cache, 2, 1, nobody))
+
+    def test_keep_what_is_the_same_at_every_step(self, tmp_path):
+        cache = opened(tmp_path, example=spiking_answer_to(1, 0))
+        kept, wanted = (get(cache, 2, 1, spiking_answer_to).features["stem"], spiking_answer_to(2, 1).features["stem"])
+        assert kept.shape == (3, BATCH, 7) and torch.equal(kept, wanted)
 
     def test_that_are_changed_in_place_stay_as_they_are_on_disk(self, tmp_path):
         cache = filled(tmp_path)
@@ -127,12 +166,15 @@ class TestAnswers:
             tensor.zero_()
         assert_same_bits(get(cache, 1, 1, nobody), answer_to(1, 1))
 
-    @pytest.mark.parametrize("change", [lambda x: x[:, :1], lambda x: x.double(), lambda x: x[..., None]])
+    @pytest.mark.parametrize(
+        "change",
+        [lambda x: x[:, :, :1], lambda x: x.repeat(2, 1, 1, 1, 1), lambda x: x.double(), lambda x: x[..., None]],
+    )
     def test_of_another_shape_or_format_than_the_first_are_refused(self, change, tmp_path):
-        cache, (logits, features) = opened(tmp_path), answer_to(1, 0)
+        cache, known = opened(tmp_path), answer_to(1, 0)
+        other = Answer(known.logits, {**known.features, "layer2": change(known.features["layer2"])})
         with pytest.raises(ConfigError, match=r"The teacher's features.layer2 became torch.*; give --views 0"):
-            features = {**features, "layer2": change(features["layer2"])}
-            cache.answer(1, 0, samples_of(1, 0), lambda: (logits, features))
+            cache.answer(1, 0, samples_of(1, 0), lambda: other)
         cache.flush()
         assert opened(tmp_path).filled == 0
 
@@ -148,6 +190,8 @@ class TestLayout:
             lambda x: x[:, :1].to(memory_format=torch.channels_last),
             lambda x: x.mean((2, 3), keepdim=True).to(memory_format=torch.channels_last),
             lambda x: x.flatten(1),
+            lambda x: x.to(memory_format=torch.channels_last)[None],
+            lambda x: x.to(memory_format=torch.channels_last).expand(2, -1, -1, -1, -1).contiguous(),
         ],
     )
     def test_gives_back_bits_and_order_of_memory(self, make, dtype):
@@ -157,8 +201,7 @@ class TestLayout:
         assert array.shape == layout.shape and array.nbytes == layout.nbytes and array.flags.c_contiguous
         again = layout.unpack(array)
         assert (again.dtype, again.shape) == (tensor.dtype, tensor.shape)
-        order = [[x.stride(axis) for axis in range(x.ndim) if x.shape[axis] > 1] for x in (again, tensor)]
-        assert order[0] == order[1]
+        assert order_of(again) == order_of(tensor)
         assert torch.equal(again, tensor) and layout.fits(tensor) and layout.fits(tensor.contiguous())
 
     def test_of_a_view_is_dense(self):
@@ -173,15 +216,15 @@ class TestFiles:
         path = filled(tmp_path).path
         samples, logits = np.load(path / "samples.npy"), np.load(path / "logits.npy", mmap_mode="r")
         maps = np.load(path / "features.layer1.0.npy", mmap_mode="r")
-        assert logits.shape == (VIEWS, STEPS, BATCH, 5) and maps.shape == (VIEWS, STEPS, BATCH, 3, 2, 6)
+        assert logits.shape == (VIEWS, STEPS, 1, BATCH, 5) and maps.shape == (VIEWS, STEPS, 1, BATCH, 3, 2, 6)
         for view, step in BATCHES:
-            wanted, features = answer_to(view, step)
+            wanted = answer_to(view, step)
             for row, sample in enumerate(samples_of(view, step).tolist()):
                 ((v, s, r),) = np.argwhere(samples == sample).tolist()
                 assert (v, s, r) == (view - 1, step, row)
-                assert (logits[v, s, r] == wanted[row].numpy()).all()
-                bits = features["layer1.0"][row].permute(1, 2, 0).contiguous().view(torch.int16)
-                assert (maps[v, s, r] == bits.numpy()).all()
+                assert (logits[v, s, 0, r] == wanted.logits[0, row].numpy()).all()
+                bits = wanted.features["layer1.0"][0, row].permute(1, 2, 0).contiguous().view(torch.int16)
+                assert (maps[v, s, 0, r] == bits.numpy()).all()
 
     def test_are_as_large_as_was_said(self, tmp_path):
         cache = filled(tmp_path)
@@ -196,8 +239,8 @@ class TestFiles:
         assert {name: held[name] for name in KEY} == KEY
         assert (held["views"], held["steps"]) == (VIEWS, STEPS)
         assert held["files"]["features.layer1.0"] == {
-            "shape": [BATCH, 3, 2, 6],
-            "axes": [0, 2, 3, 1],
+            "shape": [1, BATCH, 3, 2, 6],
+            "axes": [0, 1, 3, 4, 2],
             "dtype": "bfloat16",
         }
 
@@ -210,8 +253,9 @@ class TestAnotherKey:
             {"key": {**KEY, "augment": {"crop": 4, "flip": False}}},
             {"key": {**KEY, "seed": 1}},
             {"views": 3},
-            {"example": (answer_to(1, 0)[0], {})},
-            {"example": (answer_to(1, 0)[0].double(), answer_to(1, 0)[1])},
+            {"example": Answer(answer_to(1, 0).logits)},
+            {"example": replace(answer_to(1, 0), logits=answer_to(1, 0).logits.double())},
+            {"example": replace(answer_to(1, 0), spikes={"relu": torch.ones(1, BATCH, 2)})},
         ],
     )
     def test_never_meets_an_old_answer(self, changes, tmp_path):
@@ -219,7 +263,7 @@ class TestAnotherKey:
         cache = opened(tmp_path, **changes)
         assert cache.path != before.path and cache.filled == 0
         example = changes.get("example", answer_to(1, 0))
-        other = (example[0] + 1, example[1])
+        other = replace(example, logits=example.logits + 1)
         assert_same_bits(cache.answer(1, 0, samples_of(1, 0), lambda: other), other)
         assert_same_bits(get(opened(tmp_path), 1, 0), answer_to(1, 0))
 
@@ -246,7 +290,7 @@ class TestDamage:
             ("logits.npy", lambda old: old[:-1], "mmap length"),
             ("logits.npy", lambda old: b"", ""),
             ("logits.npy", lambda old: b"PK" + old[2:], "magic string"),
-            ("logits.npy", lambda old: old.replace(b"<f4", b"<i4"), "logits.npy is int32[2, 3, 4, 5]"),
+            ("logits.npy", lambda old: old.replace(b"<f4", b"<i4"), "logits.npy is int32[2, 3, 1, 4, 5]"),
             ("samples.npy", lambda old: old.replace(b"(2, 3, 4)", b"(2, 4, 3)"), "samples.npy is int64[2, 4, 3]"),
         ],
     )
@@ -273,10 +317,10 @@ class TestDamage:
 
     def test_rounding_of_other_hardware_is_no_damage(self, tmp_path):
         filled(tmp_path)
-        logits, features = answer_to(1, 0)
-        near = (logits * 1.01, {path: feature * 0.99 for path, feature in features.items()})
+        known = answer_to(1, 0)
+        near = Answer(known.logits * 1.01, {path: feature * 0.99 for path, feature in known.features.items()})
         cache = opened(tmp_path)
-        assert_same_bits(cache.answer(1, 0, samples_of(1, 0), lambda: near), (logits, features))
+        assert_same_bits(cache.answer(1, 0, samples_of(1, 0), lambda: near), known)
 
     def test_other_samples_are_refused(self, tmp_path):
         cache = filled(tmp_path)
@@ -312,7 +356,7 @@ class TestRoom:
     def test_is_not_sought_in_features_where_there_are_none(self, free, tmp_path):
         free(1)
         with pytest.raises(ConfigError) as caught:
-            opened(tmp_path, example=(answer_to(1, 0)[0], {}))
+            opened(tmp_path, example=Answer(answer_to(1, 0).logits))
         assert "kdsnn-response" not in str(caught.value)
 
     def test_is_asked_for_what_is_not_there_yet_alone(self, free, tmp_path):
@@ -433,34 +477,3 @@ class TestKill:
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
         assert self.check(tmp_path) == 2
-
-
-class TestFingerprint:
-    def network(self, slope=0.1):
-        torch.manual_seed(3)
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(slope), nn.Flatten(), nn.Linear(4, 2))
-
-    def teacher(self, mean=(0.5,) * 3, **options):
-        return Teacher(self.network(**options), mean, (0.2,) * 3)
-
-    def test_is_the_same_for_the_same_teacher_in_any_order_of_memory(self):
-        first = fingerprint_of(self.teacher())
-        assert len(first) == 64
-        assert first == fingerprint_of(self.teacher().to(memory_format=torch.channels_last))
-
-    def test_changes_with_all_that_the_answer_depends_on(self):
-        found = {fingerprint_of(self.teacher())}
-        found.add(fingerprint_of(self.teacher(mean=(0.5, 0.5, 0.4))))
-        found.add(fingerprint_of(self.teacher(slope=0.2)))
-        found.add(fingerprint_of(self.teacher().double()))
-        for name in ("network.0.weight", "network.1.running_var", "network.4.bias"):
-            teacher = self.teacher()
-            value = teacher.state_dict()[name].reshape(-1)
-            value[0] = torch.nextafter(value[0], value[0] + 1)
-            found.add(fingerprint_of(teacher))
-        assert len(found) == 7
-
-    def test_tells_names_shapes_and_formats_apart(self):
-        one = torch.zeros(4)
-        others = [{"b": one}, {"a": one.reshape(2, 2)}, {"a": one.int()}, {"a": one, "b": one}, {}]
-        assert len({fingerprint({"a": one}), *map(fingerprint, others)}) == 6

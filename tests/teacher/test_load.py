@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from torch import nn
 
 from spikedistill.errors import ConfigError, WeightsError
 from spikedistill.files import write_tensors
+from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
 from spikedistill.teacher.load import (
     Architecture,
     OneStep,
     Teacher,
+    import_object,
     load_teacher,
     load_weights,
     pretrained,
@@ -99,7 +103,7 @@ class TestArchitecture:
             ("resnet81", r"no architecture 'resnet81'\. Did you mean 'resnet\d+'\?.* Also: torchvision/NAME"),
             ("torchvision/resnet81", r"no torchvision model 'resnet81'\. Did you mean 'resnet18'"),
             ("timm/resnet10x", r"no timm model 'resnet10x'\. Did you mean 'resnet10t'"),
-            ("/nowhere/own.py:tiny", r"'/nowhere/own\.py' of architecture .* does not exist"),
+            ("/nowhere/own.py:tiny", r"'/nowhere/own\.py' of '/nowhere/own\.py:tiny' does not exist: check the path"),
         ],
     )
     def test_an_unknown_name_is_refused(self, name, message):
@@ -331,11 +335,49 @@ class TestTeacher:
         torch.testing.assert_close(teacher(images), teacher(images), rtol=0, atol=0)
         assert_same(teacher.state_dict(), before)
 
+    @pytest.mark.parametrize("paths", [(), ("0", "2")])
+    def test_its_answer_has_one_step_and_features_where_they_are_asked_for(self, network, paths):
+        images, teacher = torch.rand(3, 1, 4, 4), Teacher(network, [0.3], [0.2])
+        answer = teacher.observe(images, paths)
+        torch.testing.assert_close(answer.logits, teacher(images)[None])
+        assert answer.features.keys() == set(paths) and not answer.spikes and not answer.potentials
+        for path in paths:
+            inner = network[: int(path) + 1]
+            torch.testing.assert_close(answer.features[path], inner((images - 0.3) / 0.2)[None])
+
+    def test_every_module_is_a_path_and_no_layer_has_neurons(self, network):
+        teacher = Teacher(network, [0.3], [0.2])
+        assert (teacher.paths(), teacher.layers()) == ([str(number) for number in range(6)], [])
+
+    @pytest.mark.parametrize("asked", ["spikes", "potentials"])
+    def test_spikes_and_potentials_are_not_to_be_had(self, network, asked):
+        with pytest.raises(ConfigError, match="Sequential is an ANN and has no spikes or potentials at 2: take a spik"):
+            Teacher(network, [0.3], [0.2]).observe(torch.rand(3, 1, 4, 4), **{asked: ["2"]})
+
+    @pytest.mark.parametrize("wrap", [Teacher, OneStep])
+    def test_a_network_that_owns_its_normalisation_is_refused(self, network, wrap):
+        student, _ = to_spiking(network, Conversion(timesteps=2, inherit=False))
+        for owner in (student, Teacher(network, [0.3], [0.2])):
+            with pytest.raises(
+                ConfigError, match=f"A {type(owner).__name__} owns the normalisation.*student can teach"
+            ):
+                wrap(owner, [0.3], [0.2])
+
+    def test_logits_with_time_are_refused(self):
+        class Steps(nn.Module):
+            def forward(self, x):
+                return x.flatten(1).expand(4, -1, -1)
+
+        teacher = Teacher(Steps(), [0.0], [1.0])
+        for ask in (teacher, teacher.observe):
+            with pytest.raises(ConfigError, match=r"Steps returns logits of shape \(4, 3, 2\), an ANN's are \[B, K\]"):
+                ask(torch.rand(3, 2, 1, 1))
+
     @pytest.mark.parametrize(
         "mean, std", [([0.0], [0.0]), ([0.0], [-1.0]), ([0.0, 0.0], [1.0]), ([0.0], [float("nan")])]
     )
     def test_a_normalisation_that_cannot_work_is_refused(self, network, mean, std):
-        with pytest.raises(ConfigError, match="need one value a channel, std above 0"):
+        with pytest.raises(ConfigError, match="need one value per channel, std above 0"):
             Teacher(network, mean, std)
 
 
@@ -347,9 +389,9 @@ class TestOneStep:
 
     def test_its_features_have_one_step_of_time_too(self, network):
         images = torch.rand(3, 1, 4, 4)
-        logits, features = OneStep(network, [0.3], [0.2]).eval().observe(images, ["2"])
-        torch.testing.assert_close(logits, network((images - 0.3) / 0.2)[None])
-        torch.testing.assert_close(features["2"], network[:3]((images - 0.3) / 0.2)[None])
+        answer = OneStep(network, [0.3], [0.2]).eval().observe(images, ["2"])
+        torch.testing.assert_close(answer.logits, network((images - 0.3) / 0.2)[None])
+        torch.testing.assert_close(answer.features["2"], network[:3]((images - 0.3) / 0.2)[None])
 
     def test_it_stays_trainable(self, network):
         OneStep(network, [0.3], [0.2])(torch.rand(3, 1, 4, 4)).sum().backward()
@@ -403,6 +445,86 @@ class TestLoadTeacher:
         with pytest.raises(WeightsError, match="do not fit ResidualNet"):
             load_teacher(tmp_path, architecture=Architecture("resnet20", classes=4, channels=1, width=4))
 
+    @pytest.mark.parametrize("known", [{"name": 7}, {"name": "resnet20", "classes": "3"}, "resnet20", None])
+    def test_a_header_that_names_no_network_is_refused(self, tmp_path, known):
+        self.write(tmp_path / "model.safetensors")
+        tensors, facts = read_weights(tmp_path / "model.safetensors")
+        write_tensors(tmp_path / "model.safetensors", tensors, {**facts, "architecture": known})
+        with pytest.raises(WeightsError, match=r"(?s)this version does not know .*: name the architecture"):
+            load_teacher(tmp_path)
+
     def test_an_empty_run_directory_is_named(self, tmp_path):
         with pytest.raises(WeightsError, match=r"model\.safetensors' does not exist"):
             load_teacher(tmp_path)
+
+
+class TestCodeInAHeader:
+    """A weights file of somebody else may name a file of Python code, which would run at once."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        """A run directory whose header names code that leaves a mark when it is executed."""
+        lines = ["from pathlib import Path", "from torch import nn", f"Path({str(tmp_path / 'sprung')!r}).touch()"]
+        lines += ["def tiny(classes):", "    return nn.Sequential(nn.Flatten(), nn.Linear(4, classes))"]
+        (tmp_path / "own.py").write_text("\n".join(lines))
+        network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        named = {"name": f"{tmp_path}/own.py:tiny", "classes": 3, "channels": 1, "width": None}
+        facts = {"architecture": named, "mean": [0.3], "std": [0.2]}
+        write_tensors(tmp_path / "model.safetensors", network.state_dict(), facts)
+        return SimpleNamespace(path=tmp_path, network=network, architecture=Architecture(**named))
+
+    def test_is_refused_and_never_run(self, run):
+        with pytest.raises(ConfigError, match=r"names Python code as its network, '.*own\.py:tiny', .*trust_code=True"):
+            load_teacher(run.path)
+        assert not (run.path / "sprung").exists()
+
+    @pytest.mark.parametrize("how", ["trust_code", "architecture"])
+    def test_runs_where_the_user_trusts_it_or_names_it(self, run, how):
+        options = {"trust_code": True} if how == "trust_code" else {"architecture": run.architecture}
+        teacher, architecture = load_teacher(run.path, **options)
+        assert (run.path / "sprung").exists() and architecture == run.architecture
+        images = torch.rand(2, 1, 2, 2)
+        torch.testing.assert_close(teacher(images), run.network((images - 0.3) / 0.2))
+
+    def test_is_passed_over_where_the_user_names_another_network(self, run):
+        with pytest.raises(WeightsError, match="do not fit ResidualNet"):
+            load_teacher(run.path, architecture=TINY)
+        assert not (run.path / "sprung").exists()
+
+
+class TestImportObject:
+    def test_gives_what_the_file_calls_by_that_name(self, tmp_path):
+        (tmp_path / "own.py").write_text("class Own:\n    size = 7\n")
+        assert import_object(f"{tmp_path}/own.py:Own").size == 7
+
+    @pytest.mark.parametrize(
+        "content, name, message",
+        [
+            (None, "own.py:Own", r"The file '.*own\.py' of '.*own\.py:Own' does not exist: check the path"),
+            ("x = 1", "own.txt:x", r"own\.txt' .* does not exist"),
+            (
+                "import nowhere_at_all",
+                "own.py:Own",
+                r"cannot be imported \(ModuleNotFoundError: .*nowhere_at_all.*mend",
+            ),
+            ("def f(:", "own.py:f", r"cannot be imported \(SyntaxError: .*\): mend it"),
+            ("def tiny(): ...", "own.py:tinny", r"no function or class in '.*own\.py' 'tinny'\. Did you mean 'tiny'"),
+        ],
+    )
+    def test_what_cannot_be_had_is_named_with_its_remedy(self, tmp_path, content, name, message):
+        if content is not None:
+            (tmp_path / "own.py").write_text(content)
+        before = list(sys.path)
+        with pytest.raises(ConfigError, match=message):
+            import_object(f"{tmp_path}/{name}")
+        assert sys.path == before
+
+    def test_what_is_no_function_is_no_network(self, tmp_path):
+        (tmp_path / "own.py").write_text("tiny = 7\n")
+        with pytest.raises(ConfigError, match=r"own\.py:tiny' cannot be called .*'int' object is not callable"):
+            Architecture(f"{tmp_path}/own.py:tiny").build()
+
+    def test_a_function_that_takes_no_classes_is_refused(self, tmp_path):
+        (tmp_path / "own.py").write_text("def tiny():\n    return None\n")
+        with pytest.raises(ConfigError, match=r"cannot be called with classes=3 .*let it take 'classes'"):
+            Architecture(f"{tmp_path}/own.py:tiny", classes=3).build()

@@ -1,27 +1,37 @@
+import copy
 import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
 from spikedistill.data.augment import Augment
+from spikedistill.data.feed import MemoryFeed, PairFeed, as_frames, epoch_order
 from spikedistill.data.images import ImageSet, split
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.dynamics import IF, Neuron
-from spikedistill.objective.direct import Direct
+from spikedistill.neuron.dynamics import IF
+from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
-from spikedistill.student.build import to_spiking
+from spikedistill.objective.schedule import Switch
+from spikedistill.objective.terms import Needs, Objective, Sum
+from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.coding import Frames
+from spikedistill.student.conversion import Conversion
 from spikedistill.teacher.load import OneStep, Teacher
-from spikedistill.train import loop
-from spikedistill.train.loop import Trainer, epoch_order, fit, learning_rate, make_optimiser, step_seed
+from spikedistill.train.lesson import Tutor
+from spikedistill.train.loop import Course, fit
+from spikedistill.train.optimise import learning_rate
+from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
@@ -31,6 +41,12 @@ MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 def choices(**changes):
     usual = {"epochs": 2, "batch_size": 16, "lr": 0.1, "precision": "fp32", "device": "cpu", "channels_last": False}
     return Training(**{**usual, **changes})
+
+
+def teach(student, objective, images, config, run, *, augment=None, validation=0.1, **others):
+    """``fit`` on images in memory."""
+    feed = MemoryFeed(images, config.batch_size, config.seed, augment or Augment(), validation, config.views)
+    return fit(student, objective, feed, config, run, **others)
 
 
 def begun(path):
@@ -53,8 +69,8 @@ def learner(network):
     return OneStep(network, MEAN, STD)
 
 
-def spiking(network, **options):
-    student, _ = to_spiking(network, timesteps=2, neuron=IF, inherit=False, mean=MEAN, std=STD, **options)
+def spiking(network, timesteps=2):
+    student, _ = to_spiking(network, Conversion(timesteps=timesteps, neuron=IF, inherit=False), mean=MEAN, std=STD)
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student
@@ -68,6 +84,71 @@ def same(first, second):
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@dataclass(frozen=True)
+class Looks(Objective):
+    """Cross-entropy only, by an objective that looks at more."""
+
+    at: Needs
+
+    @property
+    def needs(self):
+        return self.at
+
+    def __call__(self, batch, modules):
+        return Direct()(batch, modules)
+
+
+class Follows(Looks):
+    """Also the teacher's mean spikes and logits, of every step that it is shown."""
+
+    def __call__(self, batch, modules):
+        answer = batch.asked_teacher()
+        steps = torch.arange(1.0, 1 + len(answer.logits))[:, None]  # a step in another place is another loss
+        wanted = (steps * (answer.spikes["2"].flatten(1).mean(1)[:, None] + answer.logits.mean(2))).mean(0)
+        return {
+            **super().__call__(batch, modules),
+            "follow": (batch.student.logits.mean((0, 2)) - wanted).square().mean(),
+        }
+
+
+@dataclass(frozen=True)
+class SpikeBudget(Objective):
+    """Spikes at one layer that are more than this share of the chances to spike."""
+
+    path: str
+    share: float = 0.1
+
+    @property
+    def needs(self):
+        return Needs(student_spikes=(self.path,))
+
+    def __call__(self, batch, modules):
+        return {"spikes": (batch.student.spikes[self.path].mean() - self.share).relu()}
+
+
+@dataclass(frozen=True)
+class SourceOnly(Objective):
+    """Cross-entropy of the answers to the second stream."""
+
+    @property
+    def needs(self):
+        return Needs(source=True)
+
+    def __call__(self, batch, modules):
+        return {"images": F.cross_entropy(batch.asked_source().logits.mean(0), batch.labels)}
+
+
+@dataclass(frozen=True)
+class Clock(Objective):
+    """A term of 1, and every progress that it was shown."""
+
+    shown: list = field(default_factory=list, hash=False)
+
+    def __call__(self, batch, modules):
+        self.shown.append(batch.progress)
+        return {"clock": 1 + 0 * batch.student.logits.sum()}
+
+
 class TestAPlainLoopGivesTheSameWeights:
     def rates(self, lr, steps):
         """Straight up over the first 2.5 of 10 steps, then half a cosine."""
@@ -79,7 +160,7 @@ class TestAPlainLoopGivesTheSameWeights:
     def test_for_sgd_with_nesterov_momentum_weight_decay_and_a_teacher(self, blobs, tmp_path):
         config = choices(lr=0.2, warmup=0.25, momentum=0.9, weight_decay=0.01, seed=5)
         student, teacher = learner(flat()), Teacher(flat(seed=2), MEAN, STD)
-        fit(student, KDSNNResponse(3.0, 0.6), blobs, config, Run(tmp_path), teacher=teacher)
+        teach(student, KDSNNResponse(3.0, 0.6), blobs, config, Run(tmp_path), teacher=teacher)
 
         weights, taught = flat(), flat(seed=2)
         parameters = list(weights.parameters())
@@ -103,7 +184,7 @@ class TestAPlainLoopGivesTheSameWeights:
     def test_for_adamw(self, blobs, tmp_path):
         config = choices(lr=0.01, warmup=0.25, weight_decay=0.1, optimizer="adamw")
         student, weights = learner(flat()), flat()
-        fit(student, Direct(), blobs, config, Run(tmp_path))
+        teach(student, Direct(), blobs, config, Run(tmp_path))
 
         parameters = list(weights.parameters())
         first, second = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
@@ -121,115 +202,19 @@ class TestAPlainLoopGivesTheSameWeights:
             torch.testing.assert_close(trained, expected, rtol=0, atol=1e-6)
 
 
-class TestLearningRate:
-    def test_without_warmup_is_torchs_cosine_annealing(self):
-        optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-        reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=40)
-        config = choices(lr=0.3, warmup=0.0)
-        for step in range(40):
-            assert learning_rate(step, 40, config) == pytest.approx(reference.get_last_lr()[0], abs=1e-9)
-            optimiser.step()
-            reference.step()
-
-    def test_one_cycle_is_two_straight_lines(self):
-        config = choices(lr=1.0, warmup=0.4, schedule="one-cycle")
-        expected = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
-        assert [learning_rate(step, 10, config) for step in range(10)] == pytest.approx(expected)
-
-    @pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
-    @given(warmup=st.floats(0, 0.9), steps=st.integers(1, 300), lr=st.floats(1e-4, 10))
-    def test_rises_to_its_peak_and_falls_to_nearly_nothing(self, schedule, warmup, steps, lr):
-        config = choices(lr=lr, warmup=warmup, schedule=schedule)
-        rates = [learning_rate(step, steps, config) for step in range(steps)]
-        top = rates.index(max(rates))
-        assert min(rates) > 0 and max(rates) <= lr
-        assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
-        assert max(rates) >= lr * (1 - 1 / max(1, steps * (1 - warmup)))
-
-    def test_ends_near_zero(self):
-        for schedule, end in (("cosine", 0.5 * (1 - math.cos(math.pi / 95))), ("one-cycle", 1 / 95)):
-            config = choices(lr=2.0, warmup=0.05, schedule=schedule)
-            assert learning_rate(99, 100, config) == pytest.approx(2.0 * end)
-
-    def test_is_what_the_metrics_report(self, blobs, tmp_path):
-        config = choices(lr=0.1)
-        fit(learner(flat()), Direct(), blobs, config, Run(tmp_path))
-        reported = [line["lr"] for line in Run(tmp_path).lines("metrics")]
-        assert reported == [learning_rate(4, 10, config), learning_rate(9, 10, config)]
-
-
-class TestEpochOrder:
-    indices = torch.arange(0, 200, 2)
-
-    def test_is_a_permutation_without_the_short_batch(self):
-        batches = epoch_order(self.indices, seed=3, epoch=1, batch_size=16)
-        seen = torch.cat(batches)
-        assert [len(batch) for batch in batches] == [16] * 6
-        assert len(seen.unique()) == 96 and set(seen.tolist()) <= set(self.indices.tolist())
-        assert seen.tolist() != sorted(seen.tolist())
-
-    def test_leaves_none_out_where_batches_fit(self):
-        seen = torch.cat(epoch_order(self.indices, seed=3, epoch=1, batch_size=20))
-        assert torch.equal(seen.sort().values, self.indices)
-
-    def test_depends_on_seed_and_epoch_alone(self):
-        def order(seed, epoch):
-            return torch.cat(epoch_order(self.indices, seed, epoch, 10)).tolist()
-
-        first = order(3, 1)
-        torch.manual_seed(99)
-        assert order(3, 1) == first
-        assert order(3, 2) != first and order(4, 1) != first
-
-    @pytest.mark.parametrize("seed", [20260923, -(10**9), 2**62])
-    def test_any_seed_can_be_given(self, seed):
-        torch.Generator().manual_seed(step_seed(seed, 7, 11))
-        assert len(epoch_order(torch.arange(8), seed, 7, 4)) == 2
-
-    def test_the_seeds_of_steps_never_meet(self):
-        seeds = [step_seed(seed, epoch, step) for seed in (0, 1) for epoch in (1, 2, 3) for step in range(500)]
-        assert len(set(seeds)) == len(seeds)
-
-
-class TestOptimiser:
-    def test_decays_kernels_and_matrices_but_no_vectors_or_scalars(self):
-        network = nn.ModuleDict({"student": spiking(convolutional(4)), "frozen": nn.Linear(2, 2).requires_grad_(False)})
-        student, _ = to_spiking(convolutional(4), neuron=Neuron(learn_threshold=True), inherit=False)
-        network["learned"] = student
-        groups = make_optimiser(network, choices(weight_decay=0.25)).param_groups
-        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-        assert len(decay) == sum(len(group["params"]) for group in groups)
-        wanted = {id(p): 0.25 if p.ndim > 1 else 0.0 for p in network.parameters() if p.requires_grad}
-        assert decay == wanted
-        assert any(p.ndim == 0 for p in network.parameters())
-
-    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-    def test_a_step_without_gradient_shrinks_the_weights_alone(self, optimizer):
-        layer = nn.Linear(3, 3)
-        weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-        layer.weight.grad, layer.bias.grad = torch.zeros(3, 3), torch.zeros(3)
-        make_optimiser(layer, choices(optimizer=optimizer, momentum=0.0, lr=0.5, weight_decay=0.2)).step()
-        torch.testing.assert_close(layer.bias, bias, rtol=0, atol=0)
-        shrunk = weight * (1 - 0.5 * 0.2)
-        torch.testing.assert_close(layer.weight, shrunk)
-
-    def test_a_network_of_matrices_alone_has_one_group(self):
-        assert len(make_optimiser(nn.Linear(2, 2, bias=False), choices()).param_groups) == 1
-
-
 class TestAveragedWeights:
     def test_are_the_hand_computed_average_of_every_step(self, blobs, tmp_path, monkeypatch):
         snapshots = []
-        step = Trainer.step
+        step = Course.step
 
-        def remember(trainer, *args):
-            result = step(trainer, *args)
-            snapshots.append({name: value.clone() for name, value in trainer.student.state_dict().items()})
+        def remember(course, *args):
+            result = step(course, *args)
+            snapshots.append({name: value.clone() for name, value in course.student.state_dict().items()})
             return result
 
-        monkeypatch.setattr(Trainer, "step", remember)
+        monkeypatch.setattr(Course, "step", remember)
         student = learner(convolutional(4))
-        line = fit(student, Direct(), blobs, choices(ema=0.8), Run(tmp_path))
+        line = teach(student, Direct(), blobs, choices(ema=0.8), Run(tmp_path))
         assert len(snapshots) == 10
         average = {name: value.double() for name, value in snapshots[0].items()}
         for snapshot in snapshots[1:]:
@@ -243,7 +228,7 @@ class TestAveragedWeights:
 
     def test_without_them_the_last_weights_are_kept_and_judged(self, blobs, tmp_path):
         student = learner(convolutional(4))
-        line = fit(student, Direct(), blobs, choices(), Run(tmp_path))
+        line = teach(student, Direct(), blobs, choices(), Run(tmp_path))
         assert line["validation_accuracy"] == self.accuracy_on_held(student, blobs)
 
     def accuracy_on_held(self, student, blobs):
@@ -257,7 +242,7 @@ class TestClipping:
     def moved(self, blobs, path, clip):
         student = learner(flat())
         config = choices(epochs=1, batch_size=96, lr=1.0, momentum=0.0, weight_decay=0.0, warmup=0.0, clip=clip)
-        fit(student, Direct(), blobs, config, begun(path), validation=0.0)
+        teach(student, Direct(), blobs, config, begun(path), validation=0.0)
         pairs = zip(student.network.parameters(), flat().parameters())
         return torch.cat([(after - before).flatten() for after, before in pairs]).detach()
 
@@ -276,7 +261,7 @@ class TestClipping:
 class TestSeed:
     def weights(self, blobs, path, seed):
         student = spiking(convolutional(4))
-        fit(student, Direct(), blobs, choices(seed=seed), begun(path), augment=Augment(crop=1, flip=True))
+        teach(student, Direct(), blobs, choices(seed=seed), begun(path), augment=Augment(crop=1, flip=True))
         return student.state_dict(), (path / "metrics.jsonl").read_bytes()
 
     def test_the_same_seed_gives_the_same_bits_and_another_seed_others(self, blobs, tmp_path):
@@ -288,26 +273,59 @@ class TestSeed:
 class TestRefusals:
     def test_a_loss_that_is_no_number_names_the_learning_rate(self, blobs, tmp_path):
         with pytest.raises(ConfigError, match=r"epoch 1, step \d+: lower --lr \(=1e\+30\)"):
-            fit(learner(flat()), Direct(), blobs, choices(lr=1e30), Run(tmp_path))
+            teach(learner(flat()), Direct(), blobs, choices(lr=1e30), Run(tmp_path))
 
     def test_a_loss_that_is_no_number_leaves_the_checkpoint_as_it_was(self, blobs, tmp_path):
         with pytest.raises(ConfigError, match="lower --lr"):
-            fit(learner(flat()), Direct(), blobs, choices(lr=1e30, checkpoint_minutes=0.0), Run(tmp_path))
+            teach(learner(flat()), Direct(), blobs, choices(lr=1e30, checkpoint_minutes=0.0), Run(tmp_path))
         written = load_file(Run(tmp_path).checkpoint)
         assert not any(value.isnan().any() for value in written.values())
 
     def test_a_batch_larger_than_the_training_part_names_both(self, blobs, tmp_path):
         with pytest.raises(ConfigError, match=r"batch_size \(=87\) must be at most the 86 training samples"):
-            fit(learner(flat()), Direct(), blobs, choices(batch_size=87), Run(tmp_path))
+            teach(learner(flat()), Direct(), blobs, choices(batch_size=87), Run(tmp_path))
 
-    def test_an_objective_that_asks_a_missing_teacher(self, blobs, tmp_path):
-        with pytest.raises(ConfigError, match="no teacher was given"):
-            fit(learner(flat()), KDSNNResponse(), blobs, choices(), Run(tmp_path))
+    @pytest.mark.parametrize(
+        "objective, gradient, message",
+        [
+            (KDSNNResponse(), "exact", "needs a teacher, and no teacher was given: pass teacher=..., or use Direct"),
+            (KDSNNFeature(), "exact", "needs a teacher, and no teacher was given"),
+            (Sum(((0.5, Direct()), (0.5, KDSNNResponse()))), "exact", "needs a teacher, and no teacher was given"),
+            (TET(), "quantised", r"gradient \(='quantised'\) has no time steps"),
+            (SpikeBudget("2"), "quantised", r"gradient \(='quantised'\) has no time steps, spikes"),
+            (Looks(Needs(potentials=("2",))), "rate", r"gradient \(='rate'\) knows rates alone, no potentials"),
+            (
+                Looks(Needs(source=True)),
+                "exact",
+                "needs a second input stream, and the feed has none: use a Pair",
+            ),
+            (SpikeBudget("0"), "exact", "There is no layer of neurons '0'"),
+        ],
+    )
+    def test_an_objective_that_looks_at_what_there_is_not(self, objective, gradient, message, blobs, tmp_path, no_step):
+        student = spiking(convolutional(4))
+        student.gradient = gradient
+        with pytest.raises(ConfigError, match=message):
+            teach(student, objective, blobs, choices(), Run(tmp_path))
+
+    def test_an_objective_that_looks_at_the_spikes_of_an_ann(self, blobs, tmp_path, no_step):
+        objective, teacher = Looks(Needs(teacher_spikes=("2",))), Teacher(convolutional(4), MEAN, STD)
+        with pytest.raises(ConfigError, match=r"Spikes of 2 are looked at, .* none, it is an ANN\. Take a spiking"):
+            teach(spiking(convolutional(4)), objective, blobs, choices(), Run(tmp_path), teacher=teacher)
+        with pytest.raises(ConfigError, match="Sequential is an ANN and has no spikes"):
+            teach(learner(convolutional(4)), SpikeBudget("2"), blobs, choices(), Run(tmp_path))
+
+    @pytest.fixture
+    def no_step(self, monkeypatch):
+        def step(*_):
+            raise AssertionError("a step was taken")
+
+        monkeypatch.setattr(Course, "step", step)
 
     def test_a_path_that_is_no_module_of_the_teacher(self, blobs, tmp_path):
         objective, teacher = KDSNNFeature((("layr", "2"),)), Teacher(convolutional(4), MEAN, STD)
         with pytest.raises(ConfigError, match=r"There is no module in Sequential 'layr'"):
-            fit(learner(convolutional(4)), objective, blobs, choices(), Run(tmp_path), teacher=teacher)
+            teach(learner(convolutional(4)), objective, blobs, choices(), Run(tmp_path), teacher=teacher)
 
 
 class TestTeacherAndFeatures:
@@ -315,7 +333,7 @@ class TestTeacherAndFeatures:
 
     def adapter(self, blobs, path, lr):
         student, teacher = learner(convolutional(6)), Teacher(convolutional(4, seed=2), MEAN, STD)
-        fit(student, self.objective, blobs, choices(epochs=1, lr=lr), begun(path), teacher=teacher)
+        teach(student, self.objective, blobs, choices(epochs=1, lr=lr), begun(path), teacher=teacher)
         return load_file(Run(path).checkpoint)["lesson.adapters.0.weight"]
 
     def test_the_adapter_is_trained_and_saved(self, blobs, tmp_path):
@@ -326,7 +344,7 @@ class TestTeacherAndFeatures:
     def test_the_teacher_stays_as_it_was(self, blobs, tmp_path):
         teacher = Teacher(convolutional(4, seed=2), MEAN, STD)
         before = {name: value.clone() for name, value in teacher.state_dict().items()}
-        fit(learner(convolutional(6)), self.objective, blobs, choices(), Run(tmp_path), teacher=teacher)
+        teach(learner(convolutional(6)), self.objective, blobs, choices(), Run(tmp_path), teacher=teacher)
         assert same(before, teacher.state_dict())
         assert not teacher.training and all(p.grad is None for p in teacher.parameters())
 
@@ -334,31 +352,202 @@ class TestTeacherAndFeatures:
         config = choices(epochs=1, lr=0.0, momentum=0.0)
         with_pairs, without = learner(convolutional(4)), learner(convolutional(4))
         teacher = Teacher(convolutional(4, seed=2), MEAN, STD)
-        fit(with_pairs, self.objective, blobs, config, begun(tmp_path / "a"), teacher=teacher)
-        fit(without, Direct(), blobs, config, begun(tmp_path / "b"))
+        teach(with_pairs, self.objective, blobs, config, begun(tmp_path / "a"), teacher=teacher)
+        teach(without, Direct(), blobs, config, begun(tmp_path / "b"))
         assert same(with_pairs.state_dict(), without.state_dict())
+
+
+class TestASpikingTeacher:
+    """A student of another T and width."""
+
+    objective = KDSNN((("2", "2"),), temperature=2.0, alpha=0.4, weight=0.3)
+
+    @pytest.fixture
+    def teacher(self, blobs):
+        teacher = spiking(convolutional(8, seed=2), timesteps=5)
+        teacher(blobs.train_images.float() / 255)  # its batch norms know the images
+        return teacher
+
+    def test_teaches_by_the_mean_of_its_own_time_steps(self, teacher, blobs, tmp_path):
+        student, twin = spiking(convolutional(6)), spiking(convolutional(6))
+        twin.load_state_dict(student.state_dict())
+        config = choices(epochs=1, batch_size=96, lr=0.0, weight_decay=0.0)
+        line = teach(student, self.objective, blobs, config, Run(tmp_path), validation=0.0, teacher=teacher)
+
+        images, labels = blobs.train_images.float() / 255, blobs.train_labels
+        known, ours = copy.deepcopy(teacher).eval().observe(images, ["2"]), twin.train().observe(images, ["2"])
+        assert len(known.logits) == 5 and known.features["2"].shape[:3] == (5, 96, 8)
+        logits, target = ours.logits.mean(0), (known.logits.mean(0) / 2).softmax(1)
+        soft = 4 * (target * (target.log() - (logits / 2).log_softmax(1))).sum(1).mean()
+        weight = load_file(Run(tmp_path).checkpoint)["lesson.adapters.0.weight"]
+        wanted = known.features["2"].mean(0)
+        distance = (F.conv2d(ours.features["2"].mean(0), weight) - wanted).square().mean() / wanted.square().mean()
+        assert line["labels"] == pytest.approx(0.6 * F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert line["soft"] == pytest.approx(0.4 * soft.item(), rel=1e-4)
+        assert line["features"] == pytest.approx(0.3 * distance.item(), rel=1e-4)
+
+    def test_stays_as_it_was(self, teacher, blobs, tmp_path):
+        before = {name: value.clone() for name, value in teacher.state_dict().items()}
+        teach(spiking(convolutional(6)), self.objective, blobs, choices(), Run(tmp_path), teacher=teacher)
+        assert same(before, teacher.state_dict())
+        assert all(module.training for module in teacher.modules())
+        assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+
+    def test_is_not_counted_in_the_student_s_firing_rate(self, teacher, blobs, tmp_path):
+        config = choices(epochs=1, lr=0.0)
+        with_it, without = spiking(convolutional(6)), spiking(convolutional(6))
+        without.load_state_dict(with_it.state_dict())
+        line = teach(with_it, KDSNNResponse(), blobs, config, begun(tmp_path / "a"), teacher=teacher)
+        alone = teach(without, Direct(), blobs, config, begun(tmp_path / "b"))
+        assert line["firing_rate"] == alone["firing_rate"]
+
+
+class TestTwoStreams:
+    """Events for the student; beside each an image, which the teacher sees as it is and the student as frames."""
+
+    @pytest.fixture
+    def feed(self, blobs):
+        parts = (blobs.train_images, blobs.test_images)
+        train, test = (part[:, None, :2].repeat(1, 2, 1, 1, 1) // 50 for part in parts)
+        frames = ImageSet("frames", train, blobs.train_labels, test, blobs.test_labels, blobs.class_names)
+        return PairFeed(MemoryFeed(frames, 96, validation=0.0), blobs, paired=True)
+
+    @pytest.fixture
+    def student(self):
+        network = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), *convolutional(6)[1:])
+        student, _ = to_spiking(network, Conversion(timesteps=2, neuron=IF, inherit=False, coding=Frames()))
+        student.neurons["2"].backend = "reference"
+        return student
+
+    def test_give_the_terms_that_a_hand_computes(self, feed, student, blobs, tmp_path):
+        twin, teacher = copy.deepcopy(student), Teacher(convolutional(4, seed=2), MEAN, STD)
+        objective = Sum(((1.0, KDSNNResponse(2.0, 0.4)), (1.0, SourceOnly())))
+        line = fit(student, objective, feed, choices(epochs=1, lr=0.0), Run(tmp_path), teacher=teacher)
+
+        images, labels = blobs.train_images.float() / 255, blobs.train_labels
+        events = feed.events.images.train_images.transpose(0, 1).float()
+        logits, target = twin(events).mean(0), (teacher(images) / 2).softmax(1)
+        source = twin(as_frames(images, 2, 8, 8)).mean(0)
+        soft = 4 * (target * (target.log() - (logits / 2).log_softmax(1))).sum(1).mean()
+        assert line["labels"] == pytest.approx(0.6 * F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert line["soft"] == pytest.approx(0.4 * soft.item(), rel=1e-4)
+        assert line["images"] == pytest.approx(F.cross_entropy(source, labels).item(), rel=1e-5)
+
+    @pytest.mark.parametrize("objective, passes", [(SourceOnly(), 2 * 2 + 2), (SpikeBudget("2"), 2 + 1), (Direct(), 2)])
+    def test_cost_a_second_pass_just_where_an_objective_looks_at_them(
+        self, objective, passes, feed, student, tmp_path, monkeypatch
+    ):
+        calls, observe = [], Student.observe
+        monkeypatch.setattr(Student, "observe", lambda *args, **kwargs: calls.append(1) or observe(*args, **kwargs))
+        fit(student, objective, feed, choices(), Run(tmp_path))
+        assert len(calls) == passes  # a step an epoch, and the probe
+
+
+class TestSpikes:
+    def test_that_cost_something_become_fewer_and_the_student_still_learns(self, blobs, tmp_path):
+        lines = {}
+        for weight in (0.0, 2.0):
+            objective, config = Sum(((1.0, Direct()), (weight, SpikeBudget("2")))), choices(epochs=6)
+            lines[weight] = teach(spiking(convolutional(6)), objective, blobs, config, begun(tmp_path / str(weight)))
+        assert 0 < lines[2.0]["firing_rate"] < 0.5 * lines[0.0]["firing_rate"]
+        assert lines[2.0]["validation_accuracy"] == 100
+
+    def test_that_cost_nothing_change_nothing(self, blobs, tmp_path):
+        alone = teach(spiking(convolutional(6)), Direct(), blobs, choices(), begun(tmp_path / "alone"))
+        objective = Sum(((1.0, Direct()), (0.0, SpikeBudget("2"))))
+        beside = teach(spiking(convolutional(6)), objective, blobs, choices(), begun(tmp_path / "beside"))
+        assert {**alone, "spikes": 0.0} == beside
+
+    def test_are_counted_just_where_an_objective_looks_at_them(self, blobs, tmp_path, monkeypatch):
+        counted, count = [], Student._counts
+
+        def remember(student, path, emitted):
+            counted.append(path)
+            return count(student, path, emitted)
+
+        monkeypatch.setattr(Student, "_counts", remember)
+        teach(spiking(convolutional(6)), TET(), blobs, choices(), begun(tmp_path / "without"))
+        assert counted == []
+        teach(spiking(convolutional(6)), SpikeBudget("2"), blobs, choices(), begun(tmp_path / "with"))
+        assert counted == ["2"] * (1 + 10)  # one is the probe's
+
+
+COMPILED = """
+import sys
+from functools import partial
+from pathlib import Path
+import torch
+from torch import nn
+from spikedistill.data.feed import MemoryFeed
+from spikedistill.objective.direct import Direct
+from spikedistill.objective.schedule import Ramp, Switch
+from spikedistill.objective.terms import Sum
+from spikedistill.teacher.load import OneStep
+from spikedistill.train.loop import fit
+from spikedistill.train.recipe import Training
+from spikedistill.train.run import Run
+
+folder = Path(sys.argv[1])
+torch.compile = partial(torch.compile, backend="eager")
+torch._dynamo.config.error_on_recompile = True
+blobs = torch.load(folder / "blobs.pt", weights_only=False)
+student = OneStep(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), (0.4,) * 3, (0.25,) * 3)
+objective = Sum(((Ramp(), Direct()), (Switch(), Direct(0.1))))
+config = Training(epochs=2, batch_size=16, precision="fp32", device="cpu", compile=True)
+fit(student, objective, MemoryFeed(blobs, 16), config, Run(folder))
+print(torch._dynamo.utils.counters["frames"]["total"])
+"""
+
+
+class TestProgress:
+    def test_runs_from_0_to_below_1(self, blobs, tmp_path):
+        clock = Clock()
+        teach(learner(flat()), Sum(((1.0, Direct()), (1.0, clock))), blobs, choices(), Run(tmp_path))
+        assert [progress.item() for progress in clock.shown] == pytest.approx([step / 10 for step in range(10)])
+        assert all(progress.shape == () for progress in clock.shown)
+
+    def test_switches_terms_on_and_off(self, blobs, tmp_path):
+        off, more = Switch(at=0.5, width=0.0), Switch(at=0.6, before=2.0, after=3.0, width=0.0)
+        parts = ((off, Direct()), (more, Clock()))
+        teach(learner(flat()), Sum(parts), blobs, choices(), Run(tmp_path))
+        first, second = Run(tmp_path).lines("metrics")
+        assert first["labels"] > 0.1 and second["labels"] == 0
+        assert (first["clock"], second["clock"]) == pytest.approx((2.0, (2 + 4 * 3) / 5))
+
+    def test_does_not_compile_every_step_anew(self, blobs, tmp_path):
+        torch.save(blobs, tmp_path / "blobs.pt")
+        command = [sys.executable, "-c", COMPILED, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "1\n"
 
 
 class TestMetrics:
     def test_terms_sum_to_the_loss(self, blobs, tmp_path):
         objective = KDSNN((("2", "2"),), temperature=2.0, alpha=0.4, weight=0.3)
         student, teacher = spiking(convolutional(6)), Teacher(convolutional(4, seed=2), MEAN, STD)
-        fit(student, objective, blobs, choices(), Run(tmp_path), teacher=teacher)
+        teach(student, objective, blobs, choices(), Run(tmp_path), teacher=teacher)
         for line in Run(tmp_path).lines("metrics"):
             assert all(line[name] > 0 for name in ("labels", "soft", "features"))
             assert line["loss"] == pytest.approx(line["labels"] + line["soft"] + line["features"])
 
     def test_the_loss_of_a_single_step_is_the_cross_entropy_by_hand(self, blobs, tmp_path):
         config = choices(epochs=1, batch_size=96)
-        line = fit(learner(flat()), Direct(), blobs, config, Run(tmp_path), validation=0.0)
+        line = teach(learner(flat()), Direct(), blobs, config, Run(tmp_path), validation=0.0)
         logits = flat()(unit(blobs.train_images))
         assert line["loss"] == pytest.approx(F.cross_entropy(logits, blobs.train_labels).item(), rel=1e-5)
         right = (logits.argmax(1) == blobs.train_labels).double().mean().item()
         assert line["train_accuracy"] == pytest.approx(100 * right)
         assert "validation_accuracy" not in line
 
+    def test_report_the_learning_rate(self, blobs, tmp_path):
+        config = choices(lr=0.1)
+        teach(learner(flat()), Direct(), blobs, config, Run(tmp_path))
+        reported = [line["lr"] for line in Run(tmp_path).lines("metrics")]
+        assert reported == [learning_rate(4, 10, config), learning_rate(9, 10, config)]
+
     def test_the_last_line_is_returned_and_every_epoch_has_one(self, blobs, tmp_path):
-        last = fit(learner(flat()), Direct(), blobs, choices(epochs=3), Run(tmp_path))
+        last = teach(learner(flat()), Direct(), blobs, choices(epochs=3), Run(tmp_path))
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert lines[-1] == last
         assert [(line["epoch"], line["step"]) for line in lines] == [(1, 5), (2, 10), (3, 15)]
@@ -366,7 +555,7 @@ class TestMetrics:
         assert "firing_rate" not in last
 
     def test_training_teaches(self, blobs, tmp_path):
-        last = fit(spiking(convolutional(6)), Direct(), blobs, choices(epochs=6, lr=0.3), Run(tmp_path))
+        last = teach(spiking(convolutional(6)), Direct(), blobs, choices(epochs=6, lr=0.3), Run(tmp_path))
         first = Run(tmp_path).lines("metrics")[0]
         assert last["loss"] < 0.6 * first["loss"] and last["validation_accuracy"] == 100
 
@@ -374,7 +563,7 @@ class TestMetrics:
         student, twin = spiking(convolutional(6)), spiking(convolutional(6))
         twin.load_state_dict(student.state_dict())
         config = choices(epochs=1, batch_size=96, lr=0.0)
-        line = fit(student, Direct(), blobs, config, Run(tmp_path), validation=0.0)
+        line = teach(student, Direct(), blobs, config, Run(tmp_path), validation=0.0)
         emitted = []
         for layer in twin.neurons.values():
             layer.register_forward_hook(lambda _, __, output: emitted.append(output[0].detach()))
@@ -385,7 +574,7 @@ class TestMetrics:
 
     def test_tensorboard_gets_the_same_numbers(self, blobs, tmp_path):
         accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-        fit(learner(flat()), Direct(), blobs, choices(tensorboard=True), Run(tmp_path))
+        teach(learner(flat()), Direct(), blobs, choices(tensorboard=True), Run(tmp_path))
         assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) == 1
         events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
         for line in Run(tmp_path).lines("metrics"):
@@ -409,12 +598,14 @@ def test_the_test_part_is_never_looked_at(blobs, tmp_path):
     with pytest.raises(AssertionError, match="test_images was looked at"):
         _ = guarded.test_images
     teacher = Teacher(convolutional(4, seed=2), MEAN, STD)
-    fit(spiking(convolutional(4)), KDSNN((("2", "2"),)), guarded, choices(ema=0.5), Run(tmp_path), teacher=teacher)
+    teach(spiking(convolutional(4)), KDSNN((("2", "2"),)), guarded, choices(ema=0.5), Run(tmp_path), teacher=teacher)
 
 
 def test_augmentation_changes_what_is_learnt_and_depends_on_the_step_alone(blobs, tmp_path):
     def line(name, augment):
-        return fit(learner(flat()), Direct(), blobs, choices(epochs=1), begun(tmp_path / name), augment=augment)["loss"]
+        return teach(learner(flat()), Direct(), blobs, choices(epochs=1), begun(tmp_path / name), augment=augment)[
+            "loss"
+        ]
 
     assert line("a", Augment(crop=2)) == line("b", Augment(crop=2)) != line("c", None)
 
@@ -425,18 +616,18 @@ class TestViews:
     objective = KDSNN((("2", "2"),))
     augment = Augment(crop=1, flip=True)
 
-    def train(self, blobs, path, config, seed=2, augment=augment, objective=objective, resume=False):
+    def train(self, blobs, path, config, seed=2, augment=augment, objective=objective, teacher=None):
         """The student, the files, and how often the teacher was asked."""
-        student, teacher = learner(convolutional(6)), Teacher(convolutional(4, seed=seed), MEAN, STD)
-        calls, asked = [], loop.ask
+        student, teacher = learner(convolutional(6)), teacher or Teacher(convolutional(4, seed=seed), MEAN, STD)
+        calls, asked = [], Tutor.ask
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "ask", lambda *args: calls.append(len(args[1])) or asked(*args))
-            fit(student, objective, blobs, config, begun(path), augment=augment, teacher=teacher)
+            patch.setattr(Tutor, "ask", lambda *args: calls.append(len(args[1])) or asked(*args))
+            teach(student, objective, blobs, config, begun(path), augment=augment, teacher=teacher)
         return student.state_dict(), (path / "metrics.jsonl").read_bytes(), len(calls)
 
     def without_cache(self, *args, **options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Trainer, "open_cache", lambda *_: None)
+            patch.setattr(Tutor, "keep_answers", lambda *_: None)
             return self.train(*args, **options)
 
     def assert_same_run(self, first, second):
@@ -444,19 +635,17 @@ class TestViews:
 
     @pytest.mark.parametrize("views, period", [(0, 5), (1, 1), (2, 2), (3, 3)])
     def test_come_again_in_turn_and_none_does_without(self, views, period, blobs, tmp_path, monkeypatch):
-        seen, fetch = [], Trainer.fetch
+        seen, step = [], Course.step
 
-        def remember(trainer, chosen, seed, epoch):
-            images, labels = fetch(trainer, chosen, seed, epoch)
-            seen.append((chosen, images))
-            return images, labels
+        def remember(course, inputs, *args):
+            seen.append(inputs.student)
+            return step(course, inputs, *args)
 
-        monkeypatch.setattr(Trainer, "fetch", remember)
+        monkeypatch.setattr(Course, "step", remember)
         config = choices(epochs=5, views=views)
-        fit(learner(flat()), Direct(), blobs, config, Run(tmp_path), augment=self.augment)
+        teach(learner(flat()), Direct(), blobs, config, Run(tmp_path), augment=self.augment)
         assert not (tmp_path / "answers").exists()
-        seen = seen[1:]  # the first is the probe's
-        epochs = [torch.cat([images for _, images in seen[5 * epoch :][:5]]) for epoch in range(5)]
+        epochs = [torch.cat(seen[5 * epoch :][:5]) for epoch in range(5)]
         for first in range(5):
             for second in range(first + 1, 5):
                 assert torch.equal(epochs[first], epochs[second]) == ((second - first) % period == 0)
@@ -481,11 +670,22 @@ class TestViews:
         assert fresh[2] - 1 == 4 * 5  # one is the probe
         assert kept[2] - 2 == 2 * 5  # and one says how large the answers are
 
+    @pytest.mark.parametrize("every_step", [False, True])
+    def test_with_kept_answers_of_a_spiking_teacher_are_the_same_run_bit_for_bit(self, every_step, blobs, tmp_path):
+        needs = Needs(teacher=True, pairs=(("2", "2"),), teacher_spikes=("2",), every_step=every_step)
+        options = {"teacher": spiking(convolutional(8, seed=2), timesteps=5), "objective": Follows(needs)}
+        kept = self.train(blobs, tmp_path / "kept", choices(epochs=4, views=2), **options)
+        fresh = self.without_cache(blobs, tmp_path / "fresh", choices(epochs=4, views=2), **options)
+        self.assert_same_run(kept, fresh)
+        assert (kept[2] - 2, fresh[2] - 1) == (2 * 5, 4 * 5)
+        (cache,) = (tmp_path / "kept" / "answers").iterdir()
+        assert np.load(cache / "spikes.2.npy").shape == (2, 5, 5 if every_step else 1, 16, 8, 8, 8)
+
     @pytest.mark.parametrize("objective", [KDSNNResponse(), KDSNNFeature((("2", "2"), ("0", "0")))])
     def test_keep_what_the_objective_compares_alone(self, objective, blobs, tmp_path):
         self.train(blobs, tmp_path, choices(views=1), objective=objective)
         (cache,) = (tmp_path / "answers").iterdir()
-        kept = {f"features.{path}.npy" for path, _ in objective.pairs}
+        kept = {f"features.{path}.npy" for path, _ in objective.needs.pairs}
         assert {file.name for file in cache.iterdir()} == {"key.json", "samples.npy", "logits.npy"} | kept
 
     @pytest.mark.parametrize("minutes", [0.0, 60.0], ids=["checkpoint-every-step", "checkpoint-every-epoch"])
@@ -493,16 +693,16 @@ class TestViews:
     def test_interrupted_and_resumed_are_the_same_run(self, steps, minutes, blobs, tmp_path):
         config = choices(epochs=4, views=2, checkpoint_minutes=minutes)
         whole = self.train(blobs, tmp_path / "whole", config)
-        step, left = Trainer.step, [steps]
+        step, left = Course.step, [steps]
 
-        def cut(trainer, *args):
+        def cut(course, *args):
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
-            return step(trainer, *args)
+            return step(course, *args)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Trainer, "step", cut)
+            patch.setattr(Course, "step", cut)
             self.train(blobs, tmp_path / "cut", config)
         self.assert_same_run(self.train(blobs, tmp_path / "cut", config), whole)
 
@@ -538,11 +738,13 @@ class TestViews:
 
     def test_say_how_large_their_answers_are(self, blobs, tmp_path):
         said = []
-        progress = loop.Progress.silent()
+        progress = Progress.silent()
         progress.say = said.append
         teacher = Teacher(convolutional(4, seed=2), MEAN, STD)
         config = choices(epochs=3, views=2)
-        fit(learner(convolutional(6)), self.objective, blobs, config, Run(tmp_path), teacher=teacher, progress=progress)
+        teach(
+            learner(convolutional(6)), self.objective, blobs, config, Run(tmp_path), teacher=teacher, progress=progress
+        )
         size = 2 * 5 * 16 * (4 * 3 + 4 * 4 * 64 + 8) / 1024
         assert any(f"2 views of 5 steps: {size:.1f} KiB in" in line and "0 % of them" in line for line in said)
 
@@ -564,7 +766,7 @@ class TestConvolutions:
         for whose in ("torch", "winograd"):
             student, run = learner(self.network()), Run(tmp_path / whose)
             run.path.mkdir()
-            fit(student, Direct(), blobs, choices(convolutions=whose, channels_last=True, lr=0.01), run)
+            teach(student, Direct(), blobs, choices(convolutions=whose, channels_last=True, lr=0.01), run)
             assert {line["convolutions"] for line in run.lines("timing")} == {whose}
             found[whose] = student.state_dict()
         for name, expected in found["torch"].items():
@@ -573,7 +775,7 @@ class TestConvolutions:
 
     def test_winograd_s_that_cannot_be_had_are_refused(self, blobs, tmp_path):
         with pytest.raises(ConfigError, match=r"=winograd\) cannot be had here \(no convolution"):
-            fit(learner(flat()), Direct(), blobs, choices(convolutions="winograd", channels_last=True), Run(tmp_path))
+            teach(learner(flat()), Direct(), blobs, choices(convolutions="winograd", channels_last=True), Run(tmp_path))
         assert not (tmp_path / "metrics.jsonl").exists()
 
     def test_a_teacher_that_cannot_be_traced_stays_as_it_was(self, blobs, tmp_path):
@@ -587,5 +789,5 @@ class TestConvolutions:
 
         teacher = Teacher(Reads(self.network()), MEAN, STD)
         config = choices(epochs=1, convolutions="winograd", channels_last=True)
-        fit(learner(self.network()), KDSNNResponse(2.0, 0.5), blobs, config, Run(tmp_path), teacher=teacher)
+        teach(learner(self.network()), KDSNNResponse(2.0, 0.5), blobs, config, Run(tmp_path), teacher=teacher)
         assert all(type(layer) is nn.Conv2d for layer in teacher.modules() if isinstance(layer, nn.Conv2d))

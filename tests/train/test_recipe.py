@@ -3,6 +3,8 @@ import math
 import pytest
 
 from spikedistill.data.augment import Augment
+from spikedistill.data.feed import MemoryFeed, PairFeed
+from spikedistill.data.images import ImageSet
 from spikedistill.errors import ConfigError
 from spikedistill.recipes.choices import StudentChoice
 from spikedistill.train.recipe import Data, Training, check
@@ -35,6 +37,7 @@ def test_what_is_given_by_default_has_no_fault():
         (Data(cutout=-3), "cutout (=-3)"),
         (Data(noise=1.5), "noise (=1.5)"),
         (Data(image_size=0), "image_size (=0)"),
+        (Data(paired=True), "paired needs a source"),
         (StudentChoice(timesteps=0), "timesteps (=0) must be 1 or more"),
         (StudentChoice(calibration=0), "calibration (=0) must be 1 image or more"),
         (StudentChoice(percentile=0.0), "percentile (=0.0) must be above 0"),
@@ -76,3 +79,18 @@ def test_the_fields_of_data_describe_its_augmentation():
         2, True, 3, "trivial", noise=0.1
     )
     assert Data().augment() == Augment()
+
+
+def test_the_fields_of_data_and_training_describe_the_feed(blobs):
+    feed = Data(crop=2, validation=0.25).feed(blobs, Training(batch_size=8, seed=3, views=2))
+    assert feed == MemoryFeed(blobs, 8, 3, Augment(crop=2), 0.25, 2)
+
+
+def test_with_a_source_the_feed_is_of_pairs(blobs, write_blobs, tmp_path):
+    write_blobs(tmp_path, 90, 9)
+    train, test = (part[:, None, :2].repeat(1, 4, 1, 1, 1) for part in (blobs.train_images, blobs.test_images))
+    frames = ImageSet("frames", train, blobs.train_labels, test, blobs.test_labels, blobs.class_names)
+    data = Data(source=str(tmp_path / "blobs.npz"))
+    feed = data.feed(frames, Training(batch_size=8), data.load_source())
+    assert isinstance(feed, PairFeed) and feed.events == MemoryFeed(frames, 8)
+    assert not feed.paired and len(feed.images.train_images) == 90

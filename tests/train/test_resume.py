@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
@@ -13,17 +13,22 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spikedistill.data.augment import Augment
+from spikedistill.data.feed import MemoryFeed, PairFeed
+from spikedistill.data.images import ImageSet
 from spikedistill.errors import SpikeDistillError
 from spikedistill.files import read_tensors, write_tensors
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.objective.direct import Direct
-from spikedistill.objective.kdsnn import KDSNN
+from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature
+from spikedistill.objective.logits import cross_entropy_of_mean
+from spikedistill.objective.schedule import Ramp, Switch
+from spikedistill.objective.terms import Needs, Objective, Sum
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Direct as DirectCoding
-from spikedistill.student.coding import Rate
+from spikedistill.student.coding import DirectCoding, Frames, Rate
+from spikedistill.student.conversion import Conversion
 from spikedistill.teacher.load import Architecture, OneStep, Teacher
 from spikedistill.train import loop
-from spikedistill.train.loop import Trainer, fit
+from spikedistill.train.loop import Course, fit
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
@@ -42,7 +47,10 @@ def convolutional(width, dropout=0.0):
 def spiking(coding, dropout=0.0):
     neuron = Neuron(learn_threshold=True)
     student, _ = to_spiking(
-        convolutional(6, dropout), timesteps=2, neuron=neuron, inherit=False, coding=coding, mean=MEAN, std=STD
+        convolutional(6, dropout),
+        Conversion(timesteps=2, neuron=neuron, inherit=False, coding=coding),
+        mean=MEAN,
+        std=STD,
     )
     for layer in student.neurons.values():
         layer.backend = "reference"
@@ -58,18 +66,55 @@ LEARNERS = {
 }
 
 
-def train(learner, images, path, changes):
+def train(learner, images, path, changes, objective=None):
     """Two epochs of five steps with all that keeps state: adapters, augmentation, momentum."""
     torch.manual_seed(1)
     student = LEARNERS[learner]()
     teacher = Teacher(convolutional(4), MEAN, STD)
-    objective = KDSNN((("2", "2"),))
+    config, objective = choices(changes), objective or KDSNN((("2", "2"),))
+    feed = MemoryFeed(images, config.batch_size, augment=Augment(crop=1), views=config.views)
+    return finish(student, objective, feed, config, path, teacher)
+
+
+def train_on_pairs(images, path, paired, changes):
+    """Two epochs of five steps on frames, beside each an image of its class."""
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), *convolutional(6)[1:])
+    student, _ = to_spiking(network, Conversion(timesteps=2, neuron=Neuron(), inherit=False, coding=Frames()))
+    (layer,) = student.neurons.values()
+    layer.backend = "reference"
+    teacher, config = Teacher(convolutional(4), MEAN, STD), choices(changes)
+    parts = (images.train_images, images.test_images)
+    train, test = (part[:, None, :2].repeat(1, 2, 1, 1, 1) // 50 for part in parts)
+    frames = ImageSet("frames", train, images.train_labels, test, images.test_labels, images.class_names)
+    feed = PairFeed(MemoryFeed(frames, config.batch_size, views=config.views), images, paired)
+    return finish(student, Sum(((Ramp(), BothStreams()), (0.5, KDSNN((("2", "2"),))))), feed, config, path, teacher)
+
+
+def choices(changes):
     usual = {"epochs": 2, "batch_size": 16, "precision": "fp32", "device": "cpu", "checkpoint_minutes": 0.0}
-    config, run = Training(**{**usual, **changes}), Run(path)
+    return Training(**{**usual, **changes})
+
+
+def finish(student, objective, feed, config, path, teacher):
+    """Begin the run or go on with it; whatever random numbers were drawn before."""
     path.mkdir(exist_ok=True)
     torch.manual_seed(len(os.listdir(path)))
-    last = fit(student, objective, images, config, run, teacher=teacher, augment=Augment(crop=1), validation=0.1)
+    last = fit(student, objective, feed, config, Run(path), teacher=teacher)
     return student.state_dict(), last
+
+
+@dataclass(frozen=True)
+class BothStreams(Objective):
+    """Cross-entropy of the answers to both streams."""
+
+    @property
+    def needs(self):
+        return Needs(source=True)
+
+    def __call__(self, batch, modules):
+        answers = {"labels": batch.student, "images": batch.asked_source()}
+        return {name: cross_entropy_of_mean(answer.logits, batch.labels) for name, answer in answers.items()}
 
 
 def cut(patch, target, name, calls):
@@ -92,6 +137,19 @@ def assert_same_run(first, second, name="metrics.jsonl"):
     for key, value in checkpoints[0].items():
         assert torch.equal(value, checkpoints[1][key]), key
     assert read_tensors(first / "checkpoint.safetensors")[1] == read_tensors(second / "checkpoint.safetensors")[1]
+
+
+def assert_resumes(work, tmp_path, monkeypatch):
+    """Cut twice and resumed is the same run as at one go."""
+    whole, last = work(tmp_path / "whole")
+    for steps in (3, 4):
+        with monkeypatch.context() as patch, pytest.raises(Cut):
+            cut(patch, Course, "step", steps)
+            work(tmp_path / "cut")
+    resumed, again = work(tmp_path / "cut")
+    assert_same_bits(whole, resumed)
+    assert last == again
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def assert_same_bits(first, second):
@@ -118,30 +176,36 @@ ADAMW = {"optimizer": "adamw", "lr": 0.01}
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(learner, changes, blobs, tmp_path, monkeypatch):
-    whole, last = train(learner, blobs, tmp_path / "whole", changes)
-    for steps in (3, 4):
-        with monkeypatch.context() as patch, pytest.raises(Cut):
-            cut(patch, Trainer, "step", steps)
-            train(learner, blobs, tmp_path / "cut", changes)
-    resumed, again = train(learner, blobs, tmp_path / "cut", changes)
-    assert_same_bits(whole, resumed)
-    assert last == again
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_resumes(lambda path: train(learner, blobs, path, changes), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("learner", ["an ANN with dropout", "a student"])
+def test_a_sum_with_schedules_and_adapters_is_resumed_like_any_objective(learner, blobs, tmp_path, monkeypatch):
+    parts = ((Ramp(), KDSNN((("2", "2"),))), (Switch(), KDSNNFeature((("0", "0"),), adapt=True)))
+    assert_resumes(lambda path: train(learner, blobs, path, {}, Sum(parts)), tmp_path, monkeypatch)
+    names = load_file(tmp_path / "cut" / "checkpoint.safetensors").keys()
+    assert {"lesson.adapters.0.0.weight", "lesson.adapters.1.0.weight"} <= names
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"views": 1}])
+def test_a_run_on_two_streams_is_resumed_like_any_run(paired, changes, blobs, tmp_path, monkeypatch):
+    assert_resumes(lambda path: train_on_pairs(blobs, path, paired, changes), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("minutes", [0.0, 60.0], ids=["checkpoint-every-step", "checkpoint-every-epoch"])
 @pytest.mark.parametrize(
     "target, name, calls",
     [
-        (Trainer, "step", 0),
-        (Trainer, "step", 1),
-        (Trainer, "step", 5),
-        (Trainer, "step", 6),
-        (Trainer, "step", 9),
-        (Trainer, "save", 0),
-        (Trainer, "save", 1),
-        (loop, "answers", 0),
-        (loop, "answers", 1),
+        (Course, "step", 0),
+        (Course, "step", 1),
+        (Course, "step", 5),
+        (Course, "step", 6),
+        (Course, "step", 9),
+        (Course, "save", 0),
+        (Course, "save", 1),
+        (loop, "predict", 0),
+        (loop, "predict", 1),
         (Run, "append", 0),
         (Run, "append", 1),
         (Run, "append", 2),
@@ -178,7 +242,7 @@ def test_a_checkpoint_is_written_after_every_step_that_asks_for_one(blobs, tmp_p
 
 def test_a_finished_run_is_given_back_without_another_step(blobs, tmp_path, monkeypatch):
     whole, last = train("an ANN", blobs, tmp_path / "run", {"ema": 0.5})
-    cut(monkeypatch, Trainer, "step", 0)
+    cut(monkeypatch, Course, "step", 0)
     again, line = train("an ANN", blobs, tmp_path / "run", {"ema": 0.5})
     assert_same_bits(whole, again)
     assert line == last
@@ -188,7 +252,8 @@ def test_a_checkpoint_of_another_network_is_refused(blobs, tmp_path):
     train("an ANN", blobs, tmp_path, {})
     other = OneStep(convolutional(7), MEAN, STD)
     with pytest.raises(SpikeDistillError, match=r"checkpoint\.safetensors' belongs to another network"):
-        fit(other, Direct(), blobs, Training(epochs=2, batch_size=16, device="cpu"), Run(tmp_path))
+        config = Training(epochs=2, batch_size=16, device="cpu")
+        fit(other, Direct(), MemoryFeed(blobs, 16), config, Run(tmp_path))
 
 
 class TestKill:

@@ -2,19 +2,20 @@ import errno
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from spikedistill.errors import RunError
-from spikedistill.recipes.choices import Method, StudentChoice
+from spikedistill.objective.kdsnn import KDSNN
+from spikedistill.recipes.choices import StudentChoice
 from spikedistill.recipes.distill import Distill
-from spikedistill.train.recipe import Training
+from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run
 
-BASE = Distill(what=Method(pairs=(("layer1", "layer1"),)), training=Training(lr=0.1))
-RECIPE = {"kind": "distill", **asdict(BASE)}
+BASE = Distill(method=KDSNN(pairs=(("layer1", "layer1"),)), training=Training(lr=0.1))
+RECIPE = BASE.written()
 
 
 @pytest.fixture
@@ -48,12 +49,12 @@ class TestStart:
         [
             ({"training": Training(lr=0.25)}, r"lr was 0\.1, now 0\.25", "momentum"),
             ({"student": StudentChoice(timesteps=8)}, r"timesteps was 4, now 8", "surrogate"),
-            ({"what": Method(pairs=(("layer1", "layer2"),))}, r"pairs was .*layer1.*, now .*layer2", "temperature"),
+            ({"method": KDSNN(pairs=(("layer1", "layer2"),))}, r"pairs was .*layer1.*, now .*layer2", "temperature"),
         ],
     )
     def test_a_changed_recipe_is_refused_and_names_the_field_alone(self, run, changed, field, untouched):
         with pytest.raises(RunError, match=field) as caught:
-            run.start({"kind": "distill", **asdict(replace(BASE, **changed))}, resume=True)
+            run.start(replace(BASE, **changed).written(), resume=True)
         assert untouched not in str(caught.value)
 
     def test_another_kind_of_run_is_refused(self, run):
@@ -186,8 +187,53 @@ class TestRewind:
 
 def test_a_choice_that_an_older_version_did_not_know_counts_as_its_default(tmp_path):
     run = Run(tmp_path / "old")
-    run.start({"kind": "teach", "training": {"lr": 0.1}}, resume=False)
-    now = {"kind": "teach", "training": {"lr": 0.1, "border": "zeros"}}
+    run.start({"kind": "teach", "format": 2, "training": {"lr": 0.1}}, resume=False)
+    now = {"kind": "teach", "format": 2, "training": {"lr": 0.1, "border": "zeros"}}
     run.start(now, resume=True, defaults={"training": {"lr": 0.5, "border": "zeros"}})
     with pytest.raises(RunError, match="border was 'zeros', now 'mirror'"):
-        run.start({"kind": "teach", "training": {"lr": 0.1, "border": "mirror"}}, resume=True, defaults=now)
+        run.start({**now, "training": {"lr": 0.1, "border": "mirror"}}, resume=True, defaults=now)
+
+
+class TestARunOfFormatOne:
+    """Its recipe has other names, and its checkpoint and bits are not this version's."""
+
+    @pytest.fixture
+    def old(self, run):
+        recipe = {
+            "kind": "distill",
+            "who": {"teacher": "runs/digits-teacher", "teacher_network": None},
+            "student": {"student": "same", "timesteps": 4},
+            "what": {"method": "kdsnn", "pairs": [["layer1", "layer1"]], "feature_weight": 1.0, "lam": 0.001},
+            "data": {"data": "digits", "crop": 0},
+            "training": {"lr": 0.1},
+        }
+        run.write("recipe", recipe)
+        run.checkpoint.touch()
+        return run
+
+    def test_that_is_not_finished_is_refused_by_name(self, old):
+        message = r"run in '.*deep.run' was begun, and not finished, by an older version of spikedistill: finish it"
+        with pytest.raises(RunError, match=message):
+            old.start(RECIPE, True, Distill().written())
+
+    def test_that_is_finished_is_the_same_run_and_its_recipe_stays(self, old):
+        old.write("results", {})
+        before = old.read("recipe")
+        old.start(RECIPE, True, Distill().written())
+        assert old.read("recipe") == before
+
+    @pytest.mark.parametrize(
+        "changed, field",
+        [
+            ({"data": Data(name="mnist")}, "name was 'digits', now 'mnist'"),
+            ({"data": Data(source="digits")}, "source was None, now 'digits'"),
+            ({"method": replace(BASE.method, weight=2.0)}, "weight was 1.0, now 2.0"),
+            ({"student": StudentChoice("vgg9", timesteps=4)}, "network was 'same', now 'vgg9'"),
+        ],
+    )
+    def test_is_compared_under_the_names_of_this_format(self, old, changed, field):
+        now = replace(BASE, **changed).written()
+        assert field in old.changes(now, Distill().written())
+        old.write("results", {})
+        with pytest.raises(RunError, match=f"begun with another recipe .*{field}"):
+            old.start(now, True, Distill().written())

@@ -1,0 +1,196 @@
+"""Where and in which number format networks compute, chosen once, with the reason, so that it can be said."""
+
+import ctypes
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from spikedistill.compute.winograd import use_winograd
+from spikedistill.errors import ConfigError, one_of
+
+Precision = Literal["auto", "bf16", "fp32"]
+Convolutions = Literal["auto", "torch", "winograd"]
+FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+"""Processor flags (x86, then ARM) under which bfloat16 convolutions beat float32."""
+ONLY_THERE = "they are for a CPU, channels last, and a step that is not compiled"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a network computes.
+
+    Args:
+        device: of weights and batches.
+        dtype: number format of the large operations.
+        layout: memory order of images and kernels.
+        reason: why this number format was chosen.
+        torch_convolutions: why convolutions stay PyTorch's; empty where ours may take over (``compute/winograd.py``).
+        keep_memory: on a Linux CPU hold freed memory instead of returning it to the system.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: torch.memory_format
+    reason: str
+    torch_convolutions: str = "PyTorch's were asked for"
+    keep_memory: bool = True
+
+    def autocast(self) -> torch.autocast:
+        """The number format of the large operations, as a context."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def prepare(self, network: nn.Module) -> str:
+        """Move a network to its device and memory order, and let Winograd's algorithm compute its convolutions.
+
+        On a CPU freed memory is kept from here on, unless that is not wanted (``keep_freed_memory``).
+
+        Returns:
+            Why its convolutions stay PyTorch's; empty where they do not.
+        """
+        if self.device.type == "cpu" and self.keep_memory:
+            keep_freed_memory()
+        network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        return self.torch_convolutions or use_winograd(network)
+
+    def for_training(self, network: nn.Module) -> "Place":
+        """The same place, without channels last where a network would learn from wrong gradients with it.
+
+        With channels last oneDNN writes past its workspace in the gradient of the weights of a strided 1 x 1
+        convolution whose input channels do not fill a vector of the processor: wrong values, or the process dies
+        (oneDNN issue 6035; seen here with torch 2.14.1).
+        """
+        if self.device.type != "cpu" or self.layout is not torch.channels_last or not _has_broken_gradient(network):
+            return self
+        return replace(self, layout=torch.contiguous_format, torch_convolutions=self.torch_convolutions or ONLY_THERE)
+
+
+def choose_place(
+    device: str = "auto",
+    precision: Precision = "auto",
+    channels_last: bool = True,
+    convolutions: Convolutions = "auto",
+    compiled: bool = False,
+    keep_memory: bool = True,
+) -> Place:
+    """The place that these wishes come to on this machine.
+
+    Args:
+        device: cpu, cuda, mps ...; ``auto`` takes CUDA, then Apple's MPS, then the CPU.
+        precision: bfloat16 or float32; ``auto`` takes bfloat16 where there is hardware for it.
+        channels_last: whether images have their channels last in memory.
+        convolutions: PyTorch's, or ours by Winograd's algorithm; ``auto`` takes ours where they were found faster.
+        compiled: whether the whole training step is compiled.
+        keep_memory: see ``Place``.
+
+    Raises:
+        ConfigError: if the device does not exist here, or there is no such precision or choice of convolutions.
+    """
+    one_of("precision", precision, get_args(Precision))
+    one_of("choice of convolutions", convolutions, get_args(Convolutions))
+    where = _device(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    dtype, reason = _precision(precision, where)
+    why = _torch_convolutions(convolutions, where, layout, dtype, compiled)
+    return Place(where, dtype, layout, reason, why, keep_memory)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"The device '{name}' cannot be used here ({reason}): give --device cpu, or auto.") from error
+    return device
+
+
+def _precision(asked: Precision, device: torch.device) -> tuple[torch.dtype, str]:
+    if asked != "auto":
+        dtype = torch.float32 if asked == "fp32" else torch.bfloat16
+        return dtype, f"{str(dtype).removeprefix('torch.')} was asked for"
+    if device.type not in ("cuda", "cpu"):
+        return torch.float32, f"bfloat16 is not tried on {device.type}"
+    if device.type == "cuda":
+        fast, who = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
+    else:
+        found = [flag for flag in FAST_BF16 if flag in _processor_flags()]
+        fast, who = bool(found), f"the processor ({found[0] if found else 'no bfloat16 instructions'})"
+    return torch.bfloat16 if fast else torch.float32, f"{who} {'computes' if fast else 'does not compute'} bfloat16"
+
+
+def _torch_convolutions(
+    asked: Convolutions, device: torch.device, layout: torch.memory_format, dtype: torch.dtype, compiled: bool
+) -> str:
+    """Why convolutions stay PyTorch's, whatever the network; empty where they need not."""
+    if asked == "torch":
+        return "PyTorch's were asked for"
+    if device.type != "cpu" or layout is not torch.channels_last or compiled:
+        return ONLY_THERE
+    if dtype is not torch.float32:
+        return "they are for float32"
+    if asked == "auto" and not _has_avx2_alone(_processor_flags()):
+        return "auto takes them on processors with AVX2 and no AVX-512"
+    return ""
+
+
+def _has_broken_gradient(network: nn.Module) -> bool:
+    """Whether oneDNN's gradient of a layer's weights would be wrong with channels last."""
+    vector = 8 if _has_avx2_alone(_processor_flags()) else 16
+    return any(
+        set(layer.kernel_size) == {1} and max(layer.stride) > 1 and layer.in_channels // layer.groups < vector
+        for layer in network.modules()
+        if isinstance(layer, nn.Conv2d)
+    )
+
+
+def _has_avx2_alone(flags: set[str]) -> bool:
+    return "avx2" in flags and "avx512f" not in flags
+
+
+def _processor_flags() -> set[str]:
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        return set()
+    for line in information.read_text(encoding="utf-8").splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, LARGEST_MAPS = -1, -3, -4
+"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of <malloc.h>."""
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library reuse freed memory instead of handing it back to the system; whether it understood.
+
+    Without it glibc maps every tensor above 32 MiB anew, and the system clears its pages one by one: a third of a
+    student's training step on two cores, and up to half of the time of inference. The price is memory: before version
+    2.38 glibc leaves holes where it aligns (``benchmarks/memory.py`` shows how much).
+    """
+    return _tell_glibc({LARGEST_MAPS: 0, TRIM_THRESHOLD: -1})
+
+
+def return_freed_memory() -> bool:
+    """Have the C library hand every tensor from 1 MiB on back to the system at once; whether it understood.
+
+    PyTorch then asks for it in pages of 2 MiB, so that it comes back in a few of them. PyTorch looks at this once, so
+    call it before the first tensor. Left alone, glibc keeps freed tensors below 32 MiB, and holes among them.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return _tell_glibc({MMAP_THRESHOLD: 2**20})
+
+
+def _tell_glibc(options: Mapping[int, int]) -> bool:
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    return all([mallopt(option, value) for option, value in options.items()])

@@ -1,0 +1,317 @@
+"""Who owns batches: their order, augmentation and views, the held-out part, and samples for calibration.
+
+The loop only iterates. A feed is a frozen value: its place in mid-epoch is two numbers, the epoch and how many of its
+batches lie behind, which a checkpoint keeps. Order and augmentation of step s in epoch e depend on (seed, e, s) alone,
+so a feed that goes on there yields what an uninterrupted one yields. With ``views`` the epochs repeat in turn.
+
+Of several processes each takes its rows of every global batch; a feed is told which by two numbers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikedistill.data.augment import Augment, alternate, to_inputs
+from spikedistill.data.images import ImageSet, evenly, split
+from spikedistill.errors import ConfigError, DataError
+from spikedistill.files import fingerprint
+from spikedistill.shapes import Labels
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch as networks see it.
+
+    Args:
+        student: what the student sees, images ``[B, C, H, W]`` in 0..1 or frames ``[T, B, C, H, W]``.
+        labels: class numbers ``[B]``.
+        samples: the numbers of the samples in the training set ``[B]``: the key of the teacher's cache.
+        teacher: what the teacher sees, where it differs.
+        source: what the student sees as its second stream, where there is one.
+    """
+
+    student: Tensor
+    labels: Labels
+    samples: Tensor
+    teacher: Tensor | None = None
+    source: Tensor | None = None
+
+    @property
+    def shown_to_teacher(self) -> Tensor:
+        """What the teacher sees."""
+        return self.student if self.teacher is None else self.teacher
+
+    def to(self, device: torch.device, layout: torch.memory_format) -> "Inputs":
+        """The same on a device, images in this order of memory; sample numbers stay where they are."""
+
+        def moved(images: Tensor) -> Tensor:
+            order = layout if images.ndim == 4 else torch.preserve_format
+            return images.to(device, memory_format=order, non_blocking=True)
+
+        teacher, source = (None if images is None else moved(images) for images in (self.teacher, self.source))
+        return Inputs(moved(self.student), self.labels.to(device), self.samples, teacher, source)
+
+
+@runtime_checkable
+class Feed(Protocol):
+    """What the loop asks of data; ``MemoryFeed`` and ``PairFeed`` are feeds."""
+
+    @property
+    def steps(self) -> int:
+        """Batches per epoch."""
+
+    @property
+    def views(self) -> int:
+        """After how many epochs batches come again; 0: never."""
+
+    def view(self, epoch: int) -> int:
+        """The epoch whose order and augmentation an epoch has."""
+
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Inputs]:
+        """The batches of an epoch (1, 2, ...), without the first ``done``; this process's rows of each."""
+
+    def held(self) -> tuple[Tensor, Labels]:
+        """The samples held out for validation, as stored, with their labels; perhaps none."""
+
+    def calibration(self, count: int) -> Tensor:
+        """So many training samples as a student sees them, evenly spaced, without augmentation."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its batches depend on, as JSON holds it."""
+
+    def shared(self, rank: int, processes: int) -> "Feed":
+        """The same feed for one of several processes, which takes its rows of every batch.
+
+        Raises:
+            ConfigError: if the processes cannot share a batch in equal parts.
+        """
+
+
+@dataclass(frozen=True)
+class MemoryFeed:
+    """A set in memory: images, or event frames, in a new order every epoch.
+
+    Args:
+        images: where samples come from; the test part is not touched.
+        batch_size: rows of a batch, over all processes; a last batch that is too small is left out.
+        seed: of order and augmentation.
+        augment: random changes to images.
+        validation: share of the training part held out, 0 to below 1.
+        views: 0: every epoch sees new augmentations; k: those of k epochs in turn.
+        rank: this process, 0, 1, ...
+        processes: how many there are.
+
+    Raises:
+        ConfigError: if there are fewer samples than one batch, processes cannot share a batch in equal parts, or frames
+            are to be augmented.
+    """
+
+    images: ImageSet
+    batch_size: int
+    seed: int = 0
+    augment: Augment = field(default_factory=Augment)
+    validation: float = 0.1
+    views: int = 0
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.batch_size <= len(self._parts[0]) or self.batch_size % self.processes:
+            raise ConfigError(
+                f"batch_size (={self.batch_size}) must be at most the {len(self._parts[0])} training samples and a"
+                f" multiple of the number of processes, {self.processes}."
+            )
+        if self.images.frames and self.augment != Augment():
+            raise ConfigError(
+                f"'{self.images.name}' holds event frames, and augmentation is for images: leave crop, flip, cutout,"
+                " policy and noise away."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Batches per epoch."""
+        return len(self._parts[0]) // self.batch_size
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """The numbers of the training and of the held-out samples."""
+        return split(self.images.train_labels, self.validation, seed=0)
+
+    def view(self, epoch: int) -> int:
+        """The epoch whose order and augmentation an epoch has: its own, or with ``views`` one of the first in turn."""
+        return (epoch - 1) % self.views + 1 if self.views else epoch
+
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Inputs]:
+        """The batches of an epoch, without the first ``done``."""
+        view = self.view(epoch)
+        order = epoch_order(self._parts[0], self.seed, view, self.batch_size)
+        for step in range(done, len(order)):
+            yield self._batch(order[step], view, step)
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """This process's rows of a batch."""
+        share = self.batch_size // self.processes
+        return rows[self.rank * share :][:share]
+
+    def _batch(self, samples: Tensor, view: int, step: int) -> Inputs:
+        """This process's rows; images are changed as a whole batch, so what is drawn does not depend on processes."""
+        mine = self.mine(samples)
+        labels = self.images.train_labels[mine]
+        if self.images.frames:
+            return Inputs(to_inputs(self.images.train_images[mine]), labels, mine)
+        turned = alternate(len(self.images.train_images), samples, view)
+        changed = self.augment(self.images.train_images[samples], step_seed(self.seed, view, step), turned)
+        return Inputs(self.mine(changed), labels, mine)
+
+    def held(self) -> tuple[Tensor, Labels]:
+        """The held-out samples as stored, and their labels."""
+        held = self._parts[1]
+        return self.images.train_images[held], self.images.train_labels[held]
+
+    def calibration(self, count: int) -> Tensor:
+        """Training samples, evenly spaced over the whole training part."""
+        return calibration_inputs(self.images, count)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Samples, augmentation, seed, batch size, views and process."""
+        stored = {"images": self.images.train_images, "labels": self.images.train_labels, "indices": self._parts[0]}
+        return {
+            "data": self.images.name,
+            "samples": fingerprint(stored),
+            "augment": asdict(self.augment),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "views": self.views,
+            "process": [self.rank, self.processes],
+        }
+
+    def shared(self, rank: int, processes: int) -> "MemoryFeed":
+        """This feed for one of several processes."""
+        return replace(self, rank=rank, processes=processes)
+
+
+@dataclass(frozen=True)
+class PairFeed:
+    """Two sets of the same classes: events for the student, and beside each an image of the same class.
+
+    An epoch is one pass over the events. The teacher sees the image as it is; the student's second stream sees it as
+    frames (``as_frames``).
+
+    Args:
+        events: yields the event frames.
+        images: where the images come from, a set with the same classes.
+        paired: take the image with the same number as the recording, instead of one of its class drawn from (seed,
+            epoch, step).
+
+    Raises:
+        DataError: if classes differ, a class has no image, or paired sets differ in length or labels.
+    """
+
+    events: MemoryFeed
+    images: ImageSet
+    paired: bool = False
+
+    def __post_init__(self) -> None:
+        ours, theirs = self.events.images, self.images
+        if ours.classes != theirs.classes or not ours.frames or theirs.frames:
+            raise DataError(
+                f"'{ours.name}' and '{theirs.name}' cannot be paired: expected event frames and images of the same"
+                f" classes, found {ours.classes} and {theirs.classes} classes."
+            )
+        if self.paired and not torch.equal(ours.train_labels, theirs.train_labels[: len(ours.train_labels)]):
+            raise DataError(
+                f"'{ours.name}' and '{theirs.name}' are not paired sample by sample, their labels differ: leave"
+                " --paired away to draw images by class."
+            )
+        missing = set(ours.train_labels.tolist()) - set(theirs.train_labels.tolist())
+        if missing:
+            raise DataError(f"'{theirs.name}' has no image of the classes {sorted(missing)} of '{ours.name}'.")
+
+    @property
+    def steps(self) -> int:
+        """Batches per epoch."""
+        return self.events.steps
+
+    @property
+    def views(self) -> int:
+        """After how many epochs batches come again; 0: never."""
+        return self.events.views
+
+    def view(self, epoch: int) -> int:
+        """As the events'."""
+        return self.events.view(epoch)
+
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Inputs]:
+        """The batches of an epoch, without the first ``done``."""
+        view, own = self.view(epoch), self.events.images
+        timesteps, (height, width) = own.frames, own.train_images.shape[-2:]
+        for step, inputs in enumerate(self.events.batches(epoch, done), done):
+            images = to_inputs(self.images.train_images[self._partners(inputs, view, step)])
+            source = as_frames(images, timesteps, height, width)
+            yield replace(inputs, teacher=images, source=source)
+
+    def _partners(self, inputs: Inputs, view: int, step: int) -> Tensor:
+        """The numbers of the images that go with a batch of recordings."""
+        if self.paired:
+            return inputs.samples
+        generator = torch.Generator().manual_seed(step_seed(self.events.seed, view, step))
+        places = self.events.mine(torch.rand(self.events.batch_size, generator=generator, dtype=torch.float64))
+        found = [self._of_class[label] for label in inputs.labels.tolist()]
+        return torch.stack([numbers[int(place * len(numbers))] for place, numbers in zip(places.tolist(), found)])
+
+    @cached_property
+    def _of_class(self) -> list[Tensor]:
+        return [(self.images.train_labels == label).nonzero()[:, 0] for label in range(self.images.classes)]
+
+    def held(self) -> tuple[Tensor, Labels]:
+        """Of the events."""
+        return self.events.held()
+
+    def calibration(self, count: int) -> Tensor:
+        """Of the events."""
+        return self.events.calibration(count)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Of both sets."""
+        images = fingerprint({"images": self.images.train_images, "labels": self.images.train_labels})
+        return {**self.events.fingerprint(), "source": self.images.name, "images": images, "paired": self.paired}
+
+    def shared(self, rank: int, processes: int) -> "PairFeed":
+        """This feed for one of several processes."""
+        return replace(self, events=self.events.shared(rank, processes))
+
+
+def calibration_inputs(images: ImageSet, count: int) -> Tensor:
+    """So many training samples as a student sees them, evenly spaced, without augmentation."""
+    return to_inputs(images.train_images[evenly(len(images.train_images), count)])
+
+
+def as_frames(images: Tensor, timesteps: int, height: int, width: int) -> Tensor:
+    """Images ``[B, C, H, W]`` as frames ``[T, B, 2, h, w]``: grey, resized, the same in both polarities and all steps.
+
+    After He et al. (AAAI 2024, arXiv 2303.13077), who repeat the brightness; the way of resizing is our choice.
+    """
+    grey = F.interpolate(images.amax(1, keepdim=True), (height, width), mode="bilinear", antialias=True)
+    return grey.clamp(0, 1).repeat(1, 2, 1, 1).expand(timesteps, -1, -1, -1, -1)
+
+
+def epoch_order(samples: Tensor, seed: int, epoch: int, batch_size: int) -> list[Tensor]:
+    """The batches of an epoch as numbers of samples; a last batch that is too small is left out."""
+    generator = torch.Generator().manual_seed(_mix(seed, epoch))
+    order = samples[torch.randperm(len(samples), generator=generator)]
+    return [part for part in order.split(batch_size) if len(part) == batch_size]
+
+
+def step_seed(seed: int, epoch: int, step: int) -> int:
+    """A number of its own for what is drawn in every step."""
+    return _mix(_mix(seed, epoch), step)
+
+
+def _mix(seed: int, number: int) -> int:
+    """A seed of its own for every number, of a size that generators take."""
+    return (seed * 1_000_003 + number) % 2**63

@@ -1,0 +1,1 @@
+"""7. What leaves: finished runs read back, tables, pictures."""

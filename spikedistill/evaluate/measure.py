@@ -1,0 +1,111 @@
+"""What results.json holds of a network: all its figures on one set, from one pass over it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikedistill.compute.place import Place
+from spikedistill.data.augment import to_inputs
+from spikedistill.data.images import ImageSet, evenly
+from spikedistill.errors import ConfigError
+from spikedistill.evaluate.accuracy import accuracy_by_step, predict
+from spikedistill.evaluate.activity import firing_rates
+from spikedistill.evaluate.agreement import agreement, divergence
+from spikedistill.evaluate.early_exit import predict_early
+from spikedistill.student.build import Student
+from spikedistill.teacher.load import Normalised
+
+
+def measure_student(
+    student: Student,
+    teacher: nn.Module | None,
+    images: ImageSet,
+    place: Place,
+    limit: int | None = None,
+    confidence: float | None = None,
+) -> dict[str, Any]:
+    """Accuracy at every step, agreement with the teacher and firing rates on the test set.
+
+    Batch norm is not folded for it: folded weights round in another way, and a spike at its threshold may tip.
+
+    Args:
+        student: the network.
+        teacher: for comparison, if it sees the same inputs.
+        images: whose test part is used.
+        place: where it is measured.
+        limit: look at training images instead, so many, evenly spaced; nothing of the test part is then used.
+        confidence: measure early exit at this confidence too.
+
+    Returns:
+        ``accuracy_by_step`` and ``test_accuracy`` (percent), ``firing_rate`` and ``firing_rate_by_layer``
+        (spikes per neuron and step, in percent); with a teacher also ``teacher_accuracy``, ``agreement`` (percent) and
+        ``divergence`` (nats); with a limit ``train_accuracy`` instead of ``test_accuracy``; with a confidence
+        ``early_exit_accuracy`` (percent) and ``early_exit_steps`` (mean).
+    """
+    pixels, labels = images.test_images, images.test_labels
+    if limit is not None:
+        some = evenly(len(images.train_images), limit)
+        pixels, labels = images.train_images[some], images.train_labels[some]
+    place.prepare(student)
+    with firing_rates(student) as rates:
+        logits = predict(student, pixels, place.dtype)
+    steps = accuracy_by_step(logits, labels)
+    results: dict[str, Any] = {
+        "test_accuracy" if limit is None else "train_accuracy": steps[-1],
+        "accuracy_by_step": steps,
+        "firing_rate": 100.0 * rates.mean(),
+        "firing_rate_by_layer": {name: 100.0 * rate for name, rate in rates.by_layer().items()},
+    }
+    if teacher is not None:
+        place.prepare(teacher)
+        theirs = predict(teacher, pixels, place.dtype)
+        results["teacher_accuracy"] = accuracy_by_step(theirs, labels)[-1]
+        results["agreement"] = agreement(logits, theirs.mean(0))
+        results["divergence"] = divergence(logits, theirs.mean(0))
+    if confidence is not None:
+        early = predict_early(student, pixels, confidence, place.dtype)
+        results["early_exit_accuracy"] = accuracy_by_step(early.logits[None], labels)[-1]
+        results["early_exit_steps"] = early.mean_steps
+    return results
+
+
+def measure_teacher(network: nn.Module, images: ImageSet, place: Place) -> dict[str, float]:
+    """The accuracy of an ANN on the test set, ``test_accuracy`` in percent."""
+    place.prepare(network)
+    logits = predict(network, images.test_images, place.dtype)
+    return {"test_accuracy": accuracy_by_step(logits, images.test_labels)[-1]}
+
+
+def check_fits(network: nn.Module, images: ImageSet, name: str) -> None:
+    """Show a network two samples; event frames to a student, a single frame to an ANN.
+
+    Raises:
+        ConfigError: if it does not accept them, returns no tensor, or has not one output per class.
+    """
+    inputs = to_inputs(images.train_images[:2])
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            logits = _logits(network, inputs[0] if images.frames and isinstance(network, Normalised) else inputs)
+    except Exception as error:  # whatever a third-party network raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{name} does not accept the images of '{images.name}' of shape {tuple(images.train_images.shape[1:])}"
+            f" ({reason}). Give a network that was made for them, or for a folder of images another --image-size."
+        ) from error
+    finally:
+        network.train(training)
+    if logits.shape[-2:] != (2, images.classes) or logits.ndim not in (2, 3):
+        raise ConfigError(
+            f"{name} returns logits of shape {tuple(logits.shape[1:])}, '{images.name}' has {images.classes} classes:"
+            " give it one output per class."
+        )
+
+
+def _logits(network: nn.Module, inputs: Tensor) -> Tensor:
+    logits = network.network(network.normalise(inputs)) if isinstance(network, Normalised) else network(inputs)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"it returns {type(logits).__name__}, not a tensor of logits")
+    return logits

@@ -1,0 +1,30 @@
+"""Mathematics on logits that methods share; time first, ``[T, B, K]``."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikedistill.shapes import ClassLogits, Labels, Logits
+
+
+def cross_entropy_of_mean(logits: Logits, labels: Labels, label_smoothing: float = 0.0) -> Tensor:
+    """``CE(mean_t z_t, y)``: the class scores are averaged over time, then judged."""
+    return F.cross_entropy(logits.mean(0), labels, label_smoothing=label_smoothing)
+
+
+def cross_entropy_per_step(logits: Logits, labels: Labels, label_smoothing: float = 0.0) -> Tensor:
+    """``mean_t CE(z_t, y)``: every time step is judged on its own (TET, arXiv 2202.11946)."""
+    steps = logits.shape[0]
+    return F.cross_entropy(logits.flatten(0, 1), labels.repeat(steps), label_smoothing=label_smoothing)
+
+
+def soft_target_divergence(student: ClassLogits, teacher: ClassLogits, temperature: float) -> Tensor:
+    """``tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau))``, averaged over the batch (Hinton et al., section 2).
+
+    >>> import torch
+    >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> float(soft_target_divergence(logits, logits, temperature=4.0))
+    0.0
+    """
+    target = F.log_softmax(teacher / temperature, dim=-1)
+    predicted = F.log_softmax(student / temperature, dim=-1)
+    return temperature**2 * F.kl_div(predicted, target, reduction="batchmean", log_target=True)

@@ -1,0 +1,104 @@
+"""Methods by name: which class a name means, what a recipe writes of an objective, and objectives in files of users."""
+
+import dataclasses
+import hashlib
+import inspect
+import itertools
+from pathlib import Path
+from typing import Any
+
+from spikedistill.errors import ConfigError, unknown
+from spikedistill.objective.direct import TET, Direct
+from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
+from spikedistill.objective.qcfs import QCFS
+from spikedistill.objective.schedule import Schedule
+from spikedistill.objective.terms import Objective, Sum
+from spikedistill.student.calibrate import Rule
+from spikedistill.teacher.load import import_object
+
+METHODS: dict[str, type[Objective]] = {
+    "direct": Direct,
+    "tet": TET,
+    "kdsnn-response": KDSNNResponse,
+    "kdsnn-feature": KDSNNFeature,
+    "kdsnn": KDSNN,
+    "conversion-qcfs": QCFS,
+}
+"""Methods that train."""
+CONVERSIONS: dict[str, Rule] = {
+    "conversion-max": "max",
+    "conversion-percentile": "percentile",
+    "conversion-least-squares": "least-squares",
+}
+"""Methods without training, and how they choose thresholds: the recipe then has no objective."""
+
+
+def find_method(name: str) -> type[Objective]:
+    """The class of an objective by its name, or ``FILE.py:CLASS``; such a file is executed.
+
+    Raises:
+        ConfigError: if there is none, or it is no frozen dataclass that derives from ``Objective``.
+    """
+    if ".py:" not in name:
+        if name not in METHODS:
+            raise ConfigError(unknown("method", name, [*METHODS, *CONVERSIONS]) + " Also: FILE.py:CLASS.")
+        return METHODS[name]
+    found = import_object(name)
+    if not (isinstance(found, type) and issubclass(found, Objective) and _is_frozen(found)):
+        raise ConfigError(
+            f"'{name}' is no objective: expected a class @dataclass(frozen=True) that derives from"
+            " spikedistill.Objective."
+        )
+    if found.__call__ is Objective.__call__:
+        raise ConfigError(f"'{name}' has no __call__(self, batch, modules), which returns the terms: write it.")
+    return found
+
+
+def _is_frozen(kind: type) -> bool:
+    """Whether a class is a dataclass whose values cannot be changed."""
+    return dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def name_of(method: Objective) -> str:
+    """How tables call an objective: its name here, or ``FILE.py:CLASS``."""
+    known = {kind: name for name, kind in METHODS.items()}
+    if type(method) in known:
+        return known[type(method)]
+    file, kind = source_of(method), type(method).__qualname__
+    return kind if file is None else f"{file.name}:{kind}"
+
+
+def source_of(method: Objective) -> Path | None:
+    """The file of a user's objective; none of this package's own, or of a class that was typed into an interpreter."""
+    if type(method).__module__.split(".")[0] == "spikedistill":
+        return None
+    try:
+        return Path(inspect.getfile(type(method)))
+    except (OSError, TypeError):
+        return None
+
+
+def sources_of(method: Objective | None) -> list[Path]:
+    """The files of a user's objective, and of the parts of a sum."""
+    parts = method.parts if isinstance(method, Sum) else ()
+    found = [] if method is None else [source_of(method), *itertools.chain(*(sources_of(part) for _, part in parts))]
+    return [file for file in dict.fromkeys(found) if file is not None]
+
+
+def written(method: Objective) -> dict[str, Any]:
+    """An objective as JSON keeps it: its name, its fields, and of a user's own the SHA-256 of its file."""
+    facts: dict[str, Any] = {"name": name_of(method)}
+    file = source_of(method)
+    if file is not None:
+        facts["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return facts | {each.name: _plain(getattr(method, each.name)) for each in dataclasses.fields(method)}  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Objective):
+        return written(value)
+    if isinstance(value, Schedule) and dataclasses.is_dataclass(value):
+        return {"name": type(value).__name__, **dataclasses.asdict(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

@@ -1,0 +1,215 @@
+"""``Conversion``: how an ANN becomes a student, a frozen value for ``to_spiking`` that a saved student carries."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from spikedistill.errors import ConfigError, one_of
+from spikedistill.neuron.dynamics import NEURONS, Neuron, Reset
+from spikedistill.neuron.surrogate import SURROGATES, Rectangle, Triangle
+from spikedistill.student.calibrate import Rule
+from spikedistill.student.coding import CODINGS, Coding, DirectCoding
+from spikedistill.student.surgery import MaxPool
+
+Value = TypeVar("Value")
+
+ROUNDING = Neuron(initial=0.5, surrogate=Rectangle())
+"""The neuron of an inheriting student where none is named: IF that starts at half its threshold, so T steps round. In
+pilots (LOG.md) its students learnt most with the rectangle."""
+FRESH = replace(ROUNDING, threshold=1.5, detach_reset=True, surrogate=Triangle())
+"""The same where weights are fresh: in pilots (LOG.md) its students learnt fastest on currents from batch norm."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How an ANN becomes a spiking student.
+
+    Args:
+        timesteps: T, 1 or more.
+        neuron: the model; ``ROUNDING`` by default, ``FRESH`` for fresh weights.
+        inherit: keep the ANN's weights and batch norm; False gives a network with fresh weights and thresholds
+            ``neuron.threshold``, for which no calibration is needed.
+        rule: how a threshold is chosen from activations; see ``calibrate.choose_threshold``.
+        percentile: for the rule of that name, 0..100.
+        per_channel: choose a threshold for every channel, as channels differ in range; else one for each layer. Fresh
+            weights begin with one for each layer.
+        correct_bias: shift biases so that every layer's channels have the ANN's means over the calibration images (see
+            ``calibrate.correct_biases``): for a student that is not trained.
+        max_pool: keep max pooling (over spikes it is a logical or), or exchange it for average pooling.
+        coding: what the student sees at each step; the image itself by default.
+
+    Raises:
+        ConfigError: if a value is outside its range or of another kind, or biases of fresh weights are to be corrected.
+    """
+
+    timesteps: int = 4
+    neuron: Neuron | None = None
+    inherit: bool = True
+    rule: Rule = "least-squares"
+    percentile: float = 99.9
+    per_channel: bool = True
+    correct_bias: bool = False
+    max_pool: MaxPool = "keep"
+    coding: Coding = field(default_factory=DirectCoding)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.timesteps, int) or self.timesteps < 1:
+            raise ConfigError(f"timesteps (={self.timesteps}) must be 1 or more, and whole.")
+        if not isinstance(self.neuron, Neuron | None):
+            raise ConfigError(f"neuron (={self.neuron!r}) must be a Neuron: give IF or LIF, for instance.")
+        one_of("rule", self.rule, get_args(Rule))
+        one_of("max_pool", self.max_pool, get_args(MaxPool))
+        if self.correct_bias and not self.inherit:
+            raise ConfigError("correct_bias is for inherited weights: leave it away, or inherit=True.")
+        if not 0 <= self.percentile <= 100:
+            raise ConfigError(f"percentile (={self.percentile}) must be between 0 and 100.")
+        if isinstance(self.coding, type) or not isinstance(self.coding, Coding):
+            raise ConfigError(f"coding (={self.coding!r}) must have encode and frame: give Frames(), for instance.")
+
+    @property
+    def model(self) -> Neuron:
+        """The neuron, or the usual one for such weights."""
+        return self.neuron or (ROUNDING if self.inherit else FRESH)
+
+    def settled(self) -> "Conversion":
+        """The same with its neuron named."""
+        return replace(self, neuron=self.model)
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of the settled conversion as JSON keeps them.
+
+        Raises:
+            ConfigError: if the surrogate or the coding is a class of the user's own, which has no name.
+        """
+        neuron: dict[str, Any] = {part.name: getattr(self.model, part.name) for part in dataclasses.fields(Neuron)}
+        neuron["reset"] = self.model.reset.value
+        neuron["surrogate"] = _written("surrogate", self.model.surrogate, SURROGATES)
+        facts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        return {**facts, "neuron": neuron, "coding": _written("coding", self.coding, CODINGS)}
+
+    @classmethod
+    def from_facts(cls, facts: Any) -> "Conversion":
+        """The conversion that ``facts`` wrote.
+
+        Raises:
+            ConfigError: if a field is missing, unknown or of another kind, or its value cannot work.
+        """
+        parts: dict[str, Callable[[Any], Any]] = {"neuron": _neuron, "coding": lambda given: _named(given, CODINGS)}
+        return read_fields(cls, facts, parts)
+
+
+USUAL = Conversion()
+"""Every field at its default."""
+
+
+def neuron_from(
+    name: str,
+    *,
+    fresh: bool,
+    gradient: str = "exact",
+    leak: float | None = None,
+    decay_input: bool | None = None,
+    reset: str | None = None,
+    detach_reset: bool | None = None,
+    initial: float = 0.5,
+    learn_initial: bool = False,
+    threshold: float | None = None,
+    learn_threshold: bool = False,
+    surrogate: str | None = None,
+) -> Neuron:
+    """The neuron that the choices of a recipe describe; see ``Neuron`` and ``recipes.choices.StudentChoice``.
+
+    What is None is the named neuron's own; for fresh weights threshold, reset and surrogate are those of ``FRESH``, but
+    that the rate-based gradient wants the reset.
+
+    Raises:
+        ConfigError: if there is no such neuron, reset or surrogate, or a value is outside its range.
+    """
+    one_of("neuron", name, NEURONS)
+    one_of("reset", reset or "zero", [known.value for known in Reset])
+    kind = surrogate or ("triangle" if fresh else "rectangle")
+    one_of("surrogate", kind, SURROGATES)
+    base = NEURONS[name]
+    usual = FRESH.threshold if fresh and name == "if" else base.threshold
+    return Neuron(
+        leak=base.leak if leak is None else leak,
+        learn_leak=base.learn_leak,
+        decay_input=base.decay_input if decay_input is None else decay_input,
+        reset=base.reset if reset is None else Reset(reset),
+        detach_reset=fresh and gradient != "rate" if detach_reset is None else detach_reset,
+        threshold=usual if threshold is None else threshold,
+        learn_threshold=learn_threshold,
+        initial=initial,
+        learn_initial=learn_initial,
+        surrogate=SURROGATES[kind](),
+    )
+
+
+def read_fields(kind: type[Value], given: Any, parts: Mapping[str, Callable[[Any], Any]]) -> Value:
+    """A frozen value from the JSON form of its fields.
+
+    Args:
+        kind: the dataclass.
+        given: its fields by name, all of them.
+        parts: for fields that are no plain values, what reads them.
+
+    Raises:
+        ConfigError: if fields are missing, unknown or of another kind, or the dataclass refuses their values.
+    """
+    expected = [part.name for part in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(given, Mapping) or set(given) != set(expected):
+        found = list(given) if isinstance(given, Mapping) else given
+        raise ConfigError(
+            f"{kind.__name__} is written as {str(found)[:200]}: expected the fields {', '.join(expected) or 'none'};"
+            " the file is damaged or of another version."
+        )
+    hints = get_type_hints(kind)
+    values = {name: parts[name](value) if name in parts else value for name, value in given.items()}
+    for name, value in values.items():
+        if name not in parts and not _fits(hints[name], value):
+            raise ConfigError(
+                f"{kind.__name__}: {name} (={str(value)[:80]!r}) is no value for it: expected"
+                f" {str(hints[name]).removeprefix('typing.')}; the file is damaged."
+            )
+    return kind(**values)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value out of JSON is what an annotation says: a number, a text, a truth value or nothing."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(part, value) for part in get_args(hint))
+    if hint is float:
+        return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    return hint in (bool, int, str, NoneType) and type(value) is hint
+
+
+def _neuron(given: Any) -> Neuron:
+    parts: dict[str, Callable[[Any], Any]] = {"reset": _reset, "surrogate": lambda given: _named(given, SURROGATES)}
+    return read_fields(Neuron, given, parts)
+
+
+def _reset(given: Any) -> Reset:
+    one_of("reset", given, [known.value for known in Reset])
+    return Reset(given)
+
+
+def _written(kind: str, value: object, known: Mapping[str, type]) -> dict[str, Any]:
+    """A value of a class that has a name: that name and its fields."""
+    name = next((name for name, known_kind in known.items() if type(value) is known_kind), None)
+    if name is None:
+        raise ConfigError(
+            f"The {kind} {type(value).__name__} is none of this package's and cannot be written to a file: take one of"
+            f" {', '.join(known)}, or keep the weights by state_dict."
+        )
+    return {"name": name, **{part.name: getattr(value, part.name) for part in dataclasses.fields(value)}}  # type: ignore[arg-type]
+
+
+def _named(given: Any, known: Mapping[str, type]) -> Any:
+    """What ``_written`` wrote."""
+    if not isinstance(given, Mapping) or given.get("name") not in list(known):
+        raise ConfigError(f"{str(given)[:200]!r} names none of {', '.join(known)}: the file is damaged.")
+    return read_fields(known[given["name"]], {name: value for name, value in given.items() if name != "name"}, {})

@@ -1,0 +1,104 @@
+"""One walk over a student's graph, on which every way of running it stands.
+
+A student's graph takes ``images``, ``timesteps``, ``repeats``, ``states`` and ``keep``; it returns ``(output, states)``
+(``surgery.py``). ``core(...)`` runs it. A ``Walk`` runs it node by node, keeps what chosen nodes return, and lets a
+subclass say what layers of neurons, other layers and the spreading over time do.
+"""
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from spikedistill.neuron.layer import Spiking
+
+
+def repeat_time(x: Any, repeats: Any) -> Any:
+    """``[B, ...]`` to ``[repeats*B, ...]``, the same at every step, in the memory order that came."""
+    if isinstance(x, fx.Proxy):  # a student that comes out of pickle is traced anew
+        return x.tracer.create_proxy("call_function", repeat_time, (x, repeats), {})
+    return x if repeats == 1 else torch.cat([x] * repeats)
+
+
+class Walk(fx.Interpreter):
+    """Runs a graph node by node, as ``core(...)`` would; a subclass changes what the nodes do.
+
+    Args:
+        core: a student's graph, or any traced network.
+        keep: names of nodes.
+
+    Attributes:
+        kept: what the nodes to be kept returned, by name.
+        current: the node that runs.
+    """
+
+    current: fx.Node
+
+    def __init__(self, core: fx.GraphModule, keep: Collection[str] = (), garbage_collect_values: bool = True) -> None:
+        super().__init__(core, garbage_collect_values)
+        self.extra_traceback = False
+        self.keep = frozenset(keep)
+        self.kept: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """What a node returns, kept where it was asked for."""
+        self.current = n
+        value = super().run_node(n)
+        if n.name in self.keep:
+            self.kept[n.name] = value
+        return value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A layer of neurons fires, any other is applied."""
+        layer = self.fetch_attr(target)
+        return self.fire(layer, *args) if isinstance(layer, Spiking) else self.apply(layer, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """``repeat_time`` spreads, any other function is called."""
+        return self.spread(*args) if target is repeat_time else super().call_function(target, args, kwargs)
+
+    def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        """Spikes and state of a layer of neurons; see ``Spiking.forward``."""
+        return layer(current, timesteps, repeats, state, keep)
+
+    def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What any other layer returns; torch.compile leaves it to PyTorch's own kernels."""
+        return super().call_module(self.current.target, args, kwargs)
+
+    def spread(self, x: Tensor, repeats: int) -> Tensor:
+        """``[B, ...]``, the same at every step, for what depends on time."""
+        return repeat_time(x, repeats)
+
+
+class Charges(Walk):
+    """Keeps the potentials ``[T*B, ...]`` after the charge too, of the layers at these paths of the graph."""
+
+    def __init__(self, core: fx.GraphModule, keep: Collection[str], layers: Collection[str]) -> None:
+        super().__init__(core, keep)
+        self.layers = frozenset(layers)
+        self.potentials: dict[str, Tensor] = {}
+
+    def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        """As ever; the layers that were named run the reference."""
+        path = str(self.current.target)
+        if path not in self.layers:
+            return layer(current, timesteps, repeats, state, keep)
+        charged: list[Tensor] = []
+        result = layer(current, timesteps, repeats, state, keep, charged)
+        (self.potentials[path],) = charged
+        return result
+
+
+def spike_nodes(core: fx.GraphModule) -> dict[str, str]:
+    """For the path of each layer of neurons in the graph the name of the node that holds its spikes."""
+    return {
+        str(node.args[0].target): node.name
+        for node in core.graph.nodes
+        if node.target is operator.getitem
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "call_module"
+        and isinstance(core.get_submodule(str(node.args[0].target)), Spiking)
+        and node.args[1] == 0
+    }

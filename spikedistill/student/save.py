@@ -1,0 +1,248 @@
+"""A student as one file that describes itself: safetensors with the network, the conversion and T in its header.
+
+A file never runs code of its own accord. A network of the zoo, of torchvision or of timm is built by name; one that the
+header names as Python code is built where the caller gives it, or says that the file is to be trusted.
+"""
+
+import importlib
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spikedistill.errors import ConfigError, RunError, SpikeDistillError, WeightsError, one_of
+from spikedistill.files import read_tensors, weights_file, write_tensors
+from spikedistill.neuron.layer import Spiking
+from spikedistill.student.build import Gradient, Student, to_spiking
+from spikedistill.student.conversion import Conversion, read_fields
+from spikedistill.student.recompute import Recompute
+from spikedistill.student.upgrade import FORMAT, conversion_from, upgrade
+from spikedistill.teacher.load import Architecture, Normalised, code_refused, load_weights
+
+OWN = ("kind", "format", "network", "conversion", "gradient", "recompute", "timesteps", "mean", "std")
+"""What the header says of every student."""
+LARGEST = 1e30
+"""No mean and no deviation of an input is larger."""
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says of its student, every value of the right kind."""
+
+    network: Mapping[str, Any]
+    conversion: Conversion
+    gradient: Gradient
+    recompute: Recompute
+    timesteps: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def save_student(
+    path: str | Path,
+    student: Student,
+    *,
+    architecture: Architecture | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a student to one file, atomically.
+
+    Args:
+        path: the file; of a directory its ``model.safetensors``.
+        student: as ``to_spiking`` made it, trained or not; one whose batch norms are folded cannot be loaded again.
+        architecture: what the ANN is built from; without it the class of the ANN is named.
+        facts: more for the header, anything that JSON holds.
+
+    Raises:
+        ConfigError: if facts have a name of the header's own, or a surrogate or coding is a class of the user's.
+        RunError: if the file cannot be written.
+    """
+    taken = [name for name in facts or {} if name in OWN]
+    if taken:
+        raise ConfigError(f"facts may not be named {', '.join(taken)}, as the header's own are: choose other names.")
+    header = {
+        "kind": "student",
+        "format": FORMAT,
+        "network": student.origin if architecture is None else architecture.facts(),
+        "conversion": student.conversion.facts(),
+        "gradient": student.gradient,
+        "recompute": student.recompute,
+        "timesteps": student.timesteps,
+        "mean": student.mean.flatten().tolist(),
+        "std": student.std.flatten().tolist(),
+    }
+    write_tensors(weights_file(path), student.state_dict(), {**header, **(facts or {})})
+
+
+def load_student(path: str | Path, network: nn.Module | None = None, trust_code: bool = False) -> Student:
+    """A student from its file, in evaluation mode, with the answers that it had.
+
+    Args:
+        path: the file, or a directory with ``model.safetensors``.
+        network: the ANN, its weights of no matter; it need not be given where the file names one of the zoo's,
+            torchvision's or timm's. It is not changed.
+        trust_code: run the Python code that the file names to build the network.
+
+    Raises:
+        WeightsError: if the file is missing or broken, or its weights do not fit the network.
+        RunError: if it holds no student, or says of it what this version does not know.
+        ConfigError: if it names code that is not trusted, or a network that cannot be built.
+        ConversionError: if the given network has no spiking meaning.
+    """
+    file, tensors, facts = read_student(path)
+    header = _header(facts, file)
+    ann = _build(header.network, file, trust_code) if network is None else network
+    ann = ann.network if isinstance(ann, Normalised) else ann
+    made = replace(header.conversion.settled(), inherit=False, correct_bias=False)
+    with torch.random.fork_rng(devices=[]):  # of the weights that are drawn none stays
+        student, _ = to_spiking(ann, made, mean=header.mean, std=header.std)
+    student.conversion = header.conversion.settled()
+    student.origin = header.network if network is None else student.origin
+    student.gradient, student.recompute = header.gradient, header.recompute
+    student.set_timesteps(header.timesteps)
+    _in_dtypes_of(student, tensors)
+    fill(student, tensors, f"'{file}'")
+    return student.eval()
+
+
+def read_student(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The weights file of a run directory, or that file; its tensors; what it knows of them.
+
+    Raises:
+        WeightsError: if it cannot be read.
+        RunError: if it is no student's.
+    """
+    file = weights_file(path)
+    tensors, facts = read_tensors(file)
+    kind = facts.get("kind", "weights of unknown origin") if isinstance(facts, dict) else "a damaged header"
+    if kind != "student":
+        raise RunError(f"'{file}' holds no student but {kind}: give a run of 'distill'.")
+    return file, tensors, facts
+
+
+def fill(student: Student, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load weights, and thresholds whether there is one for each layer or channel.
+
+    A student that learns initial potentials keeps its own where the given one did not learn them.
+
+    Raises:
+        WeightsError: if they do not fit.
+    """
+    layers = {path: layer for path, layer in student.named_modules() if isinstance(layer, Spiking)}
+    for path, layer in layers.items():
+        if (given := tensors.get(f"{path}.threshold")) is not None:
+            _set_threshold(layer, given, f"'{path}.threshold' of {source}")
+    fixed = {f"{path}.initial" for path in layers}
+    own = {name: value for name, value in student.state_dict().items() if name in fixed - tensors.keys()}
+    load_weights(student, {**tensors, **own}, source)
+
+
+def _set_threshold(layer: Spiking, given: Tensor, name: str) -> None:
+    try:
+        layer.set_threshold(given)
+    except ConfigError as error:
+        raise WeightsError(f"{name} cannot be one ({error}): the file is damaged.") from error
+
+
+def _header(facts: Mapping[str, Any], file: Path) -> _Header:
+    """The header of any format, checked."""
+    try:
+        given = facts if facts.get("format") == FORMAT else _of_format_1(facts)
+        missing = [name for name in OWN if name not in given]
+        if missing:
+            raise ConfigError(f"there is no {', '.join(missing)}")
+        one_of("gradient", given["gradient"], get_args(Gradient))
+        one_of("recompute", given["recompute"], get_args(Recompute))
+        if type(given["timesteps"]) is not int or given["timesteps"] < 1:
+            raise ConfigError(f"timesteps (={given['timesteps']!r}) is no number of 1 or more")
+        mean, std = _numbers(given["mean"]), _numbers(given["std"])
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ConfigError(f"mean {mean} and std {std} are not one value per channel, std above 0")
+        conversion = Conversion.from_facts(given["conversion"])
+        network = _network(given["network"])
+    except SpikeDistillError as error:
+        raise RunError(
+            f"'{file}' describes its student in a way that this version does not know ({str(error).rstrip('.')}):"
+            " save or distill it again."
+        ) from error
+    return _Header(network, conversion, given["gradient"], given["recompute"], given["timesteps"], mean, std)
+
+
+def _of_format_1(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The header that a run of 'distill' wrote at first, in the present form.
+
+    Raises:
+        SpikeDistillError: if it is of another format, or its recipe is not known.
+    """
+    if "recipe" not in facts or "format" in facts:
+        raise ConfigError(f"its format is {facts.get('format')!r}, and formats 1 and 2 are known")
+    chosen = upgrade(facts["recipe"]).get("student", {})
+    conversion = conversion_from(chosen)
+    return {
+        **{name: facts[name] for name in ("kind", "mean", "std") if name in facts},
+        **({"network": facts["architecture"]} if "architecture" in facts else {}),
+        "format": FORMAT,
+        "conversion": conversion.facts(),
+        "gradient": chosen.get("gradient", "exact"),
+        "recompute": chosen.get("recompute", "nothing"),
+        "timesteps": conversion.timesteps,
+    }
+
+
+def _numbers(given: Any) -> tuple[float, ...]:
+    numbers = given if isinstance(given, list) else []
+    if not numbers or not all(type(value) in (int, float) and abs(value) < LARGEST for value in numbers):
+        raise ConfigError(f"{str(given)[:80]} is no list of numbers")
+    return tuple(map(float, numbers))
+
+
+def _network(given: Any) -> Mapping[str, Any]:
+    """``{"code": "module:QualName"}``, or the fields of an architecture."""
+    if isinstance(given, Mapping) and set(given) == {"code"} and isinstance(given["code"], str):
+        return given
+    return read_fields(Architecture, given, {}).facts()
+
+
+def _build(network: Mapping[str, Any], file: Path, trust_code: bool) -> nn.Module:
+    """The ANN that a header names, with fresh weights."""
+    name = network.get("code") or network["name"]
+    if not trust_code and ("code" in network or ".py:" in name):
+        raise code_refused(file, name)
+    if "code" in network:
+        return _of_code(name)
+    try:
+        return Architecture(**network).build()
+    except (RuntimeError, MemoryError) as error:  # sizes that no memory holds
+        raise ConfigError(f"'{file}' names a network that cannot be built ({error}): pass network=....") from error
+
+
+def _of_code(name: str) -> nn.Module:
+    """A network from ``module:QualName``, called without arguments."""
+    module, _, path = name.partition(":")
+    said = "pass network=... (the ANN)"
+    if module == "__main__" or "<locals>" in path:
+        raise ConfigError(f"The network '{name}' lives in a script or a function, where nobody finds it: {said}.")
+    try:
+        network = operator.attrgetter(path)(importlib.import_module(module))()
+    except Exception as error:  # whatever a third-party module raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"The network '{name}' cannot be imported and called without arguments ({reason}): {said}."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"'{name}' made {type(network).__name__}, no torch.nn.Module: {said}.")
+    return network
+
+
+def _in_dtypes_of(student: Student, tensors: Mapping[str, Tensor]) -> None:
+    """Let the student hold its numbers as the file does, so that nothing is rounded."""
+    for name, own in (*student.named_parameters(), *student.named_buffers()):
+        given = tensors.get(name)
+        if given is not None and given.is_floating_point() and own.is_floating_point():
+            own.data = own.data.to(given.dtype)
+    dtype = next((each.dtype for each in student.parameters() if each.is_floating_point()), torch.float32)
+    student.mean, student.std = student.mean.to(dtype), student.std.to(dtype)

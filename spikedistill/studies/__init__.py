@@ -1,0 +1,1 @@
+"""Comparisons over seeds: published claims, measured here."""

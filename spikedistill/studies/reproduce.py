@@ -1,0 +1,188 @@
+"""``reproduce``: a study is trained, cell by cell, measured, and written down as CSV, Markdown and pictures."""
+
+import datetime
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import astuple, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spikedistill.errors import ConfigError, RunError
+from spikedistill.files import write_csv, write_text
+from spikedistill.recipes.distill import Distill, distill
+from spikedistill.recipes.teach import Teach, teach
+from spikedistill.studies.kdsnn import Cell, Study
+from spikedistill.studies.measures import MEASURES, Row, paths_of
+from spikedistill.train.progress import Progress
+from spikedistill.train.run import Run, unless_done
+
+
+def reproduce(
+    study: Study, out: Path, seeds: int | None = None, progress: Progress | None = None, jobs: int = 1
+) -> str:
+    """Train what is missing of a study, measure it, and write ``NAME.csv``, ``NAME.md`` and pictures to ``out``.
+
+    A student that cannot be trained, as its loss diverges, is left out of a comparison of pairs, and named in it.
+
+    Args:
+        study: of ``STUDIES``.
+        out: where the files go; beside it the page of all studies, ``OUT.md``.
+        seeds: only the first so many seeds.
+        progress: what shows the work.
+        jobs: how many students are trained side by side, each in a process with its share of the processor's cores.
+
+    Returns:
+        The report in Markdown.
+
+    Raises:
+        ConfigError: if the study does not have so many seeds, ``jobs`` is not positive, or a teacher or student cannot
+            be trained.
+        RunError: if a finished run was made by another recipe than the study's.
+    """
+    if seeds is not None and not 1 <= seeds <= study.seeds:
+        raise ConfigError(f"seeds (={seeds}) must be 1 or more, and at most the {study.seeds} of '{study.name}'.")
+    if jobs < 1:
+        raise ConfigError(f"jobs (={jobs}) must be 1 or more: students trained side by side.")
+    progress, out = progress or Progress.silent(), out.resolve()
+    cells = [cell for cell in study.cells if cell.seed < (seeds or study.seeds)]
+    failed = _train(study, cells, progress, jobs)
+    cells = [cell for cell in cells if cell.path.name not in failed]
+    if not cells:
+        raise ConfigError(f"No student of '{study.name}' could be trained: {next(iter(failed.values()))}")
+    rows, shown = MEASURES[study.kind](study, cells, out, progress)
+    shown += "".join(f"\nLeft out: `{name}` ({reason})\n" for name, reason in failed.items())
+    write_csv(out / f"{study.name}.csv", [field.name for field in fields(Row)], map(astuple, rows))
+    report = _report(study, cells, shown)
+    write_text(out / f"{study.name}.md", report)
+    write_text(out.parent / f"{out.name}.md", _page(out))
+    return report
+
+
+def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -> dict[str, str]:
+    """Train what is missing; which students of a comparison of pairs could not be trained, and why."""
+    for made, path in study.teachers.values():
+        _check_recipe(path, made)
+    for cell in cells:
+        _check_recipe(cell.path, cell.recipe)
+    for made, path in study.teachers.values():
+        job = partial(teach, made, path, progress=Progress.stderr(path.name))
+        if _needed_again(path, cells):
+            progress.say(f"{path.name}, whose weights are gone")
+            job(resume=True)
+        else:
+            unless_done(path, job, partial(progress.say, path.name))
+    missing = [cell for cell in cells if not Run(cell.path).finished]
+    failed: dict[str, str] = {}
+    for number, (cell, finish) in enumerate(side_by_side(missing, jobs), 1):
+        progress.say(f"{number} of {len(missing)}: {cell.path.name}")
+        try:
+            finish()
+        except ConfigError as error:
+            if study.kind != "pairs":
+                raise
+            failed[cell.path.name] = str(error)
+            progress.say(f"{cell.path.name} is left out: {error}")
+    return failed
+
+
+def side_by_side(missing: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Callable[[], object]]]:
+    """Students with what finishes them: their training, or with several jobs what has become of it, in order of ends.
+
+    Args:
+        missing: students that are not finished.
+        jobs: how many are trained at once, each in a process with its share of the cores.
+    """
+    if jobs == 1:
+        yield from ((cell, partial(_student, cell, Progress.stderr(cell.path.name))) for cell in missing)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _take_share, (jobs,)) as pool:
+        waiting, running = list(missing), dict[Future[None], Cell]()
+        while waiting or running:
+            while waiting and len(running) < jobs:  # none is handed over before its time: it could not be called back
+                cell = waiting.pop(0)
+                running[pool.submit(_student, cell)] = cell
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result
+
+
+def _student(cell: Cell, progress: Progress | None = None) -> None:
+    """Train a student, or go on with it; one of several says what it did line by line, as bars would collide."""
+    progress = progress or Progress.lines(cell.path.name)
+    unless_done(cell.path, partial(distill, cell.recipe, cell.path, progress=progress))
+
+
+def _take_share(jobs: int) -> None:
+    """Leave the other processes their share of the cores."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
+def _needed_again(teacher: Path, cells: Sequence[Cell]) -> bool:
+    """Whether a finished teacher's weights are gone, and students are still to be taught.
+
+    So the small files of finished runs can be kept without their weights, and a study goes on elsewhere.
+    """
+    if not Run(teacher).finished or Run(teacher).model.exists():
+        return False
+    return any(cell.recipe.teacher.source == str(teacher) and not Run(cell.path).finished for cell in cells)
+
+
+def _check_recipe(path: Path, recipe: Teach | Distill) -> None:
+    """Refuse a finished run that another recipe made, wherever its data lay.
+
+    Raises:
+        RunError: if there is one.
+    """
+    if Run(path).finished:
+        changes = Run(path).changes(recipe.written(), type(recipe)().written())
+        changes = [line for line in changes if not line.startswith("data_dir ")]
+        if changes:
+            raise RunError(
+                f"'{path}' was made by another recipe ({'; '.join(changes[:3])}): move it away, or give another --runs."
+            )
+
+
+def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
+    """Title, command, machines, dates, seeds and epochs before what was measured."""
+    places = [Run(path).read("environment") for path in paths_of(study, cells)]
+    machines = dict.fromkeys(map(_machine, places))
+    began = sorted({place["date"] for place in places if "date" in place})  # older versions did not write it
+    today = datetime.date.today().isoformat()
+    dates = f"runs begun {' to '.join(dict.fromkeys((began[0], began[-1])))}, report of {today}" if began else today
+    epochs = {
+        f"{made.training.epochs} ({_sized(name, made.width)}, teacher)": None
+        for name, (made, _) in study.teachers.items()
+    }
+    for cell in cells:
+        if cell.recipe.method is not None:
+            student = _sized(cell.student, cell.recipe.student.width)
+            epochs[f"{cell.recipe.training.epochs} ({cell.teacher} -> {student})"] = None
+    seeds = sorted({cell.seed for cell in cells})
+    fewer = f" --seeds {len(seeds)}" if len(seeds) < study.seeds else ""
+    return (
+        f"## {study.title}\n\n"
+        f"`spikedistill reproduce {study.name} --budget {study.budget}{fewer}`, {dates}, on {'; '.join(machines)}."
+        f" Test set, last epoch. Seeds: {', '.join(map(str, seeds))}. Epochs: {', '.join(epochs)}.\n"
+        f"The paper's claim, as readers report it: {study.claim}.\n\n{shown}"
+    )
+
+
+def _machine(place: Mapping[str, Any]) -> str:
+    """A processor or graphics card, and the version of torch that ran on it."""
+    hardware = place["cuda"] or f"{place['processor']}, {place['cores']} cores"
+    return f"{hardware}, torch {place['versions']['torch']}"
+
+
+def _sized(name: str, width: int | None) -> str:
+    return name if width is None else f"{name} of width {width}"
+
+
+def _page(out: Path) -> str:
+    """The page that joins the reports of all studies in a folder."""
+    parts = [file.read_text(encoding="utf-8") for file in sorted(out.glob("*.md"))]
+    joined = "\n".join(parts).replace("](", f"]({out.name}/")
+    said = f"accuracies, spikes and energies are in `{out.name}/*.csv`, what is computed from them stands here alone."
+    return f"# Results\n\nWritten by `spikedistill reproduce STUDY`; {said}\n\n{joined}"

@@ -1,0 +1,59 @@
+"""What is summed up over an epoch: terms, accuracy, and now and then the firing rate."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from spikedistill.evaluate.activity import firing_rates
+from spikedistill.student.build import Student
+
+EVERY = 20
+"""Steps between two looks at the firing rate."""
+
+
+@dataclass
+class Meters:
+    """Sums over an epoch, from which its line in metrics.jsonl is made."""
+
+    steps: int = 0
+    samples: int = 0
+    correct: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, terms: Mapping[str, float], correct: int, samples: int) -> None:
+        """Count one step."""
+        self.steps, self.samples, self.correct = self.steps + 1, self.samples + samples, self.correct + correct
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Mean terms, their sum, and accuracy in percent."""
+        if not self.steps:
+            return {}
+        terms = {name: value / self.steps for name, value in self.sums.items()}
+        return {"loss": sum(terms.values()), **terms, "train_accuracy": 100.0 * self.correct / self.samples}
+
+
+class FiringRateMeter:
+    """The firing rate of a student, looked at now and then, since counting costs a pass over all spikes."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student = student if isinstance(student, Student) else None
+        self.percent: float | None = None
+
+    @contextlib.contextmanager
+    def at(self, step: int) -> Iterator[None]:
+        """Count the spikes of one step, if it is one of those that are looked at."""
+        if self.student is None or step % EVERY:
+            yield
+            return
+        with firing_rates(self.student) as rates:
+            yield
+        if rates.chances:  # the quantised stand-in has none
+            self.percent = 100.0 * rates.mean()
+
+    def facts(self) -> dict[str, float]:
+        """The last rate, spikes per neuron and step in percent."""
+        return {} if self.percent is None else {"firing_rate": self.percent}

@@ -1,0 +1,260 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from spikedistill.data.images import load_images
+from spikedistill.deliver import record as module
+from spikedistill.deliver.record import Record, evaluate, find_teacher, read_records, some_of
+from spikedistill.errors import ConfigError, RunError, SpikeDistillError
+from spikedistill.files import read_tensors, write_tensors
+from spikedistill.objective.direct import Direct
+from spikedistill.objective.kdsnn import KDSNN
+from spikedistill.recipes.choices import StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill, distill
+from spikedistill.recipes.teach import Teach, teach
+from spikedistill.student.build import Student
+from spikedistill.student.save import load_student
+from spikedistill.teacher.load import Architecture, Teacher, load_teacher
+from spikedistill.train.recipe import Data, Training
+from spikedistill.train.run import Run
+
+TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="cpu")
+
+
+pytestmark = pytest.mark.usefixtures("without_compiler")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, write_blobs):
+    """A folder with data, a teacher, and students of two and of three steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_blobs(folder, 48, 24)
+    data = Data(str(folder / "blobs.npz"))
+    teach(Teach("vgg9", width=4, data=data, training=TRAINING), folder / "teacher")
+    choice = TeacherChoice(str(folder / "teacher"))
+    distill(Distill(choice, StudentChoice(timesteps=2), Direct(), data, TRAINING), folder / "two")
+    student = StudentChoice("resnet20", 4, timesteps=3, neuron="plif", learn_threshold=True, max_pool="average")
+    distill(Distill(choice, student, KDSNN(), data, TRAINING), folder / "three")
+    return folder
+
+
+@pytest.fixture
+def images(home):
+    return load_images(str(home / "blobs.npz"))
+
+
+def measured(run):
+    """What results.json holds, but for the method."""
+    return {name: value for name, value in Run(run).read("results").items() if name != "method"}
+
+
+class TestRead:
+    def test_gives_the_choices_of_a_student_and_of_its_teacher(self, home):
+        student, teacher = Record.read(home / "three"), Record.read(str(home / "teacher"))
+        assert (student.name, student.is_student, teacher.is_student) == ("three", True, False)
+        assert StudentChoice(**student.recipe["student"]) == StudentChoice(
+            "resnet20", 4, timesteps=3, neuron="plif", learn_threshold=True, max_pool="average"
+        )
+        assert student.training == teacher.training == TRAINING
+        assert student.data == teacher.data == Data(str(home / "blobs.npz"))
+        assert student.results() == Run(home / "three").read("results")
+
+    def test_names_the_run_whose_directory_is_where_we_are(self, home, monkeypatch):
+        monkeypatch.chdir(home / "two")
+        assert Record.read(".").name == "two"
+
+    @pytest.mark.parametrize(
+        "recipe", [{}, {"kind": "immunity", "runs": []}, {"kind": "distill"}, {"kind": "distill", "who": None}]
+    )
+    def test_of_what_is_no_recipe_is_refused(self, recipe, tmp_path):
+        Run(tmp_path).write("recipe", recipe)
+        with pytest.raises(RunError, match=rf"'{tmp_path}' holds (no run that can be read|a run of kind)"):
+            Record.read(tmp_path)
+
+    def test_of_a_student_is_its_file_too(self, home):
+        file = Record.read(home / "two" / "model.safetensors")
+        assert file.recipe == Record.read(home / "two").recipe and isinstance(file.network(), Student)
+        assert evaluate(home / "two" / "model.safetensors") == evaluate(home / "two")
+
+    @pytest.mark.parametrize("format", [0, 3, "2"])
+    def test_of_another_format_is_refused(self, home, format, tmp_path):
+        Run(tmp_path).write("recipe", Run(home / "two").read("recipe") | {"format": format})
+        with pytest.raises(RunError, match=rf"format {format!r}: this version reads"):
+            Record.read(tmp_path)
+
+    def test_of_a_field_that_is_not_known_is_refused(self, home, tmp_path):
+        recipe = Run(home / "two").read("recipe")
+        Run(tmp_path).write("recipe", recipe | {"training": {"epochs": 1, "speed": 7}})
+        with pytest.raises(RunError, match=r"cannot be read .*'speed'.*newer version"):
+            _ = Record.read(tmp_path).training
+
+
+class TestNetwork:
+    @pytest.mark.parametrize("name", ["two", "three"])
+    def test_has_the_trained_tensors_bit_for_bit(self, home, name):
+        student = Record.read(home / name).network()
+        written, _ = read_tensors(home / name / "model.safetensors")
+        assert isinstance(student, Student) and not student.training
+        assert written.keys() == student.state_dict().keys()
+        assert all(torch.equal(value, written[key]) for key, value in student.state_dict().items())
+
+    def test_of_a_teacher_is_an_ann(self, home):
+        teacher, written = Record.read(home / "teacher").network(), read_tensors(home / "teacher/model.safetensors")[0]
+        assert isinstance(teacher, Teacher)
+        assert all(torch.equal(value, written[key]) for key, value in teacher.network.state_dict().items())
+
+    def test_of_a_teacher_is_no_student(self, home):
+        with pytest.raises(RunError, match=r"teacher/model\.safetensors' holds no student but teacher"):
+            load_student(home / "teacher")
+
+    def test_of_an_unfinished_run_is_refused(self, home, tmp_path):
+        Run(tmp_path).write("recipe", Run(home / "two").read("recipe"))
+        with pytest.raises(RunError, match=r"holds no finished run: end it by the same command with --resume"):
+            Record.read(tmp_path).network()
+
+    def test_is_refused_where_the_weights_are_of_another_kind_than_the_recipe(self, home, tmp_path):
+        shutil.copytree(home / "two", tmp_path / "mixed")
+        shutil.copy(home / "teacher" / "model.safetensors", tmp_path / "mixed")
+        with pytest.raises(RunError, match="holds no student but teacher"):
+            Record.read(tmp_path / "mixed").network()
+
+
+class TestSeveralRuns:
+    def test_are_read_with_their_data(self, home):
+        records, images = read_records([home / "teacher", home / "two"])
+        assert [record.name for record in records] == ["teacher", "two"] and len(images.test_images) == 24
+
+    def test_none_is_refused(self):
+        with pytest.raises(ConfigError, match="No runs were given"):
+            read_records([])
+
+    def test_some_of_their_images_are_evenly_spaced(self, images):
+        pixels, labels = some_of(images, 4)
+        assert torch.equal(pixels, images.test_images[[0, 8, 15, 23]])
+        assert torch.equal(labels, images.test_labels[[0, 8, 15, 23]])
+        assert torch.equal(some_of(images, None)[0], images.test_images)
+
+
+class TestFindTeacher:
+    def test_may_be_a_library_s_with_its_published_weights(self, home, images, monkeypatch):
+        taught, _ = load_teacher(home / "teacher")
+        published = (taught, Architecture("torchvision/resnet18", 3))
+        monkeypatch.setattr(module, "pretrained", lambda name: published if name == "torchvision/resnet18" else None)
+        assert find_teacher(images, "torchvision/resnet18") == published
+
+    def test_none_is_none(self, images):
+        assert find_teacher(images, "none") == (None, None)
+
+    def test_a_run_of_distill_is_a_spiking_teacher_with_its_architecture(self, home, images):
+        teacher, architecture = find_teacher(images, str(home / "three"))
+        assert isinstance(teacher, Student) and teacher.timesteps == 3
+        assert architecture == Architecture("resnet20", 3, 3, 4)
+
+    def test_a_spiking_teacher_of_other_classes_is_refused(self, home, images):
+        four = dataclasses.replace(images, class_names=("red", "green", "blue", "black"))
+        with pytest.raises(ConfigError, match=r"The spiking teacher '.*two' returns logits .* has 4 classes"):
+            find_teacher(four, str(home / "two"))
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("name", ["two", "three"])
+    def test_finds_the_results_of_the_run(self, home, name):
+        assert evaluate(home / name) == measured(home / name)
+
+    def test_finds_the_results_of_a_teacher(self, home):
+        assert evaluate(home / "teacher") == Run(home / "teacher").read("results")
+
+    @pytest.mark.parametrize("asked", [{"timesteps": 2}, {"confidence": 0.5}])
+    def test_of_a_teacher_knows_no_time(self, home, asked):
+        with pytest.raises(ConfigError, match="holds a teacher, which has no time steps"):
+            evaluate(home / "teacher", **asked)
+
+    def test_with_more_steps_begins_with_the_same_steps(self, home):
+        results, longer = Run(home / "two").read("results"), evaluate(home / "two", timesteps=5)
+        assert len(longer["accuracy_by_step"]) == 5
+        assert longer["accuracy_by_step"][:2] == results["accuracy_by_step"]
+        assert longer["test_accuracy"] == longer["accuracy_by_step"][4]
+        assert longer["teacher_accuracy"] == results["teacher_accuracy"]
+
+    def test_with_a_single_step(self, home):
+        assert len(evaluate(home / "three", timesteps=1)["accuracy_by_step"]) == 1
+
+    def test_with_no_step_is_refused(self, home):
+        with pytest.raises(ConfigError, match=r"timesteps \(=0\) must be 1 or more"):
+            evaluate(home / "two", timesteps=0)
+
+    @pytest.mark.parametrize("confidence, steps", [(0.0, 1), (1.0, 2)])
+    def test_with_early_exit_adds_its_accuracy_and_steps(self, home, confidence, steps):
+        results = evaluate(home / "two", confidence=confidence)
+        assert results.pop("early_exit_steps") == steps
+        assert results.pop("early_exit_accuracy") == results["accuracy_by_step"][steps - 1]
+        assert results == measured(home / "two")
+
+    def test_with_a_confidence_that_is_none_is_refused_before_the_work(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"confidence \(=1\.5\)"):
+            evaluate(tmp_path / "nowhere", confidence=1.5)
+
+    def test_of_a_run_without_anything_is_refused(self, tmp_path):
+        with pytest.raises(SpikeDistillError, match=r"recipe\.json' cannot be read"):
+            evaluate(tmp_path)
+
+    def test_leaves_the_teacher_out_where_it_is_gone(self, home):
+        whole = evaluate(home / "two")
+        shutil.move(home / "teacher", home / "moved")
+        try:
+            alone = evaluate(home / "two")
+        finally:
+            shutil.move(home / "moved", home / "teacher")
+        about_teacher = {"teacher_accuracy", "agreement", "divergence"}
+        assert alone == {name: value for name, value in whole.items() if name not in about_teacher}
+
+    def test_of_a_student_without_a_teacher_compares_it_with_nobody(self, home, tmp_path):
+        made = StudentChoice("vgg9", 4, timesteps=2)
+        recipe = Distill(TeacherChoice("none"), made, Direct(), Data(str(home / "blobs.npz")), TRAINING)
+        results = distill(recipe, tmp_path / "alone")
+        assert not {"teacher_accuracy", "agreement", "divergence"} & results.keys()
+        assert evaluate(tmp_path / "alone") == measured(tmp_path / "alone")
+
+    def test_changes_no_file(self, home):
+        before = {file.name: file.read_bytes() for file in (home / "two").iterdir()}
+        evaluate(home / "two", timesteps=3)
+        assert {file.name: file.read_bytes() for file in (home / "two").iterdir()} == before
+
+    def test_takes_the_place_of_the_data_that_it_is_told(self, home, monkeypatch):
+        asked = []
+        monkeypatch.setattr(Data, "load", lambda data: asked.append(data.data_dir) or load_images(data.name))
+        evaluate(home / "teacher", data_dir="elsewhere")
+        assert asked == ["elsewhere"]
+
+    @pytest.mark.parametrize("name", ["teacher", "two"])
+    def test_computes_where_the_run_computed(self, home, name, monkeypatch):
+        asked = []
+        for measure in ("measure_teacher", "measure_student"):
+            monkeypatch.setattr(module, measure, lambda *given, **_: asked.extend(given) or {})
+        evaluate(home / name)
+        (place,) = [given for given in asked if hasattr(given, "dtype") and hasattr(given, "reason")]
+        assert (place.dtype, place.reason) == (torch.float32, "float32 was asked for")
+
+
+def test_a_damaged_header_names_the_file(home, tmp_path):
+    shutil.copytree(home / "two", tmp_path / "odd")
+    tensors, facts = read_tensors(home / "two" / "model.safetensors")
+    facts["network"] = json.loads(json.dumps(facts["network"]).replace('"vgg9"', "7"))
+    write_tensors(tmp_path / "odd" / "model.safetensors", tensors, facts)
+    with pytest.raises(RunError, match=r"odd/model\.safetensors' describes its student .*name \(='7'\)"):
+        evaluate(tmp_path / "odd")
+
+
+def test_a_run_of_another_machine_is_measured_here(home, tmp_path):
+    shutil.copytree(home / "two", tmp_path / "run")
+    recipe = Run(tmp_path / "run").read("recipe")
+    Run(tmp_path / "run").write("recipe", {**recipe, "training": {**recipe["training"], "device": "cuda:7"}})
+    assert evaluate(tmp_path / "run") == evaluate(home / "two")
+
+
+def test_a_file_without_a_recipe_is_said_to_have_none(home, tmp_path):
+    with pytest.raises(RunError, match=r"model\.safetensors' holds no recipe: give a run directory"):
+        Record.read(home / "teacher" / "model.safetensors")

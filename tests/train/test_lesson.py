@@ -1,0 +1,283 @@
+import contextlib
+import copy
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spikedistill.data.feed import Inputs
+from spikedistill.errors import ConfigError
+from spikedistill.neuron.dynamics import IF
+from spikedistill.objective.direct import TET, Direct
+from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
+from spikedistill.objective.terms import Needs, Objective, Sum
+from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
+from spikedistill.teacher.load import OneStep, Teacher
+from spikedistill.train.lesson import Lesson, Tutor, make_lesson, make_tutor, settle_objective
+from spikedistill.train.recipe import Training
+
+MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
+PLACE = Training(device="cpu", precision="fp32", channels_last=False, convolutions="torch").place()
+NO_PROGRESS = torch.zeros(())
+
+
+def convolutional(width, seed=1):
+    torch.manual_seed(seed)
+    stem = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU()]
+    return nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+
+def spiking(width=6, timesteps=2, seed=1):
+    conversion = Conversion(timesteps=timesteps, neuron=replace(IF, threshold=0.5), inherit=False)
+    student, _ = to_spiking(convolutional(width, seed), conversion, mean=MEAN, std=STD)
+    for layer in student.neurons.values():
+        layer.backend = "reference"
+    return student
+
+
+def inputs(count=8, **others):
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, 8, 8, generator=random)
+    return Inputs(images, torch.arange(count) % 3, torch.arange(count), **others)
+
+
+def state(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@dataclass(frozen=True)
+class Looks(Objective):
+    """Cross-entropy only, by an objective that looks at this."""
+
+    at: Needs
+
+    @property
+    def needs(self):
+        return self.at
+
+    def __call__(self, batch, modules):
+        return {"labels": F.cross_entropy(batch.student.logits.mean(0), batch.labels)}
+
+
+class Remembers(Looks):
+    """Keeps the last batch that it was shown."""
+
+    def __call__(self, batch, modules):
+        type(self).shown = batch
+        return super().__call__(batch, modules)
+
+
+class Counted(TorchDispatchMode):
+    """Which operations were computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.overloadpacket] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(work):
+    with Counted() as counted:
+        work()
+    return counted.calls
+
+
+class TestLesson:
+    def one(self, lesson, given):
+        return lesson(given.student, given.labels, None, given.source, NO_PROGRESS)
+
+    def test_gives_logits_without_gradient_and_terms_with_one(self):
+        student, given = spiking(), inputs()
+        logits, terms = self.one(Lesson(student, Direct(), nn.ModuleDict()), given)
+        expected = student(given.student)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(terms["labels"], F.cross_entropy(expected.mean(0), given.labels), rtol=0, atol=0)
+        assert not logits.requires_grad and terms["labels"].requires_grad
+
+    def test_costs_no_more_than_the_logits_where_nothing_else_is_looked_at(self):
+        student, given = spiking(), inputs()
+
+        def by_hand():
+            logits = student(given.student)
+            return logits.detach(), F.cross_entropy(logits.mean(0), given.labels)
+
+        lesson = Lesson(student, Looks(Needs()), nn.ModuleDict())
+        assert operations(lambda: self.one(lesson, given)) == operations(by_hand)
+
+    def test_counts_the_spikes_of_the_layers_that_are_looked_at_and_of_no_others(self):
+        student, given = spiking(), inputs()
+
+        def divisions(*paths):
+            lesson = Lesson(student, Looks(Needs(student_spikes=paths)), nn.ModuleDict())
+            return operations(lambda: self.one(lesson, given))[torch.ops.aten.div]
+
+        assert student.layers() == ["2", "4"]
+        assert divisions("2") - divisions() == divisions("4") - divisions() == 1
+        assert divisions("2", "4") - divisions() == 2
+
+    def test_shows_whole_spikes_by_the_paths_of_the_ann_s_activations(self):
+        objective, given = Remembers(Needs(student_spikes=("4", "2"))), inputs()
+        self.one(Lesson(spiking(timesteps=3), objective, nn.ModuleDict()), given)
+        spikes = Remembers.shown.student.spikes
+        assert {path: tuple(counts.shape) for path, counts in spikes.items()} == {
+            "4": (3, 8, 6, 6, 6),
+            "2": (3, 8, 6, 8, 8),
+        }
+        assert all(set(counts.unique().tolist()) == {0.0, 1.0} for counts in spikes.values())
+
+    def test_shows_the_same_student_s_answer_to_the_second_stream(self):
+        student, given = spiking(), inputs(source=torch.rand(8, 3, 8, 8))
+        self.one(Lesson(student, Remembers(Needs(source=True)), nn.ModuleDict()), given)
+        torch.testing.assert_close(Remembers.shown.student.logits, student(given.student), rtol=0, atol=0)
+        torch.testing.assert_close(Remembers.shown.source.logits, student(given.source), rtol=0, atol=0)
+
+    def test_judges_logits_in_float32_whatever_the_student_computes_in(self):
+        given = inputs()
+        with torch.autocast("cpu", torch.bfloat16):
+            self.one(Lesson(spiking(), Remembers(Needs()), nn.ModuleDict()), given)
+        assert Remembers.shown.student.logits.dtype == torch.float32
+
+
+class TestMakeLesson:
+    objective = KDSNNFeature((("4", "4"),), adapt=False)
+
+    def test_makes_the_helpers_of_the_objective(self):
+        tutor = Tutor(Teacher(convolutional(4), MEAN, STD), self.objective.needs)
+        lesson = make_lesson(spiking(6), self.objective, tutor, inputs())
+        assert [tuple(value.shape) for value in lesson.adapters.parameters()] == [(4, 6, 1, 1)]
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_leaves_the_student_as_it_was(self, training):
+        student, tutor = spiking().train(training), Tutor(Teacher(convolutional(4), MEAN, STD), self.objective.needs)
+        before = state(student)
+        make_lesson(student, self.objective, tutor, inputs())
+        assert same(state(student), before)
+        assert all(module.training == training for module in student.modules())
+
+    def test_asks_nobody_where_logits_alone_are_looked_at(self):
+        class Asked(OneStep):
+            def observe(self, *_, **__):
+                raise AssertionError("was asked")
+
+        asked = Asked(convolutional(4), MEAN, STD)
+        make_lesson(asked, KDSNNResponse(), Tutor(asked, KDSNNResponse().needs), inputs())
+        with pytest.raises(AssertionError, match="was asked"):
+            make_lesson(asked, self.objective, Tutor(asked, self.objective.needs), inputs())
+
+    def test_without_a_second_stream_an_objective_that_looks_at_it_is_refused(self):
+        with pytest.raises(ConfigError, match=r"needs a second input stream, and the feed has none: use a PairFeed"):
+            make_lesson(spiking(), Looks(Needs(source=True)), None, inputs())
+
+
+class TestSettleObjective:
+    @pytest.mark.parametrize("needs", [Needs(teacher=True), Needs(pairs=(("4", "4"),)), Needs(teacher_spikes=("4",))])
+    def test_a_teacher_that_is_looked_at_must_be_there(self, needs):
+        with pytest.raises(ConfigError, match="needs a teacher, and no teacher was given"):
+            settle_objective(Looks(needs), spiking(), None, True)
+        teacher = spiking() if needs.teacher_spikes else Teacher(convolutional(4), MEAN, STD)
+        assert settle_objective(Looks(needs), spiking(), teacher, True) == Looks(needs)
+
+    def test_spikes_of_an_ann_are_refused(self):
+        with pytest.raises(ConfigError, match=r"Spikes of 4 are looked at, .* none, it is an ANN"):
+            settle_objective(Looks(Needs(teacher_spikes=("4",))), spiking(), Teacher(convolutional(4), MEAN, STD), True)
+
+    @pytest.mark.parametrize("gradient", ["exact", "rate", "quantised"])
+    @pytest.mark.parametrize(
+        "needs, refused",
+        [
+            (Needs(), ()),
+            (Needs(every_step=True), ("quantised",)),
+            (Needs(student_spikes=("4",)), ("quantised",)),
+            (Needs(potentials=("4",)), ("quantised", "rate")),
+            (Needs(every_step=True, student_spikes=("4",)), ("quantised", "rate")),
+        ],
+    )
+    def test_a_gradient_that_cannot_give_what_is_looked_at_is_refused(self, gradient, needs, refused):
+        student = spiking()
+        student.gradient = gradient
+        message = rf"gradient \(='{gradient}'\) .*: take gradient='exact', or an objective"
+        allowed = contextlib.nullcontext()
+        with pytest.raises(ConfigError, match=message) if gradient in refused else allowed:
+            settle_objective(Looks(needs), student, None, True)
+
+    def test_an_ann_in_training_gives_what_it_has(self):
+        assert settle_objective(TET(), OneStep(convolutional(4), MEAN, STD), None, False) == TET()
+
+
+class TestTutor:
+    needs = Needs(teacher=True, pairs=(("4", "4"),), teacher_spikes=("2",))
+
+    def test_averages_a_spiking_teacher_over_its_own_time_steps(self):
+        teacher, images = spiking(timesteps=5).eval(), inputs().student
+        answer, whole = Tutor(teacher, self.needs).ask(images), teacher.observe(images, ["4"], spikes=["2"])
+        torch.testing.assert_close(answer.logits[0], whole.logits.mean(0))
+        torch.testing.assert_close(answer.features["4"][0], whole.features["4"].mean(0))
+        torch.testing.assert_close(answer.spikes["2"][0], whole.spikes["2"].mean(0))
+        assert len(whole.logits) == 5 and len(answer.logits) == 1
+
+    def test_gives_every_step_where_single_steps_are_looked_at(self):
+        teacher, images = spiking(timesteps=5).eval(), inputs().student
+        answer = Tutor(teacher, replace(self.needs, every_step=True)).ask(images)
+        whole = teacher.observe(images, ["4"], spikes=["2"])
+        assert same(answer.features, whole.features) and same(answer.spikes, whole.spikes)
+        assert torch.equal(answer.logits, whole.logits)
+
+    def test_is_shown_its_own_inputs_where_they_differ(self):
+        teacher, given = Teacher(convolutional(4), MEAN, STD), inputs(teacher=torch.rand(8, 3, 8, 8))
+        answer = Tutor(teacher, Needs(teacher=True)).answer(given, 1, 0)
+        assert torch.equal(answer.logits[0], teacher(given.teacher))
+        assert not torch.equal(answer.logits[0], teacher(given.student))
+
+
+class TestMakeTutor:
+    def test_there_is_none_where_nobody_is_asked(self):
+        assert make_tutor(Teacher(convolutional(4), MEAN, STD), TET().needs, PLACE) is None
+        assert make_tutor(None, Needs(), PLACE) is None
+
+    def test_an_ann_is_folded_and_the_caller_s_stays(self):
+        teacher, images = Teacher(convolutional(4), MEAN, STD), inputs().student
+        teacher.network[1].running_mean.fill_(0.5)
+        before = state(teacher)
+        tutor = make_tutor(teacher, KDSNN((("4", "4"),)).needs, PLACE)
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in tutor.teacher.modules())
+        assert same(state(teacher), before) and isinstance(teacher.network[1], nn.BatchNorm2d)
+        torch.testing.assert_close(tutor.ask(images).logits[0], teacher(images))
+
+    def test_a_student_teaches_in_evaluation_mode_bit_for_bit_and_the_caller_s_stays(self):
+        teacher, images = spiking(timesteps=3), inputs().student
+        for layer in (layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)):
+            layer.running_var.fill_(2.0)
+        before, expected = state(teacher), copy.deepcopy(teacher).eval()(images)
+        tutor = make_tutor(teacher, TET().needs | Needs(teacher=True), PLACE)
+        assert torch.equal(tutor.ask(images).logits, expected)
+        assert same(state(teacher), before)
+        assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@dataclass(frozen=True)
+class Projected(Objective):
+    """Logits through a layer of its own, made from the probe's logits."""
+
+    def modules(self, probe, teacher):
+        return nn.ModuleDict({"head": nn.Linear(probe.student.logits.shape[-1], 2)})
+
+    def __call__(self, batch, modules):
+        return {"head": modules["head"](batch.student.logits.mean(0)).square().mean()}
+
+
+@pytest.mark.parametrize("objective", [Projected(), Sum(((1.0, Projected()), (1.0, Sum(((0.5, Projected()),)))))])
+def test_helpers_of_logits_alone_are_made_from_a_probe(objective):
+    lesson = make_lesson(spiking(), objective, None, inputs())
+    assert {layer.in_features for layer in lesson.adapters.modules() if isinstance(layer, nn.Linear)} == {3}

@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from spikedistill.neuron.dynamics import IF, Neuron
+from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
+from spikedistill.train.optimise import learning_rate, make_averaged, make_optimiser, set_learning_rate
+from spikedistill.train.recipe import Training
+
+
+def convolutional():
+    stem = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    return nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def spiking(neuron):
+    return to_spiking(convolutional(), Conversion(neuron=neuron, inherit=False))[0]
+
+
+class TestLearningRate:
+    def test_without_warmup_is_torchs_cosine_annealing(self):
+        optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+        reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=40)
+        config = Training(lr=0.3, warmup=0.0)
+        for step in range(40):
+            assert learning_rate(step, 40, config) == pytest.approx(reference.get_last_lr()[0], abs=1e-9)
+            optimiser.step()
+            reference.step()
+
+    def test_one_cycle_is_two_straight_lines(self):
+        config = Training(lr=1.0, warmup=0.4, schedule="one-cycle")
+        expected = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+        assert [learning_rate(step, 10, config) for step in range(10)] == pytest.approx(expected)
+
+    @pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+    @given(warmup=st.floats(0, 0.9), steps=st.integers(1, 300), lr=st.floats(1e-4, 10))
+    def test_rises_to_its_peak_and_falls_to_nearly_nothing(self, schedule, warmup, steps, lr):
+        config = Training(lr=lr, warmup=warmup, schedule=schedule)
+        rates = [learning_rate(step, steps, config) for step in range(steps)]
+        top = rates.index(max(rates))
+        assert min(rates) > 0 and max(rates) <= lr
+        assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+        assert max(rates) >= lr * (1 - 1 / max(1, steps * (1 - warmup)))
+
+    def test_ends_near_zero(self):
+        for schedule, end in (("cosine", 0.5 * (1 - math.cos(math.pi / 95))), ("one-cycle", 1 / 95)):
+            config = Training(lr=2.0, warmup=0.05, schedule=schedule)
+            assert learning_rate(99, 100, config) == pytest.approx(2.0 * end)
+
+
+class TestOptimiser:
+    def test_decays_kernels_and_matrices_but_no_vectors_or_scalars(self):
+        network = nn.ModuleDict({"student": spiking(IF), "frozen": nn.Linear(2, 2).requires_grad_(False)})
+        network["learned"] = spiking(Neuron(learn_threshold=True))
+        groups = make_optimiser(network, Training(weight_decay=0.25)).param_groups
+        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        assert len(decay) == sum(len(group["params"]) for group in groups)
+        wanted = {id(p): 0.25 if p.ndim > 1 else 0.0 for p in network.parameters() if p.requires_grad}
+        assert decay == wanted
+        assert any(p.ndim == 0 for p in network.parameters())
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_a_step_without_gradient_shrinks_the_weights_alone(self, optimizer):
+        layer = nn.Linear(3, 3)
+        weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+        layer.weight.grad, layer.bias.grad = torch.zeros(3, 3), torch.zeros(3)
+        make_optimiser(layer, Training(optimizer=optimizer, momentum=0.0, lr=0.5, weight_decay=0.2)).step()
+        torch.testing.assert_close(layer.bias, bias, rtol=0, atol=0)
+        shrunk = weight * (1 - 0.5 * 0.2)
+        torch.testing.assert_close(layer.weight, shrunk)
+
+    def test_a_network_of_matrices_alone_has_one_group(self):
+        assert len(make_optimiser(nn.Linear(2, 2, bias=False), Training()).param_groups) == 1
+
+    def test_every_group_takes_the_rate_that_is_set(self):
+        optimiser = make_optimiser(convolutional(), Training(lr=0.5))
+        set_learning_rate(optimiser, 0.125)
+        assert [group["lr"] for group in optimiser.param_groups] == [0.125, 0.125]
+
+
+class TestAveraged:
+    def test_there_is_none_unless_a_decay_is_given(self):
+        assert make_averaged(nn.Linear(1, 1), Training()) is None
+
+    def test_begins_with_the_first_weights_and_follows_by_the_decay(self):
+        layer = nn.Linear(1, 1, bias=False)
+        averaged = make_averaged(layer, Training(ema=0.75))
+        for value in (4.0, 8.0, 0.0):
+            layer.weight.data.fill_(value)
+            averaged.update_parameters(layer)
+        assert averaged.module.weight.item() == 0.75 * (0.75 * 4.0 + 0.25 * 8.0)
