@@ -1,0 +1,38 @@
+"""Runs that energy and immunity are measured on; other files of this folder have runs of their own."""
+
+import shutil
+
+import pytest
+
+from spikedistill.compute import place
+from spikedistill.objective.direct import Direct
+from spikedistill.recipes.choices import StudentChoice, TeacherChoice
+from spikedistill.recipes.distill import Distill, distill
+from spikedistill.recipes.teach import Teach, teach
+from spikedistill.train.recipe import Data, Training
+from spikedistill.train.run import Run
+
+TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, write_blobs):
+    """A folder with data, a teacher, and a student of two steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_blobs(folder, 48, 24)
+    data = Data(str(folder / "blobs.npz"))
+    teach(Teach("vgg9", width=4, data=data, training=TRAINING), folder / "teacher")
+    choice = TeacherChoice(str(folder / "teacher"))
+    distill(Distill(choice, StudentChoice(timesteps=2), Direct(), data, TRAINING), folder / "student")
+    return folder
+
+
+@pytest.fixture
+def elsewhere(home, tmp_path, monkeypatch):
+    """A copy of the student whose recipe leaves the number format to a processor that computes bfloat16."""
+    monkeypatch.setattr(place, "_processor_flags", lambda: {"avx512_bf16"})
+    shutil.copytree(home / "student", tmp_path / "elsewhere")
+    recipe = Run(home / "student").read("recipe")
+    recipe["training"] |= {"precision": "auto", "channels_last": False}
+    Run(tmp_path / "elsewhere").write("recipe", recipe)
+    return tmp_path / "elsewhere"
