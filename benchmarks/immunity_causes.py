@@ -25,7 +25,7 @@ from spikedistill.evaluate.accuracy import predict
 from spikedistill.evaluate.immunity import Score
 from spikedistill.recipes.teach import teach
 from spikedistill.studies.kdsnn import Cell, kdsnn_pairs
-from spikedistill.studies.measures import with_deviation
+from spikedistill.studies.paired import gaps, with_test
 from spikedistill.studies.reproduce import side_by_side
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run, unless_done
@@ -39,6 +39,8 @@ CONDITIONS = {
 }
 REPEATED = ("gaussian", 3)
 """The noise and severity under which mistakes are compared."""
+COLUMNS = ("gaussian", "uniform", "salt-and-pepper", "poisson", "speckle", "impulse", "erasing", "noises")
+"""Means over severities, under each noise and under all."""
 
 
 def variant(condition: str, cell: Cell, noisy: Path) -> Cell:
@@ -116,34 +118,47 @@ def main() -> None:
         )
         scores += [Score(**line) for line in Run(out).lines("scores")]
     shares = repeats(cells, given.images, given.data_dir)
-
-    def mean(path: Path, names: set[str]) -> float:
-        found = [score for score in scores if score.network == path.name]
-        return statistics.fmean(score.accuracy for score in found if score.name in names)
-
-    noises = {score.name for score in scores} - {"clean"}
-    columns = {"clean": {"clean"}, "gaussian": {"gaussian"}, "uniform": {"uniform"}, "noises": noises}
     rows: list[Row] = []
-    for path in measured["teachers"]:
-        means = {name: mean(path, names) for name, names in columns.items()}
-        rows.append({"condition": "", "network": path.name, **means} | dict.fromkeys(("gains", "repeated"), ""))
-    figures: Figures = {}
+    for path in (plain, noisy):
+        named: Row = {"condition": "", "network": path.name, "seed": ""}
+        rows.append({**named, **means_of(scores, path.name), "repeated": ""})
     for (condition, method), group in groups.items():
-        means = {name: statistics.fmean(mean(cell.path, names) for cell in group) for name, names in columns.items()}
-        gains = []
-        for name, names in columns.items():
-            more = [mean(c.path, names) - mean(d.path, names) for c, d in zip(group, groups[condition, "direct"])]
-            gains.append(f"{name} {with_deviation(more, sign=True)}")
-            if method == "kdsnn" and name == "noises":
-                figures[f"{condition}: points that KDSNN gains under noises"] = (
-                    statistics.fmean(more),
-                    "at least",
-                    0.0,
-                )
-        repeated = statistics.fmean(shares[cell.path] for cell in group)
-        shown = "" if method == "direct" else ", ".join(gains)
-        rows.append({"condition": condition, "network": method, **means, "gains": shown, "repeated": repeated})
-    finish("immunity_causes", rows, figures, check=False)
+        for cell in group:
+            told: Row = {"condition": condition, "network": method, "seed": cell.seed}
+            rows.append({**told, **means_of(scores, cell.path.name), "repeated": shares[cell.path]})
+    for condition in given.conditions:
+        for name in ("clean", *COLUMNS, "repeated"):
+            ours, theirs = (by_seed(rows, condition, method, name) for method in ("kdsnn", "direct"))
+            if ours:
+                print(f"{condition}, {name}: KDSNN more than direct {with_test(gaps(ours, theirs))}")
+    finish("immunity_causes", rows, gained(rows, given.conditions), check=False)
+
+
+def means_of(scores: list[Score], network: str) -> Row:
+    """What a network scores: clean, under each noise and under all of them."""
+    found = [score for score in scores if score.network == network]
+    noisy = [score for score in found if score.kind == "noise"]
+
+    def mean(name: str) -> float:
+        return statistics.fmean(score.accuracy for score in noisy if name in (score.name, "noises"))
+
+    clean = next(score.accuracy for score in found if score.kind == "clean")
+    return {"clean": clean, **{name: mean(name) for name in COLUMNS}}
+
+
+def by_seed(rows: list[Row], condition: str, method: str, name: str) -> dict[int, float]:
+    """A column of a method's students under a condition, by seed."""
+    return {row["seed"]: row[name] for row in rows if (row["condition"], row["network"]) == (condition, method)}
+
+
+def gained(rows: list[Row], conditions: list[str]) -> Figures:
+    """Points that KDSNN gains under all noises, where it was trained."""
+    figures: Figures = {}
+    for condition in conditions:
+        gains = gaps(by_seed(rows, condition, "kdsnn", "noises"), by_seed(rows, condition, "direct", "noises"))
+        if gains:
+            figures[f"{condition}: points that KDSNN gains under noises"] = (statistics.fmean(gains), "at least", 0.0)
+    return figures
 
 
 if __name__ == "__main__":

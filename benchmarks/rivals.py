@@ -1,9 +1,11 @@
 """What the comparisons share: peers in environments of their own, contenders in turn, medians, tables, checks."""
 
 import argparse
+import datetime
 import json
 import os
 import platform
+import shlex
 import site
 import statistics
 import subprocess
@@ -11,12 +13,14 @@ import sys
 import tempfile
 import venv
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
 
 from spikedistill.compute.place import choose_place
+from spikedistill.files import write_csv
 
 HERE = Path(__file__).resolve().parent
 PEERS = {
@@ -157,8 +161,27 @@ def show(rows: list[Row]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
+def write_rows(name: str, rows: list[Row]) -> Path:
+    """The rows as ``runs/benchmarks/<name>.csv``; each says its machine, versions, command and date."""
+    used = [pin for peer, pin in {**PEERS, **TOOLS}.items() if any(peer in str(row.get("contender")) for row in rows)]
+    own = [
+        f"python=={platform.python_version()}",
+        f"torch=={torch.__version__}",
+        f"spikedistill=={version('spikedistill')}",
+    ]
+    made = {
+        "machine": machine(),
+        "versions": " ".join([*own, *used]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+    }
+    path = Path("runs/benchmarks") / f"{name}.csv"
+    write_csv(path, [*rows[0], *made], [[*(row[key] for key in rows[0]), *made.values()] for row in rows])
+    return path
+
+
 def finish(name: str, rows: list[Row], figures: Figures, check: bool) -> None:
-    """Print the table and the figures, write both to ``<name>.json``, and fail where a bound is missed.
+    """Print the table and the figures, write ``<name>.csv`` and ``<name>.json``, and fail where a bound is missed.
 
     Args:
         name: of the benchmark.
@@ -168,8 +191,7 @@ def finish(name: str, rows: list[Row], figures: Figures, check: bool) -> None:
     """
     print(f"{machine()}\n")
     show(rows)
-    out = Path("runs/benchmarks") / f"{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = write_rows(name, rows).with_suffix(".json")
     out.write_text(json.dumps({"machine": machine(), "rows": rows, "figures": figures}, indent=1), encoding="utf-8")
     print()
     missed = []

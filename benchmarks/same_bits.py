@@ -6,7 +6,7 @@
 Teachers and students on digits (every method, the three gradients, views, recomputation, neurons, codings, a run that
 is killed and resumed), some 300 steps of CIFAR-10, and a study of one seed on MNIST: half an hour on two cores.
 Compared are metrics.jsonl byte by byte, results.json and before.json, every tensor of the model and of the checkpoint.
-A key of results.json that only the second checkout writes is named and does not count.
+A key of results.json or before.json that only the second checkout writes does not count; of results.json it is named.
 """
 
 import argparse
@@ -124,8 +124,9 @@ def differences(one: Path, two: Path) -> list[str]:
     found = []
     for name in ("metrics.jsonl", "before.json", "results.json"):
         first, second = ((path / name).read_text() if (path / name).exists() else "" for path in (one, two))
-        if name == "results.json":
+        if name != "metrics.jsonl" and first and second:
             old, new = json.loads(first), json.loads(second)
+            old = {key: value for key, value in old.items() if key not in ("run", "checksum")}
             first, second = json.dumps(old), json.dumps({key: value for key, value in new.items() if key in old})
         found += [name] if first != second else []
     for name in ("model.safetensors", "checkpoint.safetensors"):

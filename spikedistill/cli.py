@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints. Results go to standard output, everything else to standard error."""
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from spikedistill.errors import ConfigError, SpikeDistillError, one_of
+from spikedistill.errors import ConfigError, SpikeDistillError, ended_by, one_of
 
 USAGE = """usage: spikedistill COMMAND [OPTIONS]
 
@@ -37,6 +38,8 @@ AGAIN = dict.fromkeys(
 AGAIN |= dict.fromkeys(("demo", "reproduce"), "the same command goes on from the last checkpoint")
 """What an interrupted command leaves, if anything."""
 
+TO_STDERR = logging.lastResort or logging.StreamHandler()
+"""Prints notes as they are to standard error."""
 PLAIN = {"divergence": ".4f", "early_exit_steps": ".2f"}
 """Measures that are no percentages, and how they are printed."""
 
@@ -66,6 +69,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
+    logging.getLogger("spikedistill").addHandler(TO_STDERR)
     try:
         one_of("command", arguments[0], COMMANDS)
         COMMANDS[arguments[0]](arguments[1:])
@@ -78,9 +82,15 @@ def main() -> None:
     except OSError as error:
         print(f"spikedistill: {error}: check the path and its permissions.", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\nspikedistill: interrupted; {AGAIN.get(arguments[0], 'nothing was kept')}.", file=sys.stderr)
-        sys.exit(130)
+    except BaseException as error:  # Ctrl-C, an option that is wrong, or whatever code of the user's ends us with
+        if type(error) is KeyboardInterrupt:
+            print(f"\nspikedistill: interrupted; {AGAIN.get(arguments[0], 'nothing was kept')}.", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, Exception) or (place := ended_by(error, parser=tyro.__file__)) is None:
+            raise
+        said = f"ended this command by {type(error).__name__}({error}), and nothing was finished"
+        print(f"spikedistill: {place} {said}: let that code return, or raise an Exception.", file=sys.stderr)
+        sys.exit(2)
 
 
 def _teach(arguments: Sequence[str]) -> None:
@@ -282,6 +292,8 @@ def _immunity(arguments: Sequence[str]) -> None:
 
 
 def _energy(arguments: Sequence[str]) -> None:
+    columns = ("network", "metric", "value")
+
     def energy(
         runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
         images: int = 1000,
@@ -299,15 +311,17 @@ def _energy(arguments: Sequence[str]) -> None:
             trust_code: execute the file of Python code that a run names as its network.
         """
         from spikedistill.deliver.energy import lines, measure_energy, table
-        from spikedistill.files import write_csv
+        from spikedistill.files import check_replaceable, write_csv
         from spikedistill.train.progress import Progress
 
+        if out is not None:
+            check_replaceable(out, f"{columns[0]},")
         bills = measure_energy(runs, images, data_dir, Progress.stderr("energy").say, trust_code)
         _show(*table(bills))
         for warning in (line for bill in bills for line in bill.warnings):
             print(warning)
         if out is not None:
-            write_csv(out, ("network", "metric", "value"), lines(bills))
+            write_csv(out, columns, lines(bills))
 
     tyro.cli(energy, prog="spikedistill energy", args=list(arguments))
 
@@ -369,7 +383,7 @@ def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         shown.add_row(*row)
     console = Console(highlight=False)
-    Console(width=max(console.width, 120), highlight=False).print(shown)
+    Console(width=max(console.width, 140), highlight=False).print(shown)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

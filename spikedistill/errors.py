@@ -12,7 +12,10 @@ Every message says what happened (with the values), what was expected, and what 
 """
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class SpikeDistillError(Exception):
@@ -70,3 +73,24 @@ def one_of(kind: str, value: str, options: Iterable[str]) -> None:
     known = list(options)
     if value not in known:
         raise ConfigError(unknown(kind, value, known))
+
+
+def ended_by(error: BaseException, parser: str) -> str | None:
+    """File and line of code that ends the process from below ours, as a network of the user's that calls ``sys.exit``.
+
+    Args:
+        error: what was caught.
+        parser: a file of the package that reads options, which may end the process.
+
+    Returns:
+        Words for a message; None where that package or we ourselves raised it.
+    """
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    ours = [number for number, (file, _) in enumerate(frames) if file.startswith(str(Path(__file__).parent))]
+    below = frames[max(ours, default=-1) + 1 :]
+    libraries = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<")
+    theirs = [frame for frame in below if not frame[0].startswith(libraries)]
+    if not below or (not theirs and below[0][0].startswith(str(Path(parser).parent))):
+        return None
+    file, line = (theirs or below)[-1]
+    return f"'{file}', line {line},"

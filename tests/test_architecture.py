@@ -10,7 +10,7 @@ import spikedistill
 PACKAGE = Path(spikedistill.__file__).parent
 GROUND = ("compute", "data", "teacher", "neuron", "objective")
 ORDER = (*GROUND, "student", "evaluate", "train", "deliver", "recipes", "studies", "cli")
-FOUNDATION = {"shapes", "errors", "files", "answer"}
+FOUNDATION = {"shapes", "errors", "files", "answer", "inputs"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from spikedistill.cli import COMMANDS, main
 from spikedistill.objective.direct import TET
@@ -262,7 +264,7 @@ class TestOutput:
         results = Run(home / "student").read("results")
         assert lines["teacher_accuracy"] == [f"{results['teacher_accuracy']:.2f}", "%"]
         assert len(lines["accuracy_by_step"]) == 3
-        assert lines.keys() >= results.keys() - {"firing_rate_by_layer", "method"}
+        assert lines.keys() >= results.keys() - {"firing_rate_by_layer", "method", "teacher"}
 
     def test_evaluate_prints_the_accuracy_of_a_teacher(self, home, capsys):
         assert call("evaluate", home / "teacher") == 0
@@ -340,6 +342,92 @@ class TestControlC:
         assert call(*arguments, "--resume") == 0
         assert "going on after epoch 1, step 0" in capsys.readouterr().err
         assert [line["epoch"] for line in Run(tmp_path / "run").lines("metrics")] == [1, 2]
+
+
+class TestWhileItRuns:
+    """What happens to a run directory while a command works in it."""
+
+    def train(self, home, out, *options):
+        return call(
+            *("teach", "--network", "vgg9", "--width", 4, "--data", home / "blobs.npz", "--out", out),
+            *QUICK.replace("--epochs 1", "--epochs 2").split(),
+            *options,
+        )
+
+    def at_step(self, patch, number, do):
+        step, left = Course.step, [number]
+
+        def counted(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                do()
+            return step(*args)
+
+        patch.setattr(Course, "step", counted)
+
+    @pytest.mark.parametrize("minutes", [0, 5], ids=["at the next checkpoint", "at the next epoch"])
+    @pytest.mark.parametrize("replaced", [False, True])
+    @pytest.mark.parametrize("step", [1, 4])
+    def test_that_it_vanishes_is_an_error(self, home, tmp_path, monkeypatch, capsys, minutes, replaced, step):
+        out = tmp_path / "run"
+        vanish = lambda: (shutil.rmtree(out), out.mkdir() if replaced else None)  # noqa: E731
+        with monkeypatch.context() as patch:
+            self.at_step(patch, step, vanish)
+            assert self.train(home, out, "--checkpoint-minutes", minutes) == 2
+        caught = capsys.readouterr()
+        assert f"The run directory '{out}' was removed or replaced while this run worked in it" in caught.err
+        assert "the teacher is in" not in caught.out and out.exists() is replaced
+        assert not replaced or list(out.iterdir()) == []
+
+    def test_that_it_vanishes_when_all_is_measured_is_an_error(self, home, tmp_path, monkeypatch, capsys):
+        out, measure = tmp_path / "run", teach.measure_teacher
+        with monkeypatch.context() as patch:
+            patch.setattr(teach, "measure_teacher", lambda *given: shutil.rmtree(out) or measure(*given))
+            assert self.train(home, out) == 2
+        assert "was removed or replaced" in capsys.readouterr().err and not out.exists()
+
+    def test_a_damaged_checkpoint_and_a_shorter_log_are_mended_to_the_same_bits(
+        self, home, tmp_path, monkeypatch, capsys
+    ):
+        def interrupted():
+            raise KeyboardInterrupt
+
+        whole, out = tmp_path / "whole", tmp_path / "cut"
+        assert self.train(home, whole) == 0
+        with monkeypatch.context() as patch:
+            self.at_step(patch, 4, interrupted)
+            assert self.train(home, out, "--checkpoint-minutes", 0) == 130
+        newest, log = out / "checkpoint.safetensors", out / "metrics.jsonl"
+        content = newest.read_bytes()
+        newest.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        log.write_bytes(b"")
+        capsys.readouterr()
+        assert self.train(home, out, "--checkpoint-minutes", 0, "--resume") == 0
+        said = capsys.readouterr().err
+        assert f"note: '{newest}' is damaged" in said and "Going on from the one before it." in said
+        assert f"note: '{log}' was shorter than the checkpoint, or damaged, and is mended from it." in said
+        for name in ("metrics.jsonl", "results.json"):
+            assert (whole / name).read_bytes() == (out / name).read_bytes()
+        first, second = (load_file(path / "model.safetensors") for path in (whole, out))
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+    def test_a_checkpoint_that_is_gone_gives_way_to_the_one_before(self, home, tmp_path, capsys):
+        out = tmp_path / "run"
+        assert self.train(home, out, "--checkpoint-minutes", 0) == 0
+        for name in ("checkpoint.safetensors", "results.json"):
+            (out / name).unlink()
+        assert self.train(home, out, "--checkpoint-minutes", 0) == 2  # it still holds a run
+        assert self.train(home, out, "--checkpoint-minutes", 0, "--resume") == 0
+        said = capsys.readouterr().err
+        assert "checkpoint.safetensors' is gone: going on from the one before it." in said
+        assert "going on after epoch 1, step" in said
+
+    def test_the_checkpoint_of_another_run_is_refused(self, home, tmp_path, capsys):
+        for number in (0, 1):
+            assert self.train(home, tmp_path / str(number), "--seed", number) == 0
+        shutil.copy(tmp_path / "0" / "checkpoint.safetensors", tmp_path / "1")
+        assert self.train(home, tmp_path / "1", "--seed", 1, "--resume") == 2
+        assert "1/checkpoint.safetensors' was written by another run (" in capsys.readouterr().err
 
 
 def test_a_process_of_its_own_behaves_the_same(home, tmp_path):

@@ -1,16 +1,33 @@
 import errno
+import hashlib
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spikedistill import files
 from spikedistill.errors import RunError, WeightsError
-from spikedistill.files import fingerprint, fingerprint_of, read_facts, read_tensors, write_tensors, write_text
+from spikedistill.files import (
+    ENVIRONMENT,
+    fingerprint,
+    fingerprint_of,
+    read_facts,
+    read_json,
+    read_tensors,
+    write_csv,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from spikedistill.teacher.load import Teacher
 
 TENSORS = {
@@ -162,6 +179,176 @@ class TestRefusals:
     def test_a_missing_file_is_named(self, tmp_path):
         with pytest.raises(WeightsError, match=r"absent\.safetensors' does not exist: check the path"):
             read_tensors(tmp_path / "absent.safetensors")
+
+
+def flipped(content):
+    """The content with each of its bits flipped, one at a time."""
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        yield bit, bytes(damaged)
+
+
+def loaded(path, read, contents):
+    """Of which of these contents a file is read without an error."""
+    taken = []
+    for number, content in contents:
+        path.write_bytes(content)
+        try:
+            read(path)
+        except (WeightsError, RunError):
+            continue
+        taken.append(number)
+    return taken
+
+
+class TestDamage:
+    @pytest.fixture
+    def small(self, tmp_path):
+        path = tmp_path / "a.safetensors"
+        write_tensors(path, {"checksum": torch.ones(2), "run": torch.ones(1, dtype=torch.uint8)}, {"run": "x"})
+        return path
+
+    def test_of_any_bit_of_a_file_of_tensors_is_noticed(self, small):
+        content = small.read_bytes()
+        assert loaded(small, read_tensors, flipped(content)) == [] and len(content) > 250
+        assert loaded(small, read_tensors, [(0, content)]) == [0]
+
+    def test_of_any_bit_of_a_file_of_json_is_noticed(self, tmp_path):
+        path = tmp_path / "results.json"
+        write_json(path, {"accuracy": 91.25, "lr": 1e-07, "name": "Zürich", "deep": {"run": [1, None, "mine"]}}, "mine")
+        content = path.read_bytes()
+        assert loaded(path, read_json, flipped(content)) == []
+        assert loaded(path, read_json, ((n, content[:n]) for n in range(len(content)))) == []
+        assert loaded(path, read_json, [(0, content.replace(b"\n", b"\r\n"))]) == [0]  # as git may write it elsewhere
+
+    @given(data=st.data())
+    def test_of_any_other_kind_is_noticed(self, tmp_path_factory, data):
+        path = tmp_path_factory.mktemp("damage") / "a.safetensors"
+        write_tensors(path, TENSORS, FACTS)
+        content = path.read_bytes()
+        start = data.draw(st.integers(0, len(content) - 1))
+        length = data.draw(st.integers(1, len(content) - start))
+        cut, zeros = content[:start] + content[start + length :], bytes(length)
+        given = [cut, content + zeros, content[:start] + zeros + content[start:], content[:start]]
+        given += [content[:start] + zeros + content[start + length :]]
+        given += [content[:start] + data.draw(st.binary(min_size=length, max_size=length)) + content[start + length :]]
+        assert loaded(path, read_tensors, enumerate(x for x in given if x != content)) == []
+
+    @pytest.mark.parametrize("kept", ["checksum", "run"])
+    def test_that_takes_one_entry_of_the_seal_does_not_make_a_file_of_before(self, small, kept):
+        with safe_open(small, framework="pt") as file:
+            entries = file.metadata()
+        other = ({"checksum", "run"} - {kept}).pop()
+        save_file(load_file(small), small, metadata={name: value for name, value in entries.items() if name != other})
+        with pytest.raises(
+            WeightsError, match=r"a\.safetensors' is damaged .*put a copy of it back, or make it again\."
+        ):
+            read_tensors(small)
+
+    def test_is_named_with_what_to_do(self, small, tmp_path):
+        content = small.read_bytes()
+        small.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(WeightsError, match=r"a\.safetensors' is damaged \(its content has another SHA-256"):
+            read_tensors(small)
+        write_json(tmp_path / "recipe.json", {"lr": 0.1})
+        write_text(tmp_path / "recipe.json", (tmp_path / "recipe.json").read_text().replace("0.1", "0.3"))
+        with pytest.raises(
+            RunError, match=r"recipe\.json' cannot be read \(it was changed after it was written; .*remove"
+        ):
+            read_json(tmp_path / "recipe.json")
+
+
+class TestSeal:
+    def test_is_the_sha_256_of_the_file_with_its_place_left_blank(self, tmp_path):
+        write_tensors(tmp_path / "a.safetensors", TENSORS, FACTS)
+        with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+            checksum = file.metadata()["checksum"]
+        content = (tmp_path / "a.safetensors").read_bytes()
+        blank = content.replace(checksum.encode(), b"0" * 64)
+        assert hashlib.sha256(blank).hexdigest() == checksum and content.count(checksum.encode()) == 1
+
+    def test_does_not_show_in_facts_or_values(self, tmp_path):
+        write_json(tmp_path / "a.json", FACTS)
+        assert read_json(tmp_path / "a.json") == FACTS
+        held = json.loads((tmp_path / "a.json").read_text())
+        assert {**held, **FACTS} == held and held.keys() - FACTS.keys() == {"run", "checksum"}
+
+    def test_is_missing_in_files_of_before_which_are_read_with_a_note(self, tmp_path, caplog):
+        old = {"one": torch.ones(2)}
+        save_file(old, tmp_path / "a.safetensors", metadata={files.FACTS: json.dumps(FACTS), "format": "pt"})
+        assert read_tensors(tmp_path / "a.safetensors")[1] == FACTS
+        (said,) = caplog.messages
+        assert re.fullmatch(r"note: '.*a\.safetensors' has no checksum, an earlier version wrote it: .*", said)
+        write_text(tmp_path / "a.json", json.dumps(FACTS))
+        assert read_json(tmp_path / "a.json") == FACTS
+
+    def test_is_not_asked_of_files_of_other_programs(self, tmp_path, caplog):
+        save_file({"one": torch.ones(2)}, tmp_path / "a.safetensors", metadata={"format": "pt"})
+        read_tensors(tmp_path / "a.safetensors")
+        assert not caplog.messages
+
+
+class TestAnotherRun:
+    @pytest.fixture
+    def homes(self, tmp_path):
+        """Two run directories with a model and results each, and a folder that is none."""
+        for name in ("one", "two"):
+            write_json(tmp_path / name / ENVIRONMENT, {"cores": 2}, run=name)
+            write_tensors(tmp_path / name / "model.safetensors", {"w": torch.ones(2)}, {})
+            write_json(tmp_path / name / "results.json", {"accuracy": 90.0})
+        (tmp_path / "none").mkdir()
+        return tmp_path
+
+    @pytest.mark.parametrize("name, read", [("model.safetensors", read_tensors), ("results.json", read_json)])
+    def test_s_file_is_refused_and_read_where_no_run_is(self, homes, name, read):
+        own = (homes / "two" / name).read_bytes()
+        shutil.copy(homes / "one" / name, homes / "two")
+        with pytest.raises(
+            RunError, match=rf"two/{name}' was written by another run \(one\) .* of the run two: put the"
+        ):
+            read(homes / "two" / name)
+        shutil.copy(homes / "one" / name, homes / "none")
+        read(homes / "none" / name)
+        (homes / "two" / name).write_bytes(own)
+        read(homes / "two" / name)
+
+    def test_s_name_comes_from_a_file_that_is_checked_too(self, homes):
+        damaged = (homes / "one" / ENVIRONMENT).read_text().replace("2", "3", 1)
+        (homes / "one" / ENVIRONMENT).write_text(damaged)
+        with pytest.raises(RunError, match=r"one/environment\.json' cannot be read \(it was changed"):
+            read_tensors(homes / "one" / "model.safetensors")
+
+    def test_s_model_and_one_of_no_run_are_told_apart(self, homes):
+        write_tensors(homes / "none" / "model.safetensors", {"w": torch.ones(2)}, {})
+        shutil.copy(homes / "none" / "model.safetensors", homes / "one")
+        with pytest.raises(RunError, match="was written by no run, or by an earlier version, and lies in"):
+            read_tensors(homes / "one" / "model.safetensors")
+
+
+class TestPrevious:
+    @pytest.mark.parametrize("links", [True, False])
+    def test_file_is_kept_whole(self, tmp_path, monkeypatch, links):
+        if not links:
+            monkeypatch.setattr(os, "link", full)
+        path, before = tmp_path / "c.safetensors", tmp_path / "c.previous.safetensors"
+        for number in range(3):
+            write_tensors(path, {}, {"number": number}, before)
+        assert [read_tensors(file)[1]["number"] for file in (path, before)] == [2, 1]
+        assert sorted(os.listdir(tmp_path)) == [before.name, path.name]
+
+
+class TestWhatOthersWrote:
+    def test_is_not_replaced_by_a_table(self, tmp_path):
+        path = tmp_path / "a.csv"
+        write_csv(path, ("network", "value"), [("x", 1)])
+        write_csv(path, ("network", "value", "more"), [("x", 1, 2)])
+        assert path.read_text() == "network,value,more\nx,1,2\n"
+        for text in ("", "my network,value\n", "%PDF", "value,network\n1,x\n"):
+            path.write_text(text)
+            with pytest.raises(RunError, match=r"a\.csv' exists and is nothing that this command wrote: choose"):
+                write_csv(path, ("network", "value"), [])
+            assert path.read_text() == text
 
 
 class TestFingerprint:

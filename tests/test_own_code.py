@@ -243,6 +243,151 @@ class TestNetworkOfAFile:
         assert json.dumps(facts) and torch.tensor(facts["mean"]).shape == (3,)
 
 
+ENDS = {
+    "sys.exit(0)": "SystemExit(0)",
+    "sys.exit()": "SystemExit()",
+    "raise SystemExit": "SystemExit()",
+    "argparse.ArgumentParser().parse_args(['--wrong'])": "SystemExit(2)",
+    "raise Stop('now')": "Stop(now)",
+    "raise Done": "Done()",
+    "raise GeneratorExit": "GeneratorExit()",
+}
+"""What code may do that ends a process, and how the message calls it."""
+ENDING = """
+import argparse, sys
+from dataclasses import dataclass
+
+from torch import nn
+
+from spikedistill import Direct
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+class Done(BaseException):
+    pass
+
+
+CALLS = [0]
+
+
+def end_at(moment, calls=1):
+    if moment == "MOMENT":
+        CALLS[0] += 1
+        if CALLS[0] == calls:
+            END
+
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))
+
+    def forward(self, x):
+        end_at("forward")
+        end_at("training", calls=4)
+        return self.layers(x)
+
+
+def net(classes):
+    end_at("made")
+    return Net(classes)
+
+
+@dataclass(frozen=True)
+class Taught(Direct):
+    def __post_init__(self):
+        end_at("objective made")
+
+    def __call__(self, batch, modules):
+        end_at("objective")
+        return super().__call__(batch, modules)
+
+
+end_at("import")
+"""
+
+
+PICKY = """
+import sys
+from dataclasses import dataclass
+
+from spikedistill import Direct
+
+@dataclass(frozen=True)
+class Picky(Direct):
+    strength: float = 1.0
+
+    def __post_init__(self):
+        if self.strength == 2:
+            # as one that tells the user what is wrong
+            sys.exit(0)
+"""
+
+
+class TestThatEndsTheProcess:
+    """It is never success: code 2, and a message that names the file."""
+
+    def write(self, folder, moment, end):
+        file = folder / "ends.py"
+        file.write_text(ENDING.replace("MOMENT", moment).replace("END\n", f"{end}\n"))
+        return file
+
+    @pytest.mark.parametrize("end", ENDS)
+    @pytest.mark.parametrize("moment", ["import", "made", "forward", "training"])
+    def test_of_a_network(self, end, moment, home, tmp_path, call, capsys):
+        file = self.write(tmp_path, moment, end)
+        command = ("teach", "--network", f"{file}:net", "--data", home / "blobs.npz", *QUICK, "--out", tmp_path / "out")
+        assert call(*command) == 2
+        self.check(file, moment, end, capsys)
+
+    @pytest.mark.parametrize("moment", ["import", "objective made", "objective"])
+    def test_of_an_objective(self, moment, home, tmp_path, call, capsys):
+        file = self.write(tmp_path, moment, "sys.exit(0)")
+        command = (*distill(home, "Taught", file), "--out", tmp_path / "out")
+        assert call(*command) == 2
+        self.check(file, moment, "sys.exit(0)", capsys)
+
+    def test_of_an_objective_that_the_options_make(self, home, tmp_path, call, capsys):
+        file = tmp_path / "picky.py"
+        file.write_text(PICKY)
+        assert call(*distill(home, "Picky", file), "--strength", 2, "--out", tmp_path / "out") == 2
+        assert f"'{file}', line 14, ended this command by SystemExit(0)" in capsys.readouterr().err
+
+    def check(self, file, moment, end, capsys):
+        caught = capsys.readouterr()
+        message = caught.err.splitlines()[-1]
+        assert message.startswith("spikedistill: ") and str(file) in message and "Traceback" not in caught.err
+        if moment != "import" or "SystemExit" not in ENDS[end]:
+            assert f"line {self.line(file, end)}, ended this command by {ENDS[end]}" in message
+        assert "the teacher is in" not in caught.out and "the student is in" not in caught.out
+
+    def line(self, file, end):
+        (number,) = [n for n, line in enumerate(file.read_text().splitlines(), 1) if line.strip() == end]
+        return number
+
+    @pytest.mark.parametrize("command", ["evaluate", "energy", "immunity"])
+    def test_of_a_trusted_network(self, command, named, tmp_path, call, capsys):
+        shutil.copytree(named / "own-teacher", tmp_path / "run")
+        (named / "net.py").write_text("import sys\n\ndef small(classes):\n    sys.exit(0)\n")
+        try:
+            out = ("--out", tmp_path / "out") if command == "immunity" else ()
+            assert call(command, tmp_path / "run", "--trust-code", *out) == 2
+        finally:
+            (named / "net.py").write_text(NETWORK)
+        assert f"'{named / 'net.py'}', line 4, ended this command by SystemExit(0)" in capsys.readouterr().err
+
+    def test_leaves_control_c_and_wrong_options_as_they_are(self, home, tmp_path, call, capsys):
+        file = self.write(tmp_path, "training", "raise KeyboardInterrupt")
+        command = ("teach", "--network", f"{file}:net", "--data", home / "blobs.npz", *QUICK, "--out", tmp_path / "out")
+        assert call(*command) == 130
+        assert call(*command, "--help") == 0
+        assert call(*command, "--nothing") == 2
+        assert "ended this command" not in capsys.readouterr().err
+
+
 class TestKept:
     def test_a_run_resumes_with_its_own_copy(self, home, tmp_path, call):
         shutil.copytree(home / "run", tmp_path / "run")

@@ -1,3 +1,4 @@
+import csv
 import re
 import runpy
 import shlex
@@ -8,6 +9,7 @@ import torch
 
 import spikedistill
 from spikedistill import cli
+from spikedistill.evaluate.immunity import Score, perturbations
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -103,3 +105,48 @@ def test_all_public_names_exist_and_are_sorted():
 
 def _is_module(value):
     return type(value).__name__ == "module"
+
+
+def benchmark(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+
+
+def test_a_benchmark_leaves_its_rows_with_machine_versions_and_command(monkeypatch, tmp_path):
+    rivals = benchmark("rivals", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/somewhere/inference.py", "--rounds", "3", "--peers", "sinabs"])
+    rows = [{"contender": name, "batch": 1, "ms": ms} for name, ms in (("ours", 49.25), ("sinabs", 57.0))]
+    rivals["finish"]("inference", rows, {}, check=True)
+    with (tmp_path / "runs" / "benchmarks" / "inference.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["contender"], line["batch"], line["ms"]) for line in lines] == [
+        ("ours", "1", "49.25"),
+        ("sinabs", "1", "57.0"),
+    ]
+    for line in lines:
+        assert line["command"] == "python benchmarks/inference.py --rounds 3 --peers sinabs"
+        assert line["machine"] == rivals["machine"]() and len(line["date"]) == 10
+        assert f"torch=={torch.__version__}" in line["versions"] and line["versions"].endswith(" sinabs==3.1.3")
+
+
+def test_the_causes_of_noise_are_told_seed_by_seed(monkeypatch):
+    causes = benchmark("immunity_causes", monkeypatch)
+    noises = {name: kind for kind, name in perturbations(["noise"])}
+    assert set(causes["COLUMNS"]) == {*noises, "noises"}
+    rows = []
+    for method, lead in (("direct", 0.0), ("kdsnn", 2.0)):
+        for seed in range(3):
+            scores = [Score("run", "clean", "clean", 0, 75.0 + lead)]
+            scores += [
+                Score("run", "noise", name, severity, 60.0 + lead * seed + 3 * (name == "erasing") - severity)
+                for name in noises
+                for severity in range(1, 6)
+            ]
+            named = {"condition": "as studied", "network": method, "seed": seed}
+            rows.append({**named, **causes["means_of"](scores, "run")})
+    assert rows[0]["clean"] == 75.0 and rows[0]["gaussian"] == 57.0 and rows[0]["erasing"] == 60.0
+    assert rows[0]["noises"] == pytest.approx(57 + 3 / 7)
+    assert causes["gained"](rows, ["as studied", "twice as long"]) == {
+        "as studied: points that KDSNN gains under noises": (pytest.approx(2.0), "at least", 0.0)
+    }

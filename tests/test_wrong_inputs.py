@@ -57,6 +57,9 @@ class Two(nn.Module):
 def two_answers(classes):
     return Two(classes)
 
+def probabilities(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, classes), nn.Softmax(1))
+
 def too_few(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2))
 """
@@ -154,6 +157,37 @@ TABLE = {
         f"{DISTILL} --teacher {{home}}/bare.safetensors {BARE.replace('0.2 0.2 0.2', '0.2 0.0 0.2')}",
         r"std \(0\.2, 0\.0, 0\.2\)",
     ),
+    "deviation of bytes": (
+        f"{DISTILL} --teacher {{home}}/bare.safetensors {BARE.replace('0.2 0.2 0.2', '51 51 51')}",
+        r"std \(51\.0, 51\.0, 51\.0\) are not those of images in 0\.\.1.* Divide values for bytes by 255",
+    ),
+    "mean of bytes": (
+        f"{DISTILL} --teacher {{home}}/bare.safetensors {BARE.replace('0.4 0.4 0.4', '102 102 102')}",
+        r"mean \(102\.0, 102\.0, 102\.0\).* Divide values for bytes by 255",
+    ),
+    "network that returns probabilities": (
+        f"{TEACH} --network {{home}}/own.py:probabilities",
+        r"probabilities' returns probabilities, not logits.* Leave the softmax at its end away",
+    ),
+    "teacher that returns probabilities": (
+        f"{DISTILL} --method direct --teacher {{home}}/probabilities.safetensors --trust-code",
+        r"probabilities\) returns probabilities, not logits",
+    ),
+    "teacher of classes in another order": (
+        f"{DISTILL} --data {{home}}/named.npz",
+        r"in another order: 'b' is 0 and 1",
+    ),
+    "npz with labels from 1": (f"{TEACH} --data {{home}}/from1.npz", r"'from1' run from 1 to 3 .* Subtract 1"),
+    "npz with a label to be ignored": (f"{TEACH} --data {{home}}/ignore.npz", r"Leave the images labelled 255 away"),
+    "npz with one huge label": (
+        f"{TEACH} --data {{home}}/huge.npz",
+        r"run from 0 to 1000000000 .* labelled 1000000000",
+    ),
+    "folder of a training part alone": (
+        f"{TEACH} --data {{home}}/alone",
+        r"'Training' but no 'test' or 'val' beside it",
+    ),
+    "folder of parts of unknown names": (f"{TEACH} --data {{home}}/unknown", r"hold the same folders \(a, b\)"),
     "no time steps": (f"{DISTILL} --timesteps 0", r"timesteps \(=0\)"),
     "no epochs": (f"{DISTILL} --epochs 0", r"epochs \(=0\)"),
     "rate below 0": (f"{DISTILL} --lr -1", r"lr \(=-1\.0\)"),
@@ -241,6 +275,39 @@ TABLE = {
         r"damaged/checkpoint\.safetensors' cannot be read",
     ),
     "out that is a file": (DISTILL.replace("{out}", "{home}/own.py"), r"own\.py"),
+    "out that is the teacher's": (
+        DISTILL.replace("{out}", "{home}/teacher"),
+        r"teacher' holds files .* choose an empty",
+    ),
+    "out that is the data's": (
+        TEACH.replace("blobs.npz", "photos").replace("{out}", "{home}/photos"),
+        r"photos' lies in the folder of the data",
+    ),
+    "out among the images": (
+        TEACH.replace("blobs.npz", "photos").replace("{out}", "{home}/photos/run"),
+        r"photos/run' lies in the folder of the data",
+    ),
+    "out that is somebody else's": (
+        TEACH.replace("{out}", "{home}/else"),
+        r"else' holds files \(notes\.md, notes\.txt, recipe\.json\) and no run of spikedistill",
+    ),
+    "immunity into somebody else's folder": (
+        "immunity {home}/run --kinds noise --images 3 --out {home}/else",
+        r"else' holds files",
+    ),
+    "immunity into the run that is measured": (
+        "immunity {home}/run --kinds noise --images 3 --out {home}/run",
+        r"run' already holds a run, of 'distill'",
+    ),
+    "energy over another file": (
+        "energy {home}/run --images 3 --out {home}/else/recipe.json",
+        r"else/recipe\.json' exists and is nothing that this command wrote",
+    ),
+    "study over another file": (
+        "reproduce kdsnn-mnist --runs {out} --out {home}/else/notes",
+        r"else/notes\.md' exists and is nothing that this command wrote",
+    ),
+    "demo in somebody else's folder": ("demo --out {home}/demo", r"demo/teacher' holds files \(thesis\.tex\)"),
     "out that cannot be made": (
         DISTILL.replace("{out}", "/proc/nowhere/run"),
         r"/proc/nowhere/run.* could not be written",
@@ -261,7 +328,7 @@ TABLE = {
     ),
     "evaluating a run with a teacher's weights": (
         "evaluate {home}/mixed",
-        r"mixed/model\.safetensors' holds no student but teacher",
+        r"mixed/model\.safetensors' was written by no run, .* and lies in the directory of the run",
     ),
     "evaluating without steps": ("evaluate {home}/run --timesteps 0", r"timesteps \(=0\)"),
     "evaluating with more than certainty": ("evaluate {home}/run --confidence 1.5", r"confidence \(=1\.5\)"),
@@ -319,6 +386,10 @@ def make_data(folder):
     np.savez(folder / "onehot.npz", **{**good, "train_labels": np.eye(3, dtype=int)[good["train_labels"]]})
     np.savez(folder / "fewer.npz", **{**good, "train_labels": good["train_labels"][:-1]})
     np.savez(folder / "negative.npz", **{**good, "train_labels": np.r_[-1, good["train_labels"][1:]]})
+    np.savez(folder / "from1.npz", **{name: array + ("labels" in name) for name, array in good.items()})
+    for name, label in (("ignore", 255), ("huge", 10**9)):
+        np.savez(folder / f"{name}.npz", **{**good, "train_labels": np.r_[label, good["train_labels"][1:]]})
+    np.savez(folder / "named.npz", **good, class_names=np.array(["b", "a", "c"]))
     np.savez(folder / "half.npz", **{name: value for name, value in good.items() if "train" in name})
     content = (folder / "blobs.npz").read_bytes()
     (folder / "truncated.npz").write_bytes(content[: len(content) // 2])
@@ -328,10 +399,16 @@ def make_data(folder):
 
 def make_folders(folder):
     (folder / "empty").mkdir()
-    for name in ("unreadable", "cut", "sizes"):
+    for name in ("else/recipe.json", "else/notes.txt", "else/notes.md", "demo/teacher/thesis.tex"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    for name in ("unreadable", "cut", "sizes", "photos"):
         for number, label in enumerate("aaaabbbb"):
             (folder / name / label).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name / label / f"{number % 4}.png")
+    for parts in (("alone/Training",), ("unknown/part1", "unknown/part2")):
+        for part in parts:
+            shutil.copytree(folder / "sizes", folder / part)
     (folder / "unreadable" / "b" / "3.png").write_text("no image")
     whole = (folder / "cut" / "b" / "3.png").read_bytes()
     (folder / "cut" / "b" / "3.png").write_bytes(whole[:50])
@@ -346,7 +423,8 @@ class Evil:
 def make_weights(folder):
     def facts(network):
         normal = {"mean": [0.4] * 3, "std": [0.2] * 3}
-        return {"kind": "teacher", "architecture": dataclasses.asdict(network), **normal}
+        named = {"architecture": dataclasses.asdict(network), "class_names": ["a", "b", "c"]}
+        return {"kind": "teacher", **named, **normal}
 
     small = Architecture("vgg9", 3, 3, 4)
     tensors = small.build().state_dict()
@@ -360,7 +438,7 @@ def make_weights(folder):
     torch.save({"weight": Evil()}, folder / "evil.pt")
     for name in ("evil.pkl", "evil.safetensors"):
         (folder / name).write_bytes(pickle.dumps(Evil()))
-    for name, function in (("gelu", "gelu"), ("large", "too_large")):
+    for name, function in (("gelu", "gelu"), ("large", "too_large"), ("probabilities", "probabilities")):
         own = Architecture(f"{folder / 'own.py'}:{function}", 3, 3)
         write_tensors(folder / f"{name}.safetensors", own.build().state_dict(), facts(own))
 
@@ -422,6 +500,13 @@ def test_nothing_that_was_pickled_was_ever_run(home, tmp_path, capsys):
     assert not trace.exists()
 
 
+def test_what_is_somebody_else_s_is_left_as_it_was(home):
+    assert {file.name: file.read_text() for file in (home / "else").iterdir()} == dict.fromkeys(
+        ("recipe.json", "notes.txt", "notes.md"), "mine"
+    )
+    assert sorted(file.name for file in (home / "photos").iterdir()) == ["a", "b"]
+
+
 class TestFullDisk:
     full = OSError(errno.ENOSPC, "No space left on device")
 
@@ -475,6 +560,7 @@ CALLS = {
     "Neuron(surrogate=Triangle)": "must have gradient(u): give Triangle()",
     "to_spiking(nn.ReLU(), Conversion(inherit=False, rule='maximum'))": "no rule 'maximum'. Did you mean 'max'",
     "to_spiking(nn.ReLU(), Conversion(inherit=False, max_pool='avg'))": "no max_pool 'avg'. Did you mean 'average'",
+    "to_spiking(nn.ReLU(), calibrate=[[0.5]])": "calibrate is a list: give a tensor of raw images in 0..1.",
 }
 
 

@@ -54,17 +54,21 @@ class Place:
         """
         if self.device.type == "cpu" and self.keep_memory:
             keep_freed_memory()
-        network.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        network.to(self.device)
+        if not has_volumes(network):
+            network.to(memory_format=self.layout)
         return self.torch_convolutions or use_winograd(network)
 
     def for_training(self, network: nn.Module) -> "Place":
-        """The same place, without channels last where a network would learn from wrong gradients with it.
+        """The same place, without channels last where a network has no such order or would learn wrongly with it.
 
+        Kernels of three dimensions have no order with channels last.
         With channels last oneDNN writes past its workspace in the gradient of the weights of a strided 1 x 1
         convolution whose input channels do not fill a vector of the processor: wrong values, or the process dies
         (oneDNN issue 6035; seen here with torch 2.14.1).
         """
-        if self.device.type != "cpu" or self.layout is not torch.channels_last or not _has_broken_gradient(network):
+        broken = self.device.type == "cpu" and _has_broken_gradient(network)
+        if self.layout is not torch.channels_last or not (broken or has_volumes(network)):
             return self
         return replace(self, layout=torch.contiguous_format, torch_convolutions=self.torch_convolutions or ONLY_THERE)
 
@@ -138,6 +142,11 @@ def _torch_convolutions(
     if asked == "auto" and not _has_avx2_alone(_processor_flags()):
         return "auto takes them on processors with AVX2 and no AVX-512"
     return ""
+
+
+def has_volumes(network: nn.Module) -> bool:
+    """Whether kernels have three dimensions, which have no memory order with channels last as images have."""
+    return any(parameter.ndim == 5 for parameter in network.parameters())
 
 
 def _has_broken_gradient(network: nn.Module) -> bool:

@@ -20,12 +20,24 @@ MOST = 255
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """The events of one recording, each array ``[E]``: time (any unit), column, row, and polarity 0 or 1."""
+    """The events of one recording, each array ``[E]``, in any order: time (any unit), column, row, and polarity.
+
+    Times may be fractions, for instance seconds. Columns and rows are whole numbers from 0. Polarities are 0 and 1, or
+    booleans, or -1 and 1.
+    """
 
     t: np.ndarray
     x: np.ndarray
     y: np.ndarray
     p: np.ndarray
+
+
+OVERFLOW = 240
+"""The row of what is no event in files of N-MNIST's format but says that the sensor's clock has gone round."""
+ROUND = 2**13
+"""Microseconds that are then added to the times that follow, as the author's own readers do."""
+TICK = 1e-6
+"""Times that are fractions are taken as whole numbers of this where they are such, as seconds of event cameras are."""
 
 
 def read_nmnist(path: str | Path) -> Recording:
@@ -34,7 +46,7 @@ def read_nmnist(path: str | Path) -> Recording:
     These are x, y, and 24 bits, the first of which is the polarity and the others the time in microseconds.
 
     Raises:
-        DataError: if the file is missing or is not whole events.
+        DataError: if the file is missing, is not whole events, or its times fall.
     """
     try:
         content = Path(path).read_bytes()
@@ -43,7 +55,15 @@ def read_nmnist(path: str | Path) -> Recording:
     if not content or len(content) % 5:
         raise DataError(f"'{path}' has {len(content)} bytes: expected five for each event, one event at least.")
     x, y, high, middle, low = np.frombuffer(content, np.uint8).reshape(-1, 5).astype(np.int64).T
-    return Recording((high & 127) << 16 | middle << 8 | low, x, y, high >> 7)
+    marks = y == OVERFLOW
+    t = ((high & 127) << 16 | middle << 8 | low) + ROUND * np.cumsum(marks)
+    t, x, y, p = (values[~marks] for values in (t, x, y, high >> 7))
+    if not len(t) or (np.diff(t) < 0).any():
+        fault = "its times fall" if len(t) else "it holds no event"
+        raise DataError(
+            f"'{path}' is no recording of five bytes an event ({fault}): it is broken, or of another format."
+        )
+    return Recording(t, x, y, p)
 
 
 def to_frames(recordings: Sequence[Recording], timesteps: int, height: int, width: int) -> Tensor:
@@ -61,25 +81,87 @@ def to_frames(recordings: Sequence[Recording], timesteps: int, height: int, widt
 
     Raises:
         ConfigError: if a size is below 1.
-        DataError: if a recording is empty, its arrays differ in length, or an event lies outside of the sensor.
+        DataError: if a recording is empty, its arrays differ in length or hold anything but numbers, coordinates or
+            polarities are fractions, an event lies outside of the sensor, or whole times are fewer than the
+            frames.
     """
     if min(timesteps, height, width) < 1:
         raise ConfigError(f"timesteps, height and width (={timesteps}, {height}, {width}) must be 1 or more.")
     frames = torch.zeros(len(recordings), timesteps, 2, height, width, dtype=torch.uint8)
     for number, recording in enumerate(recordings):
-        t, x, y, p = (np.asarray(values, np.int64) for values in (recording.t, recording.x, recording.y, recording.p))
-        if not len(t) or not len(t) == len(x) == len(y) == len(p):
-            raise DataError(f"Recording {number} has {len(t)}, {len(x)}, {len(y)}, {len(p)} values of t, x, y and p.")
+        t, x, y, p = _events(recording, number)
         if min(x.min(), y.min(), p.min()) < 0 or x.max() >= width or y.max() >= height or p.max() > 1:
             raise DataError(
                 f"Recording {number} has events at x {x.min()}..{x.max()}, y {y.min()}..{y.max()} of polarity"
                 f" {p.min()}..{p.max()}: expected x below {width}, y below {height}, polarity 0 or 1."
             )
-        step = (t - t.min()) * timesteps // (t.max() - t.min() + 1)
-        cells = np.ravel_multi_index((step, p, y, x), tuple(frames.shape[1:]))
+        if len(t) > 1 and _is_too_short(t, timesteps):
+            raise DataError(
+                f"The {len(t)} events of recording {number} have times from {t.min()} to {t.max()}, which cannot be"
+                f" divided into {timesteps} frames: were seconds rounded to whole numbers? Give times as they were"
+                " recorded."
+            )
+        cells = np.ravel_multi_index((_steps(t, timesteps), p, y, x), tuple(frames.shape[1:]))
         counts = np.bincount(cells, minlength=frames[number].numel()).clip(max=MOST)
         frames[number] = torch.from_numpy(counts.astype(np.uint8)).view(frames.shape[1:])
     return frames
+
+
+def _is_too_short(t: np.ndarray, timesteps: int) -> bool:
+    """Whether there is but one time for several frames; or fewer whole ones than frames, for many events."""
+    span = t.max() - t.min()
+    return bool(timesteps > 1 and (span == 0 or (t.dtype.kind == "i" and len(t) > timesteps > span + 1)))
+
+
+def _events(recording: Recording, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Times, whole or not; columns, rows and polarities as whole numbers, -1 and 1 as 0 and 1."""
+    t, x, y, p = (np.asarray(values) for values in (recording.t, recording.x, recording.y, recording.p))
+    lengths = ", ".join(str(len(values) if values.ndim == 1 else values.shape) for values in (t, x, y, p))
+    if any(values.ndim != 1 or not len(values) or len(values) != len(t) for values in (t, x, y, p)):
+        raise DataError(f"Recording {number} has {lengths} values of t, x, y and p: give one of each for every event.")
+    t = _numbers(t, number, "t")
+    x, y, p = (_whole(_numbers(values, number, name), number, name) for name, values in zip("xyp", (x, y, p)))
+    if p.min() == -1 and (np.abs(p) == 1).all():
+        p = (p + 1) // 2
+    return t, x, y, p
+
+
+def _numbers(values: np.ndarray, number: int, name: str) -> np.ndarray:
+    """Values as int64 where all are whole, else as float64.
+
+    Raises:
+        DataError: if they are no numbers, not finite, or beyond 64 bits.
+    """
+    if values.dtype.kind not in ("biuf" if name == "p" else "iuf"):
+        raise DataError(f"{name} of recording {number} is of the kind {values.dtype}: give numbers.")
+    if not np.isfinite(values).all():
+        raise DataError(f"{name} of recording {number} holds NaN or infinity: leave these events away.")
+    if values.max() >= 2**62 or values.min() <= -(2**62):
+        raise DataError(f"{name} of recording {number} goes up to {values.max()}: give numbers below 2**62.")
+    whole = values.dtype.kind != "f" or (values == np.floor(values)).all()
+    return values.astype(np.int64 if whole else np.float64)
+
+
+def _whole(values: np.ndarray, number: int, name: str) -> np.ndarray:
+    if values.dtype.kind == "f":
+        some = ", ".join(f"{value:g}" for value in values[values != np.floor(values)][:3])
+        meant = "0 and 1" if name == "p" else "pixels, for instance by np.floor, and drop events that leave the sensor"
+        raise DataError(f"{name} of recording {number} holds fractions ({some}): round to {meant}.")
+    return values
+
+
+def _steps(t: np.ndarray, timesteps: int) -> np.ndarray:
+    """The frame of each event, 0 to T-1.
+
+    Whole times are ticks: the last frame ends one tick after the last event. Seconds so give the frames that their
+    microseconds give. Finer fractions have no tick, and the last event belongs to the last frame.
+    """
+    ticks = np.round((t - t.min()) / TICK) if t.dtype.kind == "f" else t - t.min()
+    exact = t.dtype.kind == "i" or (np.abs((t - t.min()) / TICK - ticks) < 0.05).all()
+    if exact and ticks.max() < 2**62 // timesteps:
+        return ticks.astype(np.int64) * timesteps // (int(ticks.max()) + 1)
+    since = (t - t.min()).astype(np.float64)
+    return np.minimum(since / since.max() * timesteps, timesteps - 1).astype(np.int64)
 
 
 def background_activity(frames: Tensor, rate: float, generator: Generator) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spikedistill.data.augment import Augment, alternate, to_inputs
 from spikedistill.data.images import ImageSet, evenly, split
+from spikedistill.data.parts import class_order, listed
 from spikedistill.errors import ConfigError, DataError
 from spikedistill.files import fingerprint
 from spikedistill.shapes import Labels
@@ -179,10 +180,9 @@ class MemoryFeed:
 
     def fingerprint(self) -> dict[str, Any]:
         """Samples, augmentation, seed, batch size, views and process."""
-        stored = {"images": self.images.train_images, "labels": self.images.train_labels, "indices": self._parts[0]}
         return {
             "data": self.images.name,
-            "samples": fingerprint(stored),
+            "samples": training_samples(self.images, self.validation),
             "augment": asdict(self.augment),
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -209,7 +209,8 @@ class PairFeed:
             epoch, step).
 
     Raises:
-        DataError: if classes differ, a class has no image, or paired sets differ in length or labels.
+        DataError: if classes differ in number, name or order, a class has no image, or paired sets differ in length or
+            labels.
     """
 
     events: MemoryFeed
@@ -222,6 +223,12 @@ class PairFeed:
             raise DataError(
                 f"'{ours.name}' and '{theirs.name}' cannot be paired: expected event frames and images of the same"
                 f" classes, found {ours.classes} and {theirs.classes} classes."
+            )
+        moved, differ = class_order(ours.class_names, theirs.class_names)
+        if differ:
+            raise DataError(
+                f"'{ours.name}' and '{theirs.name}' cannot be paired, their classes differ: {listed(moved or differ)}."
+                " Give both the same class_names in the same order."
             )
         if self.paired and not torch.equal(ours.train_labels, theirs.train_labels[: len(ours.train_labels)]):
             raise DataError(
@@ -284,6 +291,12 @@ class PairFeed:
     def shared(self, rank: int, processes: int) -> "PairFeed":
         """This feed for one of several processes."""
         return replace(self, events=self.events.shared(rank, processes))
+
+
+def training_samples(images: ImageSet, validation: float) -> str:
+    """A digest of the training part and of what of it is held out: two networks with one have seen the same samples."""
+    train, _ = split(images.train_labels, validation, seed=0)
+    return fingerprint({"images": images.train_images, "labels": images.train_labels, "indices": train})
 
 
 def calibration_inputs(images: ImageSet, count: int) -> Tensor:

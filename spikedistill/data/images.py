@@ -4,27 +4,23 @@ The test part is touched once, at the end of a run; a validation part is cut out
 ``split``. Mean and deviation of the training pixels belong to the set, and every network takes them from there.
 """
 
-import io
-import itertools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image as Pillow
 from torch import Tensor
 
-from spikedistill.errors import ConfigError, DataError, SpikeDistillError, unknown
-from spikedistill.shapes import Labels, Pixels
+from spikedistill.data.arrays import read_npz, to_pixels
+from spikedistill.data.folders import read_folder
+from spikedistill.data.parts import Parts, check_classes, copies
+from spikedistill.errors import ConfigError, DataError, unknown
+from spikedistill.shapes import Labels
 
 ENVIRONMENT = "SPIKEDISTILL_DATA"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-LARGEST = 16 * 2**30
-"""Bytes of pixels beyond which a folder is refused: this loader keeps everything in memory."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,8 @@ class ImageSet:
         test_images: likewise, M samples.
         test_labels: class numbers ``[M]``.
         class_names: one name a class.
+        notes: what a reader of its figures should know of how it was read.
+        drawn: the test part was drawn from a set that has none of its own, so that others may have trained on it.
 
     Raises:
         DataError: if a part is empty, or images and labels do not belong together.
@@ -49,6 +47,8 @@ class ImageSet:
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         for part, images, labels in (
@@ -97,6 +97,18 @@ class ImageSet:
         """How many classes there are."""
         return len(self.class_names)
 
+    def facts(self) -> dict[str, Any]:
+        """What it is, without its images, as JSON holds it."""
+        return {
+            "name": self.name,
+            "train_images": len(self.train_images),
+            "test_images": len(self.test_images),
+            "shape": list(self.train_images.shape[1:]),
+            "class_names": list(self.class_names),
+            "drawn": self.drawn,
+            "notes": list(self.notes),
+        }
+
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, in 0..1, over at most 10,000 evenly spaced training images.
 
@@ -119,9 +131,10 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
     """Read a set by name (``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``), or from a path.
 
     A path is a ``.npz`` file with ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` (images
-    ``[N, H, W]`` or ``[N, H, W, C]``, or event frames ``[N, T, 2, H, W]``, bytes) and perhaps ``class_names``, or a
-    folder ``train/CLASS/image`` and ``test/CLASS/image``, or a folder
-    ``CLASS/image`` of which a fifth becomes the test part.
+    ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``, or event frames ``[N, T, 2, H, W]``, bytes) and perhaps
+    ``class_names``; without these, labels are to be all of 0 to K-1. Or it is a folder ``train/CLASS/image`` and
+    ``test/CLASS/image`` (see ``read_folder`` for other spellings), or a folder ``CLASS/image`` of which a fifth becomes
+    the test part. What was decided on the way stands in ``notes``.
 
     Args:
         name: a name or a path.
@@ -140,9 +153,9 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
     if name in NAMED:
         return NAMED[name](_directory(data_dir))
     if path.is_dir():
-        return _read_folder(path, image_size)
+        return _checked(path.name, read_folder(path, image_size))
     if path.suffix == ".npz":
-        return _read_npz(path, path.stem)
+        return _checked(path.stem, read_npz(path))
     if path.exists() or os.sep in name or path.suffix:
         state = "is neither a folder nor a .npz file" if path.exists() else "does not exist"
         raise DataError(
@@ -150,6 +163,24 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
             f"({', '.join(NAMED)})."
         )
     raise DataError(unknown("data set", name, NAMED) + " A folder of images by class or a .npz file works too.")
+
+
+def _checked(name: str, parts: Parts) -> ImageSet:
+    """A set that a user brought; where it has no test part, a fifth of each class becomes one."""
+    made = _whole(name, parts)
+    notes = [*parts.notes, *check_classes(name, parts)]
+    if made.drawn:
+        notes.append(f"it has no test part: {len(made.test_images)} of its images, a fifth of each class, became one")
+    same = copies((made.train_images, made.train_labels), (made.test_images, made.test_labels))
+    return replace(made, notes=(*notes, *same))
+
+
+def _whole(name: str, parts: Parts) -> ImageSet:
+    (images, labels), names = parts.train, parts.class_names
+    if parts.test is not None:
+        return ImageSet(name, images, labels, *parts.test, names)
+    train, test = split(labels, 0.2, seed=0)
+    return ImageSet(name, images[train], labels[train], images[test], labels[test], names, drawn=True)
 
 
 def split(labels: Labels, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -200,8 +231,7 @@ def _digits(_: Path) -> ImageSet:
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    train, test = split(labels, 0.2, seed=0)
-    return ImageSet("digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"))
+    return _whole("digits", Parts((images, labels), None, tuple("0123456789")))
 
 
 def _packed(name: str, pack: str, source: str) -> Callable[[Path], ImageSet]:
@@ -210,7 +240,7 @@ def _packed(name: str, pack: str, source: str) -> Callable[[Path], ImageSet]:
     def read(directory: Path) -> ImageSet:
         for file in (directory / f"{name}.npz", directory / pack):
             if file.is_file():
-                return _read_npz(file, name)
+                return _whole(name, read_npz(file))
         from torchvision import datasets
 
         return _read_torchvision(name, getattr(datasets, source), directory)
@@ -225,7 +255,7 @@ def _read_torchvision(name: str, source: Callable[..., Any], directory: Path) ->
             parts.append(source(directory, train=train, download=False))
         except (RuntimeError, ValueError, AssertionError):
             parts.append(_download(name, source, directory, train))
-    images = [_to_pixels(np.asarray(part.data), name) for part in parts]
+    images = [to_pixels(np.asarray(part.data)) for part in parts]
     labels = [torch.as_tensor(part.targets, dtype=torch.int64) for part in parts]
     return ImageSet(name, images[0], labels[0], images[1], labels[1], tuple(parts[0].classes))
 
@@ -247,135 +277,3 @@ NAMED: dict[str, Callable[[Path], ImageSet]] = {
     "cifar10": _packed("cifar10", "cifar10_webp.npz", "CIFAR10"),
     "cifar100": _packed("cifar100", "cifar100_webp.npz", "CIFAR100"),
 }
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _read_npz(path: Path, name: str) -> ImageSet:
-    if not path.is_file():
-        raise DataError(f"The data file '{path}' does not exist: check the path.")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
-            read = _sheets if "train_sheets" in pack.files else _arrays
-            parts = [read(pack, part, path) for part in ("train", "test")]
-            labels = [_to_labels(pack[f"{part}_labels"], str(path)) for part in ("train", "test")]
-            named = [str(text) for text in pack["class_names"]] if "class_names" in pack.files else None
-    except SpikeDistillError:
-        raise
-    except Exception as error:  # damaged bytes raise anything in numpy, zipfile and Pillow
-        raise DataError(
-            f"The data file '{path}' cannot be read ({error}): expected a .npz with train_images, train_labels, "
-            "test_images and test_labels, without pickled objects."
-        ) from error
-    names = named or [
-        str(number) for number in range(max((int(part.max()) for part in labels if len(part)), default=0) + 1)
-    ]
-    return ImageSet(name, parts[0], labels[0], parts[1], labels[1], tuple(names))
-
-
-def _arrays(pack: Any, part: str, path: Path) -> Tensor:
-    return _to_pixels(pack[f"{part}_images"], str(path))
-
-
-def _sheets(pack: Any, part: str, path: Path) -> Pixels:
-    """Tiles cut row by row from sheets of WebP; the format is described in the data folder's README."""
-    height, width, channels = (int(size) for size in pack["tile_hwc"])
-    rows, columns = (int(size) for size in pack["grid_rc"])
-    stored, ends = pack[f"{part}_sheets"].tobytes(), pack[f"{part}_offsets"]
-    tiles = []
-    for start, end in itertools.pairwise(ends):
-        sheet = np.asarray(Pillow.open(io.BytesIO(stored[start:end])).convert("RGB"))[:, :, :channels]
-        grid = sheet.reshape(rows, height, columns, width, channels).transpose(0, 2, 1, 3, 4)
-        tiles.append(grid.reshape(rows * columns, height, width, channels))
-    return _to_pixels(np.concatenate(tiles)[: len(pack[f"{part}_labels"])], str(path))
-
-
-def _to_labels(array: NDArray[Any], name: str) -> Tensor:
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise DataError(
-            f"The labels of '{name}' are {array.dtype} of shape {array.shape}: expected whole numbers of shape [N]."
-        )
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _to_pixels(array: NDArray[Any], name: str) -> Tensor:
-    """Arrays [N, H, W] or [N, H, W, C] of bytes to a tensor [N, C, H, W]; event frames [N, T, 2, H, W] as they are."""
-    if array.dtype != np.uint8 or array.ndim not in (3, 4, 5):
-        raise DataError(
-            f"The images of '{name}' are {array.dtype} of shape {array.shape}: expected bytes (uint8, 0 to 255) of"
-            " shape [N, H, W] or [N, H, W, C], or event frames [N, T, 2, H, W]."
-        )
-    if array.ndim == 5:
-        return torch.from_numpy(np.ascontiguousarray(array))
-    if array.ndim == 3:
-        return torch.from_numpy(np.ascontiguousarray(array))[:, None]
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
-
-
-def _read_folder(path: Path, size: int | None) -> ImageSet:
-    names = _folders(path)
-    if "train" not in names:
-        return _read_single(path, names, size)
-    test = next((name for name in ("test", "val", "valid") if name in names), None)
-    if test is None:
-        raise DataError(
-            f"'{path}' has a folder 'train' but no 'test' or 'val': add one, or give CLASS/image folders alone."
-        )
-    classes = _folders(path / "train")
-    strange = set(_folders(path / test)) - set(classes)
-    if strange:
-        raise DataError(f"'{path / test}' has classes that 'train' has not: {', '.join(sorted(strange))}.")
-    train_images, train_labels = _read_classes(path / "train", classes, size)
-    test_images, test_labels = _read_classes(path / test, classes, size)
-    return ImageSet(path.name, train_images, train_labels, test_images, test_labels, tuple(classes))
-
-
-def _folders(path: Path) -> list[str]:
-    """The names of what lies below, sorted, hidden ones left out."""
-    return sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _read_single(path: Path, classes: list[str], size: int | None) -> ImageSet:
-    images, labels = _read_classes(path, classes, size)
-    train, test = split(labels, 0.2, seed=0)
-    return ImageSet(path.name, images[train], labels[train], images[test], labels[test], tuple(classes))
-
-
-def _read_classes(path: Path, classes: list[str], size: int | None) -> tuple[Pixels, Labels]:
-    files = [(file, number) for number, name in enumerate(classes) for file in _image_files(path / name)]
-    if not files:
-        raise DataError(
-            f"The folder '{path}' holds no images: expected {path}/CLASS/image.png ({', '.join(SUFFIXES)})."
-        )
-    first = _read_image(files[0][0], size)
-    needed = len(files) * first.nbytes
-    if needed > LARGEST:
-        raise DataError(
-            f"'{path}' needs {needed / 2**30:.0f} GiB in memory, more than {LARGEST / 2**30:.0f}: give a smaller "
-            "--image-size, or fewer images."
-        )
-    pixels = np.empty((len(files), *first.shape), np.uint8)
-    for row, (file, _) in enumerate(files):
-        image = _read_image(file, size)
-        if image.shape != first.shape:
-            raise DataError(f"'{file}' has shape {image.shape}, '{files[0][0]}' has {first.shape}: give --image-size.")
-        pixels[row] = image
-    return _to_pixels(pixels, str(path)), torch.tensor([number for _, number in files])
-
-
-def _image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-
-
-def _read_image(file: Path, size: int | None) -> NDArray[np.uint8]:
-    try:
-        with Pillow.open(file) as opened:
-            if opened.mode[0] in "IF":
-                raise ValueError(f"its pixels are of mode {opened.mode}, not of 8 bits")
-            image = opened.convert("RGB")
-        return np.asarray(image.resize((size, size), Pillow.Resampling.BILINEAR) if size else image)
-    except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
-        raise DataError(f"The image '{file}' cannot be read ({error}): replace, convert or delete it.") from error

@@ -1,10 +1,15 @@
 """Corrupted images and event frames, each with five severities: the inputs of the noise-immunity suite.
 
-Natural corruptions and four of the noises are written anew after Hendrycks and Dietterich (arXiv 1903.12261) with the
-levels of their make_cifar_c.py, and differ in detail: ice is drawn from fractal noise instead of photographs, clouds
-are interpolated noise, glass blur copies neighbours instead of exchanging them, and grey stays grey under saturate. So
-figures are not those of CIFAR-10-C's files. The other noises, what is done to events, and their levels are this
-project's choice.
+Natural corruptions and four of the noises are those of CIFAR-10-C (Hendrycks and Dietterich, arXiv 1903.12261): what
+its make_cifar_c.py does, with its levels, in code of our own. ``benchmarks/corruptions.py`` draws them and compares
+their distances from clean images with those of the source. What differs: ice is drawn instead of cut from photographs.
+Glass blur exchanges pixels, as the source's lines read; as NumPy executes them they copy, which changes an image less.
+Values are rounded once, at the end; the source cuts them off.
+
+The levels are made for 32 x 32 pixels. Enlargements, pixels, bends and clouds are shares of an image of any size. The
+radii of blurs, streaks and flakes are pixels: on larger images they are weaker, on smaller ones stronger.
+
+The other noises, what is done to events, and their levels are this project's choice.
 """
 
 import io
@@ -17,11 +22,11 @@ from typing import Any, Literal
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from spikedistill.data import events
 from spikedistill.data.augment import to_unit
+from spikedistill.data.filters import exchanged, filtered, moved, plasma, sampled, smoothed, zoomed
 from spikedistill.errors import ConfigError, one_of
 from spikedistill.shapes import Image
 
@@ -54,7 +59,8 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
         Bytes of the same shape.
 
     Raises:
-        ConfigError: if there is no such corruption or severity, or it is not made for what has this shape.
+        ConfigError: if there is no such corruption or severity, it is not made for what has this shape, or these are
+            no bytes.
     """
     one_of("corruption", name, CORRUPTIONS)
     check_severity(severity)
@@ -63,7 +69,12 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     if images.ndim != (5 if counts else 4):
         expected = "event frames [N, T, 2, H, W]" if counts else "images [N, C, H, W]"
         raise ConfigError(f"The corruption '{name}' was given the shape {tuple(images.shape)}: expected {expected}.")
-    if not len(images):
+    if images.dtype != torch.uint8:
+        raise ConfigError(
+            f"The corruption '{name}' was given {images.dtype}: expected bytes 0..255 (torch.uint8); of values in 0..1"
+            " make them by (255 * images).round().to(torch.uint8)."
+        )
+    if not images.numel():
         return images
     parts = []
     for number, part in enumerate(images.split(CHUNK)):
@@ -81,7 +92,7 @@ def check_severity(severity: int) -> None:
     Raises:
         ConfigError: if it is not 1..5.
     """
-    if severity not in SEVERITIES:
+    if isinstance(severity, (bool, float)) or severity not in SEVERITIES:
         raise ConfigError(f"severity (={severity}) must be 1, 2, 3, 4 or 5.")
 
 
@@ -139,50 +150,28 @@ def erasing(x: Image, share: float, generator: Generator) -> Tensor:
     return torch.where(inside[:, None], 0.5, x)
 
 
-def _smooth(x: Tensor, reach: int, deviation: float) -> Tensor:
-    """A Gaussian of so many pixels to either side."""
-    from torchvision.transforms.v2.functional import gaussian_blur
-
-    reach = min(reach, min(x.shape[-2:]) - 1)  # a border is mirrored at most once
-    return gaussian_blur(x, [2 * reach + 1] * 2, [deviation] * 2)
-
-
 def gaussian_blur(x: Image, deviation: float, generator: Generator) -> Tensor:
-    """Convolution with a Gaussian."""
-    return _smooth(x, max(1, math.ceil(4 * deviation)), deviation)
+    """Convolution with a Gaussian, cut off at four deviations, borders repeated."""
+    return smoothed(x, deviation, int(4 * deviation + 0.5), "nearest")
 
 
 def glass_blur(x: Image, level: tuple[float, int, int], generator: Generator) -> Tensor:
-    """Blur, then pixels exchanged with neighbours, then blur again."""
+    """Blur, then pixels exchanged with neighbours, then blur again: (deviation, reach, rounds)."""
     deviation, reach, rounds = level
     x = gaussian_blur(x, deviation, generator)
-    _, _, height, width = x.shape
     for _ in range(rounds):
-        down = torch.randint(-reach, reach + 1, (len(x), 1, height, width), generator=generator)
-        right = torch.randint(-reach, reach + 1, (len(x), 1, height, width), generator=generator)
-        rows = (torch.arange(height)[:, None] + down).clamp(0, height - 1)
-        columns = (torch.arange(width) + right).clamp(0, width - 1)
-        chosen = (rows * width + columns).flatten(2).expand(-1, x.shape[1], -1)
-        x = x.flatten(2).gather(2, chosen).view_as(x)
+        x = exchanged(x, reach, generator)
     return gaussian_blur(x, deviation, generator)
 
 
-def _filtered(x: Tensor, kernel: Tensor) -> Tensor:
-    """Every channel through one kernel ``[k, k]``, borders mirrored."""
-    reach = kernel.shape[-1] // 2
-    channels = x.shape[1]
-    padded = F.pad(x, [reach] * 4, mode="reflect")
-    return F.conv2d(padded, kernel.expand(channels, 1, *kernel.shape[-2:]), groups=channels)
-
-
 def defocus_blur(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
-    """Convolution with a softened disc: (radius, softness)."""
+    """Convolution with a softened disc, borders mirrored: (radius, softness)."""
     radius, softness = level
     reach = math.ceil(radius) + 1
     axis = torch.arange(-reach, reach + 1, dtype=torch.float32)
     disc = ((axis[:, None] ** 2 + axis**2) <= radius**2).float()[None, None]
-    soft = _smooth(disc, 1, softness)[0, 0]
-    return _filtered(x, soft / soft.sum())
+    soft = smoothed(disc, softness, 1, "mirror")[0, 0]
+    return filtered(x, soft / soft.sum(), "mirror")
 
 
 def motion_blur(x: Image, level: tuple[int, float], generator: Generator) -> Tensor:
@@ -191,78 +180,62 @@ def motion_blur(x: Image, level: tuple[int, float], generator: Generator) -> Ten
 
 
 def _streaked(x: Tensor, radius: int, deviation: float, turn: float, generator: Generator) -> Tensor:
-    """Each image blurred along a line, at most 45 degrees from the angle ``turn`` (in radians, 0 is to the right)."""
+    """Each image blurred along a line, at most 45 degrees from the angle ``turn`` (in radians, 0 is to the right).
+
+    As ImageMagick's motion blur, the source's: half of a Gaussian, over ``2 radius + 1`` whole pixels in one direction.
+    """
     steps = torch.arange(2 * radius + 1, dtype=torch.float32)
     weights = torch.exp(-0.5 * (steps / deviation) ** 2)
     weights = weights / weights.sum()
     angle = turn + (torch.rand(len(x), generator=generator) - 0.5) * math.pi / 2
     blurred = torch.zeros_like(x)
     for step, weight in zip(steps.tolist(), weights.tolist()):
-        if weight > 1e-4:
-            blurred += weight * _shifted(x, step * torch.cos(angle), step * torch.sin(angle))
+        if weight > 1e-6:
+            down, right = ((step * part - 0.5).ceil().long() for part in (torch.sin(angle), torch.cos(angle)))
+            blurred += weight * moved(x, down, right)
     return blurred
-
-
-def _shifted(x: Tensor, right: Tensor, down: Tensor) -> Tensor:
-    """Each image moved by so many pixels, borders repeated, between pixels interpolated."""
-    _, _, height, width = x.shape
-    moves = torch.zeros(len(x), 2, 3)
-    moves[:, 0, 0] = moves[:, 1, 1] = 1.0
-    moves[:, 0, 2], moves[:, 1, 2] = 2 * right / width, 2 * down / height
-    return _sampled(x, F.affine_grid(moves, list(x.shape), align_corners=False))
-
-
-def _sampled(x: Tensor, grid: Tensor, padding: str = "border") -> Tensor:
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
 def zoom_blur(x: Image, enlargements: int, generator: Generator) -> Tensor:
     """The mean of the image and so many enlargements of it, by 1.00, 1.01, 1.02 and so on."""
-    total = x.clone()
-    for step in range(enlargements):
-        moves = torch.eye(2, 3).repeat(len(x), 1, 1) / (1 + 0.01 * step)
-        total += _sampled(x, F.affine_grid(moves, list(x.shape), align_corners=False))
-    return total / (enlargements + 1)
+    step = 1.01 - 1  # a hair above 0.01, as NumPy counts: 26 x 1.25 is then more than 32.5 pixels, which are 33
+    return (x + sum(zoomed(x, 1 + step * number) for number in range(enlargements))) / (enlargements + 1)
 
 
-def _fractal(batch: int, size: int, decay: float, generator: Generator) -> Tensor:
-    """Clouds ``[B, 1, size, size]`` in 0..1: noise of every scale, ``decay`` times weaker at each finer one."""
-    total, weight, cells = torch.zeros(batch, 1, size, size), 1.0, 2
-    while cells <= size:
-        layer = torch.rand(batch, 1, cells, cells, generator=generator)
-        total += weight * F.interpolate(layer, (size, size), mode="bicubic", align_corners=False)
-        weight, cells = weight / decay, 2 * cells
-    low, high = total.amin((1, 2, 3), keepdim=True), total.amax((1, 2, 3), keepdim=True)
-    return (total - low) / (high - low).clamp_min(1e-6)
-
-
-def _square(x: Tensor, decay: float, generator: Generator) -> Tensor:
-    """Clouds of the images' own height and width."""
+def _clouds(x: Tensor, decay: float, generator: Generator) -> Tensor:
+    """Clouds of the images' own height and width, cut from the next power of two."""
     side = 1 << (max(x.shape[-2:]) - 1).bit_length()
-    return _fractal(len(x), side, decay, generator)[..., : x.shape[-2], : x.shape[-1]]
+    return plasma(len(x), side, decay, generator)[..., : x.shape[-2], : x.shape[-1]]
 
 
 def fog(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
-    """Fractal clouds over the image, its brightest value kept: (thickness, decay of the root of each finer scale)."""
+    """Clouds over the image, its brightest value kept: (thickness, decay of the root of each finer scale)."""
     thickness, decay = level
     most = x.amax((1, 2, 3), keepdim=True)
-    return (x + thickness * _square(x, decay**2, generator)) * most / (most + thickness)
+    return (x + thickness * _clouds(x, decay**2, generator)) * most / (most + thickness)
+
+
+ICE, ICE_DEVIATIONS, ICE_DECAY = (0.565, 0.65, 0.695), (0.151, 0.086), 0.8
+"""Of 3000 cuts of 32 x 32 pixels from the source's photographs: their colour, the deviation of their means and of their
+pixels; and the decay of clouds that are as rough."""
 
 
 def frost(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
-    """A weighted sum of the image and ice, drawn as ridges of fractal noise, not pasted from photographs."""
+    """A weighted sum of the image and ice, which is drawn, as bright and rough as the source's photographs are."""
     kept, ice = level
-    ridges = 1 - (2 * _square(x, 1.4, generator) - 1).abs()
-    return kept * x + ice * ridges**3 * torch.rand(len(x), 1, 1, 1, generator=generator).add(0.5)
+    rough = _clouds(x, ICE_DECAY, generator)
+    rough = (rough - rough.mean((2, 3), keepdim=True)) / rough.std((2, 3), keepdim=True, correction=0).clamp_min(1e-6)
+    between, within = ICE_DEVIATIONS
+    drawn = 2 * torch.rand(len(x), 1, 1, 1, generator=generator) - 1
+    colour = torch.tensor(ICE) if x.shape[1] == 3 else torch.full((x.shape[1],), sum(ICE) / 3)
+    return kept * x + ice * (colour.view(-1, 1, 1) + math.sqrt(3) * between * drawn + within * rough)
 
 
 def snow(x: Image, level: tuple[float, float, float, float, int, float, float], generator: Generator) -> Tensor:
     """Falling flakes over a whitened image: (mean, deviation, size, least, radius, blur, share kept)."""
     mean, deviation, size, least, radius, blur, kept = level
-    _, _, height, width = x.shape
-    flakes = mean + deviation * torch.randn(len(x), 1, height, width, generator=generator)
-    moves = torch.eye(2, 3).repeat(len(x), 1, 1) / size
-    flakes = _sampled(flakes, F.affine_grid(moves, list(flakes.shape), align_corners=False))
+    flakes = mean + deviation * torch.randn(x[:, :1].shape, generator=generator)
+    flakes = zoomed(flakes, size)
     flakes = torch.where(flakes < least, 0.0, flakes).clamp(0, 1)
     flakes = _streaked(flakes, radius, blur, -math.pi / 2, generator)
     white = torch.maximum(x, _luminance(x) * 1.5 + 0.5)
@@ -289,58 +262,69 @@ def contrast(x: Image, share: float, generator: Generator) -> Tensor:
 
 
 def saturate(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
-    """Saturation scaled and raised, hue and value kept; a grey image stays."""
+    """Saturation scaled and raised, hue and value kept; without three channels there is none.
+
+    The hue of grey is 0 in the source: it becomes red where saturation is raised.
+    """
     scale, more = level
     value, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     spread = value - least
-    saturation = spread / value.clamp_min(1e-6)
-    wanted = (saturation * scale + more).clamp(0, 1)
-    return torch.where(spread > 0, value - (value - x) / spread.clamp_min(1e-6) * wanted * value, x)
+    wanted = (spread / value.clamp_min(1e-6) * scale + more).clamp(0, 1)
+    missing = torch.tensor([0.0, 1.0, 1.0]).view(-1, 1, 1) if x.shape[1] == 3 else torch.zeros(())
+    missing = torch.where(spread > 0, (value - x) / spread.clamp_min(1e-6), missing)
+    return value * (1 - missing * wanted)
 
 
 def pixelate(x: Image, share: float, generator: Generator) -> Tensor:
-    """Fewer pixels by averaging, enlarged again without smoothing."""
-    height, width = (max(1, int(side * share)) for side in x.shape[-2:])
-    small = F.interpolate(x, (height, width), mode="area")
-    return F.interpolate(small, x.shape[-2:], mode="nearest")
+    """Made smaller and larger again, by Pillow's box filter both times."""
+    width, height = (max(1, int(side * share)) for side in (x.shape[3], x.shape[2]))
+    box = PIL.Image.Resampling.BOX
+    return _through_pillow(x, lambda image: image.resize((width, height), box).resize(image.size, box))
 
 
 def jpeg(x: Image, quality: int, generator: Generator) -> Tensor:
-    """Written as JPEG of that quality and read again; channels that are not colours each as a grey image."""
+    """Written as JPEG of that quality and read again."""
+
+    def again(image: PIL.Image.Image) -> PIL.Image.Image:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        return PIL.Image.open(file)
+
+    return _through_pillow(x, again)
+
+
+def _through_pillow(x: Tensor, change: Callable[[PIL.Image.Image], PIL.Image.Image]) -> Tensor:
+    """What becomes of every image as bytes; channels that are not colours are each a grey image."""
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ConfigError("Pixels outside 0..1, or NaN, cannot become bytes: give images in 0..1.")
     pixels = (x * 255).round().to(torch.uint8)
-    pixels = pixels if x.shape[1] == 3 else pixels.flatten(0, 1)[:, None]
-    again = np.stack([_through_jpeg(image, quality) for image in pixels.permute(0, 2, 3, 1).numpy()])
-    return to_unit(torch.from_numpy(again).permute(0, 3, 1, 2)).reshape(x.shape)
-
-
-def _through_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """One image ``[H, W, C]`` of one or three channels."""
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "JPEG", quality=quality)
-    return np.asarray(PIL.Image.open(file)).reshape(pixels.shape)
+    pixels = pixels.permute(0, 2, 3, 1) if x.shape[1] == 3 else pixels.flatten(0, 1)
+    changed = np.stack([np.asarray(change(PIL.Image.fromarray(image))) for image in pixels.numpy()])
+    again = torch.from_numpy(changed)
+    return to_unit(again.permute(0, 3, 1, 2) if x.shape[1] == 3 else again.view(x.shape))
 
 
 def elastic(x: Image, level: tuple[float, float, float], generator: Generator) -> Tensor:
-    """Bent by a smooth field after an affine move: (strength, smoothness, move), in shares of the side.
+    """Bent by a smooth field after an affine move: (strength, smoothness, move), in shares of the shorter side.
 
     The affine move takes three corners of a square of two thirds of the side each up to ``move`` away, both ways.
     """
-    strength, smoothness, move = level
-    _, _, height, width = x.shape
+    batch, _, height, width = x.shape
     side = min(height, width)
-    reach = 2 * max(1, side // 3) / side  # from the centre to the square's edges, where half the side is 1
-    near, beside, far = 2 * move * (2 * torch.rand(3, len(x), 2, generator=generator) - 1)
-    theta = torch.eye(2, 3).repeat(len(x), 1, 1)
-    theta[:, :, 0] += (beside - far) / (2 * reach)
-    theta[:, :, 1] += (near - beside) / (2 * reach)
-    theta[:, :, 2] += (near + far) / 2
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    if strength:
-        field = 2 * torch.rand(len(x), 2, height, width, generator=generator) - 1
-        deviation = max(0.3, smoothness * height)
-        field = _smooth(field, max(1, math.ceil(3 * deviation)), deviation)
-        grid = grid + 2 * strength * field.permute(0, 2, 3, 1)
-    return _sampled(x, grid, "reflection")
+    strength, smoothness, move = (side * share for share in level)
+    far = max(1, side // 3)
+    corners = torch.tensor([[far, far], [far, -far], [-far, -far]]) + torch.tensor([width // 2, height // 2])
+    before = torch.cat([corners, torch.ones(3, 1)], 1).double()
+    after = before[:, :2] + move * (2 * torch.rand(batch, 3, 2, generator=generator) - 1)
+    affine = torch.linalg.solve(before, after)  # of (x, y, 1) as a row
+    points = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), -1).double()
+    found = (points - affine[:, None, None, 2]) @ affine[:, None, :2].inverse()
+    x = sampled(x, found[..., 1], found[..., 0], "mirror")
+    if not strength:
+        return x
+    field = 2 * torch.rand(batch, 2, height, width, generator=generator) - 1
+    field = strength * smoothed(field, smoothness, int(3 * smoothness + 0.5), "reflect")
+    return sampled(x, points[..., 1] + field[:, 1], points[..., 0] + field[:, 0], "reflect")
 
 
 CORRUPTIONS: dict[str, Corruption] = {

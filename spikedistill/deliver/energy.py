@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spikedistill.deliver.record import read_records, some_of
-from spikedistill.evaluate.accuracy import accuracy_by_step, predict
+from spikedistill.evaluate.accuracy import accuracy_by_step, predict, standard_error
 from spikedistill.evaluate.activity import firing_rates, operations
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, verdicts
 from spikedistill.shapes import Labels
@@ -17,12 +17,42 @@ from spikedistill.student.build import Student
 
 @dataclass(frozen=True)
 class Bill:
-    """What one network's answers take: nJ an image under each model, and where it does not win."""
+    """What one network's answers take: nJ an image under each model, and where it does not win.
+
+    Args:
+        network: its name.
+        accuracy: on these images, percent.
+        cost: what an answer takes.
+        energy: model -> kind -> nJ an image.
+        images: how many test images were looked at.
+        dtype: number format of the large operations.
+    """
 
     network: str
     accuracy: float
     cost: Cost
     energy: dict[str, dict[str, float]]
+    images: int
+    dtype: torch.dtype
+
+    @property
+    def error(self) -> float:
+        """The standard error of the accuracy in points."""
+        return standard_error(self.accuracy, self.images)
+
+    @property
+    def format(self) -> str:
+        """The number format as a word."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def counts(self, kind: str) -> dict[str, float]:
+        """Spikes and operations of an image: the figures of every table and file.
+
+        An ANN that skips zeros multiplies its active connections, any other all.
+        """
+        if kind == "student":
+            return {"spikes": self.cost.spikes, "acs": self.cost.acs, "macs": self.cost.macs}
+        return {"macs": self.cost.active if kind == "quantised-sparse" else self.cost.dense}
 
     @property
     def kinds(self) -> list[str]:
@@ -73,37 +103,47 @@ def bill_of(name: str, network: nn.Module, pixels: Tensor, labels: Labels, dtype
     accuracy, updates = accuracy_by_step(logits, labels)[-1], float(sum(rates.chances.values()))
     if isinstance(network, Student):
         cost = cost_of(counted, network.timesteps, sum(rates.spikes.values()), updates)
-        return Bill(name, accuracy, cost, energies(cost))
+        return Bill(name, accuracy, cost, energies(cost), len(labels), dtype)
     cost = cost_of(counted, 1, 0.0, updates)
-    return Bill(name, accuracy, cost, {model: {"ann": value} for model, value in ann_energies(cost).items()})
+    energy = {model: {"ann": value} for model, value in ann_energies(cost).items()}
+    return Bill(name, accuracy, cost, energy, len(labels), dtype)
 
 
 def table(bills: Sequence[Bill]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: each network, and below each student the quantised ANN of equal information."""
-    columns = ["network", "accuracy", "spikes", "ACs (M)", "MACs (M)", *(f"nJ, {model.name}" for model in MODELS)]
+    """Columns and rows: each network, and below each student the quantised ANN of equal information.
+
+    The accuracy stands with its standard error, beside the images and the number format that it was measured with.
+    """
+    columns = ["network", "accuracy", "images", "format", "spikes", "ACs (M)", "MACs (M)"]
     rows = []
     for bill in bills:
-        cost = bill.cost
-        counts = ["", "", f"{cost.dense / 1e6:.2f}"]
-        if "student" in bill.kinds:
-            counts = [f"{cost.spikes:.0f}", f"{cost.acs / 1e6:.2f}", f"{cost.macs / 1e6:.2f}"]
         for kind in bill.kinds:
-            nanojoules = [f"{bill.energy[model.name][kind]:.0f}" for model in MODELS]
-            if kind in ("ann", "student"):
-                rows.append([bill.network, f"{bill.accuracy:.2f} %", *counts, *nanojoules])
-            else:
-                macs = cost.dense if kind == "quantised" else cost.active
+            measured = [bill.network, f"{bill.accuracy:.2f} ± {bill.error:.2f} %", str(bill.images), bill.format]
+            if kind not in ("ann", "student"):
                 zeros = "" if kind == "quantised" else ", zeros skipped"
-                rows.append([f"  as an ANN of {cost.bits} bits{zeros}", "", "", "", f"{macs / 1e6:.2f}", *nanojoules])
-    return columns, rows
+                measured = [f"  as an ANN of {bill.cost.bits} bits{zeros}", "", "", ""]
+            counts = bill.counts(kind)
+            spikes = f"{counts['spikes']:.0f}" if "spikes" in counts else ""
+            millions = [f"{counts[name] / 1e6:.2f}" if name in counts else "" for name in ("acs", "macs")]
+            nanojoules = [f"{bill.energy[model.name][kind]:.0f}" for model in MODELS]
+            rows.append([*measured, spikes, *millions, *nanojoules])
+    return [*columns, *(f"nJ, {model.name}" for model in MODELS)], rows
 
 
 def lines(bills: Sequence[Bill]) -> list[tuple[str, str, float]]:
-    """Network, metric and value, for a file; counts and nJ are of one image."""
-    found = []
+    """Network, metric and value, for a file; counts and nJ are of one image, the same as in the table.
+
+    What belongs to the quantised ANNs has their name at its end.
+    """
+    found: list[tuple[str, str, float]] = []
     for bill in bills:
-        counts = ("spikes", "acs", "macs", "updates", "dense", "active")
-        found += [(bill.network, metric, getattr(bill.cost, metric)) for metric in counts]
-        for model, kinds in bill.energy.items():
-            found += [(bill.network, f"energy_{model}_{kind}", value) for kind, value in kinds.items()]
+        measured = {"accuracy": bill.accuracy, "accuracy_error": bill.error, "images": bill.images}
+        measured["format_bits"] = 8 * bill.dtype.itemsize
+        found += [(bill.network, metric, value) for metric, value in measured.items()]
+        found += [(bill.network, "updates", bill.cost.updates), (bill.network, "timesteps", bill.cost.timesteps)]
+        for kind in bill.kinds:
+            end = f"_{kind}" if kind.startswith("quantised") else ""
+            found += [(bill.network, metric + end, value) for metric, value in bill.counts(kind).items()]
+            energy = {model: kinds[kind] for model, kinds in bill.energy.items()}
+            found += [(bill.network, f"energy_{model}_{kind}", value) for model, value in energy.items()]
     return found

@@ -13,16 +13,18 @@ from spikedistill.data.images import ImageSet, evenly
 from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.evaluate.early_exit import check_confidence
 from spikedistill.evaluate.measure import check_fits, measure_student, measure_teacher
-from spikedistill.files import read_facts, weights_file
+from spikedistill.files import note, read_facts, weights_file
 from spikedistill.student.build import Student
 from spikedistill.student.save import load_student
 from spikedistill.student.upgrade import upgrade
 from spikedistill.teacher.load import Architecture, Teacher, from_library, load_teacher, pretrained
 from spikedistill.train.recipe import Data, Training
-from spikedistill.train.run import Run
+from spikedistill.train.run import Run, differences, environment
 
 NO_TEACHER = "none"
 """What a recipe calls its teacher where there is none."""
+ROUNDING = 1.0
+"""Points by which an accuracy may move where it is computed elsewhere; more has another cause."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,24 @@ class Record:
         return self._part(Training, "training")
 
     def place(self) -> Place:
-        """Where its recipe computes; where there is no such device, what 'auto' takes here."""
+        """Where the run computed, by its recipe, and by its own record (``timing.jsonl``) where that says 'auto'.
+
+        Without such a record, or such a device here, it is what 'auto' takes on this machine.
+        """
         try:
-            return self.training.place()
+            return self._where_it_was().place()
         except ConfigError:
             return dataclasses.replace(self.training, device="auto").place()
+
+    def _where_it_was(self) -> Training:
+        training = self.training
+        lines = [] if self.path.is_file() else Run(self.path).lines("timing")
+        computed = lines[-1] if lines else {}
+        precision = {"bfloat16": "bf16", "float32": "fp32"}.get(computed.get("dtype", ""), "auto")
+        known = {"device": computed.get("device", "auto"), "precision": precision}
+        known["convolutions"] = computed.get("convolutions", "auto")
+        left_open = {name: value for name, value in known.items() if getattr(training, name) == "auto"}
+        return dataclasses.replace(training, **left_open)
 
     def _part(self, kind: Any, name: str) -> Any:
         try:
@@ -94,6 +109,29 @@ class Record:
             RunError: if the run is not finished.
         """
         return Run(self.path).read("results")
+
+    def stored_accuracy(self) -> float | None:
+        """The accuracy on the test set (percent) that was measured when the run ended, if it was written down."""
+        if self.path.is_file():
+            found = read_facts(self.path).get("results", {})
+        else:
+            found = self.results() if Run(self.path).finished else {}
+        return found.get("test_accuracy")
+
+    def elsewhere(self, place: Place) -> list[str]:
+        """In what this machine, and this place on it, differ from those of the run, as far as it says."""
+        now = environment()
+        there = {"device": str(place.device), "dtype": str(place.dtype).removeprefix("torch.")}
+        there |= {"processor": now["processor"], "torch": now["versions"]["torch"]}
+        if self.path.is_file():
+            return []
+        run = Run(self.path)
+        then: dict[str, Any] = {**run.lines("timing")[-1]} if run.lines("timing") else {}
+        if (self.path / "environment.json").exists():
+            began = run.read("environment")
+            then |= {"processor": began.get("processor"), "torch": began.get("versions", {}).get("torch")}
+        then = {name: value for name, value in then.items() if name in there}
+        return differences(then, {name: there[name] for name in then}, {})
 
     def network(self, trust_code: bool = False) -> Student | Teacher:
         """The trained network.
@@ -162,6 +200,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a finished run again on its test set: a student perhaps with other steps or early exit, or a teacher.
 
+    Where the accuracy is not the one that the run wrote down, a note says so, and what may be the cause.
+
     Args:
         path: the run directory.
         timesteps: another T.
@@ -179,20 +219,42 @@ def evaluate(
     if confidence is not None:
         check_confidence(confidence)
     record = Record.read(path)
+    stored = record.stored_accuracy()
     place, network = record.place(), record.network(trust_code)
     if not isinstance(network, Student):
         if timesteps is not None or confidence is not None:
             raise ConfigError(
                 f"'{path}' holds a teacher, which has no time steps: leave timesteps and confidence away."
             )
-        return dict(measure_teacher(network, record.images(data_dir), place))
+        found: dict[str, Any] = dict(measure_teacher(network, record.images(data_dir), place))
+        _compare(record, stored, found, place)
+        return found
+    same = timesteps in (None, network.timesteps)
     if timesteps is not None:
         network.set_timesteps(timesteps)
     images = record.images(data_dir)
-    return measure_student(network, _its_teacher(record, images, trust_code), images, place, confidence=confidence)
+    found = measure_student(network, its_teacher(record, images, trust_code), images, place, confidence=confidence)
+    if same:
+        _compare(record, stored, found, place)
+    return found
 
 
-def _its_teacher(record: Record, images: ImageSet, trust_code: bool) -> nn.Module | None:
+def _compare(record: Record, stored: float | None, found: Mapping[str, Any], place: Place) -> None:
+    """Say where an accuracy is not the one that the run wrote down: in the same place it is equal."""
+    accuracy = found.get("test_accuracy")
+    if stored is None or accuracy is None or accuracy == stored:
+        return
+    changed = record.elsewhere(place)
+    if not changed:
+        why = "it is computed in the same place, so images, weights or the file are not those of the run"
+    elif abs(accuracy - stored) > ROUNDING:
+        why = f"more than computing elsewhere explains ({'; '.join(changed)}): compare the images with those of the run"
+    else:
+        why = f"it is computed elsewhere ({'; '.join(changed)}), where rounding moves it a little"
+    note(f"the test accuracy is {accuracy:.2f} %, and the run '{record.path}' wrote down {stored:.2f} %: {why}.")
+
+
+def its_teacher(record: Record, images: ImageSet, trust_code: bool) -> nn.Module | None:
     """The teacher of a finished student, if it is still there and saw the same inputs."""
     choice = record.recipe["teacher"]
     source, network = choice["source"], choice.get("network")

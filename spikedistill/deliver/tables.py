@@ -12,13 +12,16 @@ from spikedistill.train.run import Run
 def compare(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows that set finished runs side by side; no code that they name is executed.
 
+    The last column is the teacher's accuracy on training images that were held out, with their number; a question mark
+    says that the run warned of the teacher (``results.json``, teacher).
+
     Raises:
         RunError: if a directory holds no finished run.
     """
     found = [(record, record.results()) for record in map(Record.read, paths)]
     most = max(len(results.get("accuracy_by_step", [])) for _, results in found)
     steps = [f"t={t + 1}" for t in range(most)]
-    columns = ["run", "network", "weights", "method", "accuracy", *steps, "firing rate", "agreement"]
+    columns = ["run", "network", "weights", "method", "accuracy", *steps, "firing rate", "agreement", "teacher"]
     try:
         return columns, [_row(record, results, most) for record, results in found]
     except (KeyError, TypeError) as error:
@@ -36,7 +39,15 @@ def _row(record: Record, results: Mapping[str, Any], most: int) -> list[str]:
     steps = [f"{value:.2f}" for value in results.get("accuracy_by_step", [])]
     steps += [""] * (most - len(steps))
     rates = [f"{results[name]:.2f} %" if name in results else "" for name in ("firing_rate", "agreement")]
-    return [record.path.name, network, weights, method, f"{results['test_accuracy']:.2f} %", *steps, *rates]
+    accuracy, teacher = f"{results['test_accuracy']:.2f} %", _teacher(results.get("teacher", {}))
+    return [record.path.name, network, weights, method, accuracy, *steps, *rates, teacher]
+
+
+def _teacher(found: Mapping[str, Any]) -> str:
+    """What a run found of its teacher, if anything."""
+    if not found:
+        return ""
+    return f"{found['accuracy']:.2f} % ({found['images']}){' ?' if found['doubts'] else ''}"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,5 +1,6 @@
 """How often the answer is right, at every time step."""
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from spikedistill.data.augment import to_inputs
+from spikedistill.errors import ConfigError
+from spikedistill.inputs import AnyLayout
 from spikedistill.shapes import Labels, Logits
 from spikedistill.student.build import Student
 
@@ -26,7 +29,7 @@ def predict(
         batch_size: images at a time; by default 250, fewer for a student of more than four time steps.
 
     Returns:
-        Logits ``[T, N, K]``; T = 1 for a network without time.
+        Logits ``[T, N, K]``; T = 1 for a network without time. NaN where an image or the network is broken.
     """
 
     def forward(batch: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ def in_batches(
     network.eval()
     results = []
     for pixels in images.split(batch_size):
-        with torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
+        with AnyLayout(), torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
             given = to_inputs(pixels)
             order = layout if given.ndim == 4 else torch.preserve_format
             results.append(work(given.to(first.device, memory_format=order)))
@@ -74,11 +77,44 @@ def cumulative(logits: Logits) -> Logits:
     return logits.cumsum(0) / steps[:, None, None]
 
 
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits ``[..., N, K]`` that are not finite: whatever was computed of them would look like a figure.
+
+    Raises:
+        ConfigError: if there are such; it says of how many samples.
+    """
+    samples = ~torch.isfinite(logits).all(-1).reshape(-1, logits.shape[-2]).all(0)
+    if samples.any():
+        raise ConfigError(
+            f"The logits of {int(samples.sum())} of {len(samples)} samples hold NaN or infinity, those of sample"
+            f" {int(samples.nonzero()[0])} first: check the images, the normalisation, and the weights of the network."
+        )
+
+
 def accuracy_by_step(logits: Logits, labels: Labels) -> list[float]:
     """Top-1 accuracy in percent after each of 1..T steps; the last is the accuracy.
+
+    Raises:
+        ConfigError: if logits are not finite, of which there is no largest one.
 
     >>> accuracy_by_step(torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]), torch.tensor([1, 0]))
     [50.0]
     """
+    check_finite(logits)
     right = (cumulative(logits).argmax(-1) == labels).double().mean(1)
     return (100.0 * right).tolist()
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """The standard error of an accuracy in percent, in points, as of so many images drawn at random; NaN of none.
+
+    ``sqrt(p (1 - p) / n)``, where p counts one more right and one more wrong (Laplace), so that all right of a few is
+    not taken for certain. A mean of accuracies on the same images has at most as large an error.
+
+    >>> round(standard_error(90.0, 900), 2), round(standard_error(100.0, 20), 2)
+    (1.0, 4.66)
+    """
+    if not images:
+        return math.nan
+    share = (accuracy / 100 * images + 1) / (images + 2)
+    return 100 * math.sqrt(share * (1 - share) / images)

@@ -1,18 +1,30 @@
 """How much a student spikes, and how many synaptic operations a network takes."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from spikedistill.neuron.layer import Spiking
+from spikedistill.errors import ConfigError, ShapeError
+from spikedistill.evaluate.calls import Call, Listener, calls_of
 from spikedistill.student.build import Student
-from spikedistill.student.rules import ACTIVATIONS
+from spikedistill.student.graph import Charges
+
+ACTIVATIONS = frozenset(
+    (
+        *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "elu", "elu_", "selu", "celu"),
+        *("gelu", "silu", "mish", "hardswish", "hardtanh", "hardtanh_", "hardsigmoid", "sigmoid", "sigmoid_", "tanh"),
+        *("tanh_", "softplus", "softsign", "logsigmoid", "threshold"),
+    )
+)
+"""Functions whose results are the activations of an ANN, as are those of ``CLAMPS`` from 0 on."""
+CLAMPS = frozenset(("clamp", "clamp_", "clamp_min", "clamp_min_"))
 
 
 @dataclass
@@ -38,39 +50,86 @@ class FiringRates:
 
 @contextmanager
 def firing_rates(network: nn.Module) -> Iterator[FiringRates]:
-    """Count the spikes of every call of a student, or an ANN's activations that are not zero, while it is open."""
+    """Count the spikes of every call of a student, or an ANN's activations that are not zero, while it is open.
+
+    An ANN's activations count whether they are modules, functions or methods.
+
+    Raises:
+        ConfigError: if it is neither, or an ANN that is compiled.
+    """
     rates = FiringRates()
+    if not isinstance(network, Student):
+
+        def hear(call: Call) -> None:
+            from_zero = call.name in CLAMPS and call.of(1, "min") == 0
+            if (call.name in ACTIVATIONS or from_zero) and isinstance(call.result, Tensor):
+                rates.add(call.where, call.result.detach())
+
+        with calls_of(network, hear):
+            yield rates
+        return
 
     def listen(name: str, layer: nn.Module) -> RemovableHandle:
-        def count(_: nn.Module, __: Any, output: Any) -> None:
-            rates.add(name, (output[0] if isinstance(layer, Spiking) else output).detach())
+        return layer.register_forward_hook(lambda _, __, result: rates.add(name, result[0].detach()))
 
-        return layer.register_forward_hook(count)
-
-    if isinstance(network, Student):
-        layers: dict[str, nn.Module] = {**network.neurons}
-    else:
-        layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, ACTIVATIONS)}
-    with _removed([listen(name, layer) for name, layer in layers.items()]):
-        yield rates
-
-
-@contextmanager
-def _removed(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Let hooks listen while the context is open."""
+    handles = [listen(name, layer) for name, layer in network.neurons.items()]
     try:
-        yield
+        yield rates
     finally:
         for handle in handles:
             handle.remove()
 
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MAPS: dict[str, Callable[..., Tensor]] = {
+    "linear": F.linear,
+    **{f"conv{dims}d": getattr(F, f"conv{dims}d") for dims in (1, 2, 3)},
+    **{f"conv_transpose{dims}d": getattr(F, f"conv_transpose{dims}d") for dims in (1, 2, 3)},
+}
+"""Functions ``(input, weight, bias, ...)`` of rows of inputs, linear in them."""
+OPTIONS = {
+    False: ("stride", "padding", "dilation", "groups"),
+    True: ("stride", "padding", "output_padding", "groups", "dilation"),
+}
+"""What follows the bias of a convolution, and of a transposed one."""
+PRODUCTS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("matmul", "__matmul__", "linalg_matmul", "mm", "bmm", "mv", "dot", "vdot", "inner"), (0, 1)),
+    "__rmatmul__": (1, 0),
+    **dict.fromkeys(("addmm", "addmm_", "addbmm", "baddbmm", "addmv"), (1, 2)),
+}
+"""Products of matrices and vectors, and at which places their operands stand."""
+OPERANDS: tuple[tuple[str, ...], ...] = (
+    ("input",),
+    ("other", "mat1", "mat2", "batch1", "mat", "tensor", "vec"),
+    ("mat2", "batch2", "vec"),
+)
+"""What the operand at a place may be called where it is given by name."""
+UNCOUNTED = frozenset(
+    (
+        *(
+            "tensordot",
+            "linalg_multi_dot",
+            "linalg_vecdot",
+            "_sparse_mm",
+            "smm",
+            "hspmm",
+            "chain_matmul",
+            "bilinear",
+            "outer",
+            "kron",
+            "cdist",
+            "conv_tbc",
+            "convolution",
+        ),
+        *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+        *("multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+    )
+)
+"""What multiplies too and is refused."""
 
 
 @dataclass
 class Operations:
-    """Synaptic operations, counted layer by layer and connection by connection.
+    """Synaptic operations, counted call site by call site and connection by connection.
 
     An operation is one non-zero input value meeting one non-zero weight: an accumulate (``acs``) where the inputs are
     spikes, that is zero or one height in every channel, else a multiply-accumulate (``macs``). ``dense`` counts
@@ -78,6 +137,10 @@ class Operations:
     there is 1 or -1, and that its dense operations count weights of zero too. Beside them, for a network that would run
     once: ``once``, all connections of a layer, and ``active``, those whose input is not zero at some time step; both
     summed over images.
+
+    What has no connections with weights does not count: batch norm, folded or not, pooling, the additions of residual
+    connections, and a neuron's own arithmetic. The product of two signals, as in attention, takes a multiply-accumulate
+    for every pair of values that are not zero.
     """
 
     acs: dict[str, float] = field(default_factory=dict)
@@ -86,24 +149,48 @@ class Operations:
     once: dict[str, float] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
     images: int = 0
-    batch: int = 1
 
-    def add(self, layer: str, inputs: Tensor, fan: Tensor) -> None:
-        """Count what a layer did with its inputs; ``fan`` holds the connections of each input value."""
-        ever = (inputs != 0).unflatten(0, (-1, self.batch)).any(0)
-        self.once[layer] = self.once.get(layer, 0.0) + float(fan.sum()) * self.batch
-        self.active[layer] = self.active.get(layer, 0.0) + float((ever.sum(0) * fan).sum())
-        active = (inputs != 0).to(torch.float64)
-        done = float((active.sum(0) * fan).sum())
+    def add(self, layer: str, inputs: Tensor, fan: Tensor, ever: Tensor | None = None, begins: bool = True) -> None:
+        """Count what a layer did with its inputs.
+
+        Args:
+            layer: its name.
+            inputs: ``[N, ...]``.
+            fan: the connections of each input value, ``[...]``.
+            ever: which inputs of each image became active, ``[B, ...]``; those that are, where every row is an image.
+            begins: whether the images are new, or go on a step.
+        """
+        active = inputs != 0
+        ever = active if ever is None else ever
+        done = float((active.to(torch.float64).sum(0) * fan).sum())
         spikes = _are_spikes(inputs)
-        for kind, count in ((self.acs, done if spikes else 0.0), (self.macs, 0.0 if spikes else done)):
-            kind[layer] = kind.get(layer, 0.0) + count
-        self.dense[layer] = self.dense.get(layer, 0.0) + float(fan.sum()) * len(inputs)
+        self._sum(layer, self.acs, done if spikes else 0.0)
+        self._sum(layer, self.macs, 0.0 if spikes else done)
+        self._sum(layer, self.dense, float(fan.sum()) * len(inputs))
+        self._sum(layer, self.once, float(fan.sum()) * len(ever) if begins else 0.0)
+        self._sum(layer, self.active, float((ever.sum(0) * fan).sum()))
+
+    def add_product(self, layer: str, done: float, dense: float) -> None:
+        """Count a product of two signals."""
+        counts = ((self.acs, 0.0), (self.macs, done), (self.dense, dense), (self.once, dense), (self.active, done))
+        for kind, count in counts:
+            self._sum(layer, kind, count)
+
+    def _sum(self, layer: str, kind: dict[str, float], count: float) -> None:
+        kind[layer] = kind.get(layer, 0.0) + count
 
     def per_image(self) -> dict[str, float]:
-        """``acs``, ``macs`` and ``dense`` of the whole network, for one image over all time steps."""
+        """``acs``, ``macs`` and ``dense`` of the whole network, for one image over all time steps.
+
+        Raises:
+            ConfigError: if no image was counted.
+        """
+        if not self.images:
+            raise ConfigError(
+                "No image was counted: call the network itself while the context is open, a student in evaluation mode."
+            )
         kinds = {"acs": self.acs, "macs": self.macs, "dense": self.dense}
-        return {name: sum(counts.values()) / max(1, self.images) for name, counts in kinds.items()}
+        return {name: sum(counts.values()) / self.images for name, counts in kinds.items()}
 
 
 def _are_spikes(inputs: Tensor) -> bool:
@@ -118,44 +205,178 @@ def operations(network: nn.Module) -> Iterator[Operations]:
     """Count the synaptic operations of every call of a student or an ANN while the context is open.
 
     Fan-out is exact: at borders, strides, groups and dilations a value is counted as often as it is used. What a
-    student computes once for all time steps (the part before the first neuron) counts once.
+    student computes once for all time steps (the part before the first neuron) counts once, but at each step of a
+    stream (``Student.step``), where it is computed again. How many images there were the student's coding says; of an
+    ANN each row of its input is one. Of a student, calls in training by another gradient than the exact one are not
+    counted.
+
+    Raises:
+        ConfigError: if it is neither, or an ANN that is compiled; on a call, if it multiplies in a way that cannot be
+            counted.
+        ShapeError: on a step of a stream whose batch has changed.
     """
     counts = Operations()
-    fans: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+    tally = _Tally(counts)
+    if isinstance(network, Student):
+        before, network.walk = network.walk, partial(_Counted, tally)
+        try:
+            yield counts
+        finally:
+            network.walk = before
+        return
 
-    def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def count(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
-            inputs = given[0].detach()
-            key = (name, tuple(inputs.shape[1:]))
-            if key not in fans:
-                fans[key] = fan_out(layer, inputs.shape[1:])
-            counts.add(name, inputs, fans[key].to(inputs.device))
+    def began(given: Tensor) -> None:
+        counts.images += len(given)
 
-        return count
-
-    def seen(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        frames = given[0].ndim == 5
-        counts.batch = given[0].shape[1 if frames else 0]
-        counts.images += counts.batch
-
-    chosen = {name: layer for name, layer in network.named_modules() if isinstance(layer, LAYERS)}
-    handles = [layer.register_forward_hook(listen(name)) for name, layer in chosen.items()]
-    handles.append(network.register_forward_pre_hook(seen))
-    with _removed(handles):
+    with calls_of(network, tally.hear, began):
         yield counts
 
 
+class _Tally:
+    """Counts calls; of a student it is told how the rows of a call are made up."""
+
+    def __init__(self, counts: Operations) -> None:
+        self.counts = counts
+        self.batch: int | None = None
+        self.site = ""
+        self.begins, self.goes_on = True, False
+        self.seen: dict[str, Tensor] = {}
+        self.fans: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def hear(self, call: Call) -> None:
+        """Count a call, if it multiplies and is no making of weights from others."""
+        if "parametrizations" in call.where.split("."):
+            return
+        if call.name in MAPS:
+            self._map(call)
+        elif call.name in PRODUCTS:
+            first, second = (_operand(call, place) for place in PRODUCTS[call.name])
+            self._product(call, torch.inner if call.name == "inner" else torch.matmul, first, second)
+        elif call.name == "einsum" and len(call.arguments) == 3:
+            self._product(call, partial(torch.einsum, call.arguments[0]), *call.arguments[1:])
+        elif call.name == "scaled_dot_product_attention":
+            query, key, value = (call.of(place, name) for place, name in enumerate(("query", "key", "value")))
+            scores = query.new_ones(*query.shape[:-1], key.shape[-2])
+            self._product(call, torch.matmul, query, key.transpose(-1, -2))
+            self._product(call, torch.matmul, scores, value)
+        elif call.name in UNCOUNTED or call.name == "einsum":
+            raise ConfigError(
+                f"'{call.name}' at '{call.where}' multiplies, and its operations cannot be counted: expected"
+                " convolutions, linear layers and products of matrices. Leave this network away."
+            )
+
+    def _map(self, call: Call) -> None:
+        inputs, weight = call.of(0, "input").detach(), call.of(1, "weight").detach()
+        options = OPTIONS["transpose" in call.name] if call.name != "linear" else ()
+        given = {name: call.of(3 + place, name) for place, name in enumerate(options)}
+        given = {name: value for name, value in given.items() if value is not None}
+        inputs = inputs[None] if inputs.ndim < (2 if call.name == "linear" else weight.ndim) else inputs
+        fan = self._fan(call, inputs.shape[1:], weight, given).to(inputs.device)
+        self.counts.add(call.where, inputs, fan, self._ever(inputs), self.begins)
+
+    def _fan(self, call: Call, shape: Sequence[int], weight: Tensor, options: dict[str, Any]) -> Tensor:
+        """``fan_out``, known from an earlier call with the same weights."""
+        key = self.site, call.where, call.name, tuple(shape), str(options)
+        held = call.of(1, "weight")
+        if key not in self.fans or self.fans[key][0] is not held:
+            self.fans[key] = held, fan_of(partial(MAPS[call.name], **options), weight, shape)
+        return self.fans[key][1]
+
+    def _ever(self, inputs: Tensor) -> Tensor | None:
+        """Which inputs ``[B, ...]`` of a student's images became active in this call."""
+        if self.batch is None:
+            return None
+        ever = (inputs != 0).unflatten(0, (-1, self.batch)).any(0)
+        if not self.goes_on:
+            return ever
+        before = torch.zeros_like(ever) if self.begins else self.seen.get(self.site)
+        if before is None or before.shape != ever.shape:
+            raise ShapeError(
+                f"A stream of {'other' if before is None else len(before)} samples goes on with {len(ever)} while its"
+                " operations are counted: begin and end a stream inside the context, all its samples at each step."
+            )
+        self.seen[self.site] = before | ever
+        return ever & ~before
+
+    def _product(self, call: Call, product: Callable[[Tensor, Tensor], Tensor], *operands: Tensor) -> None:
+        active = [(one.detach() != 0).to(torch.float64) for one in operands]
+        dense = [torch.ones_like(one) for one in active]
+        self.counts.add_product(call.where, float(product(*active).sum()), float(product(*dense).sum()))
+
+
+def _operand(call: Call, place: int) -> Tensor:
+    """What a product multiplies, by position or by name."""
+    named = next((name for name in OPERANDS[place] if name in call.options), "")
+    operand: Tensor = call.of(place, named)
+    return operand
+
+
+class _Counted(Charges):
+    """Runs a student's graph and has every call of it counted, but those of its neurons."""
+
+    def __init__(self, tally: _Tally, core: fx.GraphModule, keep: Collection[str], layers: Collection[str]) -> None:
+        super().__init__(core, keep, layers)
+        self.tally, self.listener = tally, Listener(tally.hear)
+
+    def run(self, rows: Any, timesteps: int, repeats: int, states: Any, keep: bool) -> Any:  # type: ignore[override]
+        """As ever: ``rows`` of ``timesteps``, each used ``repeats`` times."""
+        tally = self.tally
+        tally.batch, tally.goes_on = len(rows) * repeats // timesteps, keep
+        tally.begins = states[0] is None
+        tally.counts.images += tally.batch if tally.begins else 0
+        return super().run(rows, timesteps, repeats, states, keep)
+
+    def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        """As ever, under the layer's own name."""
+        with self._heard(str(self.current.target)):
+            result = super().apply(layer, args, kwargs)
+            self.listener.tell_convolution(layer, args[0], result)
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """As ever, under the name of the call site."""
+        with self._heard(self.current.name):
+            return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """As ever, under the name of the call site."""
+        with self._heard(self.current.name):
+            return super().call_method(target, args, kwargs)
+
+    @contextmanager
+    def _heard(self, name: str) -> Iterator[None]:
+        self.listener.where, self.tally.site = [f"core.{name}"], self.current.name
+        with self.listener:
+            yield
+
+
 def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:
-    """How many connections with a non-zero weight start at each value of an input of that shape ``[...]``, float64.
+    """``fan_of`` a convolution or linear layer.
 
     >>> fan_out(nn.Conv2d(1, 2, 3, padding=1), (1, 2, 3))[0].int().tolist()
     [[8, 12, 8], [8, 12, 8]]
     """
-    ones: Any = copy.deepcopy(layer).to("cpu", torch.float64)
-    for parameter in ones.parameters():
-        parameter.requires_grad_(False)
-    ones.weight.copy_((ones.weight != 0).to(torch.float64))
-    with torch.enable_grad():
+    held = {name: value.detach().double() for name, value in layer.named_parameters()}
+
+    def function(inputs: Tensor, weight: Tensor) -> Any:
+        return torch.func.functional_call(layer, {**held, "weight": weight}, inputs)
+
+    return fan_of(function, held["weight"], shape)
+
+
+def fan_of(function: Callable[..., Tensor], weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """How many connections with a non-zero weight start at each value of an input of that shape ``[...]``, float64.
+
+    Args:
+        function: from input and weight, linear in the input.
+        weight: its weight.
+        shape: of one input.
+
+    >>> fan_of(F.linear, torch.tensor([[0.5, 0.0], [0.1, 2.0]]), (2,)).tolist()
+    [2.0, 1.0]
+    """
+    there = (weight != 0).to("cpu", torch.float64)
+    with torch.enable_grad(), torch.inference_mode(False):
         inputs = torch.ones(1, *shape, dtype=torch.float64, requires_grad=True)
-        (fan,) = torch.autograd.grad(ones.forward(inputs).sum(), inputs)  # hooks stay out
+        (fan,) = torch.autograd.grad(function(inputs, there.clone()).sum(), inputs)
     return fan[0]

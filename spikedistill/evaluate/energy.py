@@ -94,8 +94,12 @@ class Cost:
 
 
 def cost_of(operations: Operations, timesteps: int, spikes: float, updates: float) -> Cost:
-    """The cost of one answer from counts over many; ``spikes`` and ``updates`` are sums over the same images."""
-    images, per_image = max(1, operations.images), operations.per_image()
+    """The cost of one answer from counts over many; ``spikes`` and ``updates`` are sums over the same images.
+
+    Raises:
+        ConfigError: if no image was counted.
+    """
+    images, per_image = operations.images, operations.per_image()
     return Cost(
         acs=per_image["acs"],
         macs=per_image["macs"],

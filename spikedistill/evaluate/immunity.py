@@ -1,28 +1,29 @@
 """The noise-immunity suite: how much accuracy noise costs, network by network, on equal terms.
 
 Kinds of perturbation, five severities each: ``noise`` and ``natural`` corruptions of the pixels (``data/noise.py``),
-``hardware`` faults of weights and neurons (of an ANN: of weights alone), ``attack`` by each network's own gradient, and
-of event frames, which know no pixels, ``event``: what event cameras do wrong.
+``hardware`` faults of weights and neurons (of an ANN: of weights alone), ``attack`` by each network's own gradient and
+its teacher's (``evaluate/attacks.py``), and of event frames, which know no pixels, ``event``: what event cameras do
+wrong.
 Every network meets the same noise and corruptions; faults are drawn from the seed alone. The levels of faults and
 attacks are this project's choice.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from spikedistill.data.images import evenly
 from spikedistill.data.noise import CORRUPTIONS, SEVERITIES, check_severity, corrupt
 from spikedistill.errors import ConfigError, one_of
-from spikedistill.evaluate.accuracy import accuracy_by_step, in_batches, predict
+from spikedistill.evaluate.accuracy import accuracy_by_step, predict, standard_error
+from spikedistill.evaluate.attacks import ATTACKS, Target
+from spikedistill.neuron.dynamics import charge
 from spikedistill.neuron.layer import Spiking, is_channels_last
-from spikedistill.shapes import Image, Labels
+from spikedistill.shapes import Labels
 from spikedistill.student.graph import repeat_time
 
 KINDS = ("noise", "natural", "hardware", "attack")
@@ -33,13 +34,28 @@ EVENT_KINDS = ("event", "hardware")
 
 @dataclass(frozen=True)
 class Score:
-    """The accuracy (percent) of one network under one perturbation; severity 0 is the clean set."""
+    """The accuracy (percent) of one network under one perturbation.
+
+    Severity 0 is images as they are: all of them (kind and name ``clean``), or those that are attacked (``attacked``).
+    Kind ``gradient`` is an attack by one of several gradients, kind ``attack`` the worst of them, image by image.
+
+    Args:
+        images: how many were answered; 0 where that is not known.
+        format: number format of the large operations.
+    """
 
     network: str
     kind: str
     name: str
     severity: int
     accuracy: float
+    images: int = 0
+    format: str = ""
+
+    @property
+    def error(self) -> float:
+        """Standard error of the accuracy in points, as of so many independent images; NaN where that is not known."""
+        return standard_error(self.accuracy, self.images)
 
 
 def immunity(
@@ -51,6 +67,7 @@ def immunity(
     seed: int = 0,
     dtypes: Mapping[str, torch.dtype] | None = None,
     attacked: int = 500,
+    teachers: Mapping[str, nn.Module] | None = None,
     known: Iterable[Score] = (),
     keep: Callable[[Score], None] = lambda score: None,
 ) -> list[Score]:
@@ -64,16 +81,37 @@ def immunity(
         kinds: which kinds of perturbation; by default all that there are for such images.
         seed: of all that is drawn.
         dtypes: by network the number format of its large operations; float32 where none is named.
-        attacked: how many of the images, evenly spaced, are attacked: it takes a gradient each.
+        attacked: how many of the images are attacked, drawn by the seed: it takes eleven gradients an image, severity
+            and one of ``attacks.gradients``.
+        teachers: by network the one whose gradient is tried on it too, on its device; without, there is no transfer.
         known: scores of an interrupted call with the same arguments; they are not measured again.
         keep: told every score that was measured.
 
     Returns:
-        One score a network, perturbation and severity; faults of neurons only for networks that have some.
+        One score a network, perturbation and severity; faults of neurons only for networks that have some, saturation
+        only of colours. Attacks as ``Score`` says.
 
     Raises:
-        ConfigError: if there is no such kind, or not for such images.
+        ConfigError: if there is no such kind, or not for such images, or they are no bytes with a label each; if no
+            image is attacked, or no gradient reaches the pixels of a network without a teacher.
     """
+    measured = _asked(images, labels, kinds)
+    if attacked < 1:
+        raise ConfigError(f"attacked (={attacked}) must be 1 image or more; to leave attacks away name other kinds.")
+    formats = {who: (dtypes or {}).get(who, torch.float32) for who in networks}
+    found = {(score.network, score.name, score.severity): score for score in known}
+    scores: list[Score] = []
+    for task in _tasks(measured, networks, images, labels, formats, seed, attacked, teachers or {}):
+        if (score := found.get((task.network, task.name, task.severity))) is None:
+            form = str(formats[task.network]).removeprefix("torch.")
+            score = Score(task.network, task.kind, task.name, task.severity, task.measure(), task.images, form)
+            keep(score)
+        scores.append(score)
+    return scores
+
+
+def _asked(images: Tensor, labels: Labels, kinds: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Kind and name of every perturbation that is measured."""
     possible = EVENT_KINDS if images.ndim == 5 else KINDS
     measured = perturbations(possible if kinds is None else kinds)
     for kind in () if kinds is None else kinds:
@@ -82,32 +120,73 @@ def immunity(
                 f"The kind '{kind}' is not for inputs of shape {tuple(images.shape)}: 'event' is for event frames"
                 f" [N, T, 2, H, W], 'noise', 'natural' and 'attack' for images. Choose among {', '.join(possible)}."
             )
-    formats = {who: (dtypes or {}).get(who, torch.float32) for who in networks}
-    found = {(score.network, score.name, score.severity): score for score in known}
-    scores: list[Score] = []
+    if images.dtype != torch.uint8 or not len(images) or labels.shape != images.shape[:1]:
+        raise ConfigError(
+            f"{tuple(images.shape)} of {images.dtype} were given with labels of shape {tuple(labels.shape)}: expected"
+            " bytes (torch.uint8), one sample or more, and a label each."
+        )
+    colours = images.ndim == 4 and images.shape[1] == 3
+    return [(kind, name) for kind, name in measured if colours or name != "saturate"]
 
-    def add(who: str, kind: str, name: str, severity: int, measure: Callable[[], float]) -> None:
-        if (who, name, severity) not in found:
-            found[who, name, severity] = Score(who, kind, name, severity, measure())
-            keep(found[who, name, severity])
-        scores.append(found[who, name, severity])
 
+@dataclass(frozen=True)
+class _Task:
+    """One accuracy that is to be measured, on so many images."""
+
+    network: str
+    kind: str
+    name: str
+    severity: int
+    images: int
+    measure: Callable[[], float]
+
+
+def _tasks(
+    measured: Sequence[tuple[str, str]],
+    networks: Mapping[str, nn.Module],
+    images: Tensor,
+    labels: Labels,
+    formats: Mapping[str, torch.dtype],
+    seed: int,
+    attacked: int,
+    teachers: Mapping[str, nn.Module],
+) -> Iterator[_Task]:
+    """All that there is to measure, in order; what a task needs is made when it is measured."""
     for who, network in networks.items():
-        add(who, "clean", "clean", 0, partial(_accuracy, network, images, labels, formats[who]))
+        clean = partial(_accuracy, network, images, labels, formats[who])
+        yield _Task(who, "clean", "clean", 0, len(images), clean)
+    targets: dict[str, Target] = {}
+    if any(kind == "attack" for kind, _ in measured):
+        some = sample(len(images), attacked, seed)
+        for who, network in networks.items():
+            targets[who] = Target(network, teachers.get(who), images[some], labels[some], formats[who], seed)
+            yield _Task(who, "attacked", "attacked", 0, len(some), targets[who].clean)
     for kind, name in measured:
         for severity in SEVERITIES:
             changed = cache(partial(corrupt, images, name, severity, seed))
             for who, network in networks.items():
-                dtype = formats[who]
-                if kind in ("noise", "natural", "event"):
-                    add(who, kind, name, severity, lambda: _accuracy(network, changed(), labels, dtype))  # noqa: B023
-                elif kind == "attack":
-                    given = (network, images, labels, name, severity, seed, dtype, attacked)
-                    add(who, kind, name, severity, partial(_attacked, *given))
+                if kind == "attack":
+                    yield from _attacks(who, targets[who], name, severity)
+                elif kind != "hardware":
+                    under = partial(_accuracy_under, network, changed, labels, formats[who])
+                    yield _Task(who, kind, name, severity, len(images), under)
                 elif name == "weight-noise" or _neurons(network):
-                    faulty = partial(fault, network, name, severity, seed)
-                    add(who, kind, name, severity, lambda: _accuracy(faulty(), images, labels, dtype))  # noqa: B023
-    return scores
+                    broken = partial(fault, network, name, severity, seed)
+                    measure = partial(_accuracy_broken, broken, images, labels, formats[who])
+                    yield _Task(who, kind, name, severity, len(images), measure)
+
+
+def _attacks(who: str, target: Target, name: str, severity: int) -> Iterator[_Task]:
+    """An attack by each gradient, then the worst of them."""
+    for gradient in target.gradients:
+        measure = partial(target.accuracy, name, severity, gradient)
+        yield _Task(who, "gradient", f"{name} by {gradient}", severity, len(target.labels), measure)
+    yield _Task(who, "attack", name, severity, len(target.labels), partial(target.worst, name, severity))
+
+
+def sample(total: int, count: int, seed: int) -> Tensor:
+    """So many different places out of a total, drawn, in ascending order; all where there are no more."""
+    return torch.randperm(total, generator=Generator().manual_seed(seed))[:count].sort().values
 
 
 def perturbations(kinds: Sequence[str]) -> list[tuple[str, str]]:
@@ -127,34 +206,12 @@ def _accuracy(network: nn.Module, images: Tensor, labels: Labels, dtype: torch.d
     return accuracy_by_step(predict(network, images, dtype), labels)[-1]
 
 
-def area(scores: Sequence[Score], network: str, name: str) -> float:
-    """Mean height, in percent, of the curve of accuracy over severity 0..5 (trapezoids)."""
-    found = {score.severity: score.accuracy for score in scores if score.network == network and score.name == name}
-    found[0] = next(score.accuracy for score in scores if score.network == network and score.name == "clean")
-    curve = torch.tensor([found[severity] for severity in (0, *SEVERITIES)], dtype=torch.float64)
-    return float(torch.trapezoid(curve)) / len(SEVERITIES)
+def _accuracy_under(network: nn.Module, changed: Callable[[], Tensor], labels: Labels, dtype: torch.dtype) -> float:
+    return _accuracy(network, changed(), labels, dtype)
 
 
-def mean_corruption_error(scores: Sequence[Score], network: str, baseline: str, kind: str = "natural") -> float:
-    """Errors over all severities in percent of a baseline's, mean over perturbations, after mCE (arXiv 1903.12261).
-
-    That one takes 15 corruptions, noises among them, and AlexNet as baseline: its figures are others than these.
-
-    Raises:
-        ConfigError: if the scores hold nothing of that kind, or no such network.
-    """
-    names = sorted({score.name for score in scores if score.kind == kind and score.network == network})
-    if not names:
-        raise ConfigError(f"The scores hold no '{kind}' of '{network}': measure it first.")
-
-    def error(who: str, name: str) -> float:
-        found = [100.0 - score.accuracy for score in scores if score.network == who and score.name == name]
-        if len(found) != len(SEVERITIES):
-            raise ConfigError(f"The scores hold {len(found)} severities of '{name}' for '{who}': expected 5.")
-        return sum(found)
-
-    ratios = [error(network, name) / max(1e-9, error(baseline, name)) for name in names]
-    return 100.0 * sum(ratios) / len(ratios)
+def _accuracy_broken(broken: Callable[[], nn.Module], images: Tensor, labels: Labels, dtype: torch.dtype) -> float:
+    return _accuracy(broken(), images, labels, dtype)
 
 
 def _neurons(network: nn.Module) -> dict[str, Spiking]:
@@ -246,7 +303,10 @@ def stuck_neurons(network: nn.Module, share: float, generator: Generator) -> Non
 
 
 def membrane_noise(network: nn.Module, deviation: float, generator: Generator) -> None:
-    """Normal noise on every potential at every step, in thresholds."""
+    """Normal noise on every potential after the charge of every step, in thresholds.
+
+    It comes in with the current, so it is made larger by what a decayed input is made smaller.
+    """
     for layer in _neurons(network).values():
         own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
@@ -254,7 +314,9 @@ def membrane_noise(network: nn.Module, deviation: float, generator: Generator) -
             current, timesteps, repeats, *rest = given
             current = repeat_time(current, repeats)
             drawn = torch.randn(current.shape, generator=own).to(current)
-            shaken = current + deviation * layer.heights(current).to(current) * drawn
+            one = torch.ones_like(layer.leak)
+            gain = charge(one, 0 * one, layer.neuron, layer.leak)
+            shaken = current + deviation * (layer.heights(current) / gain).to(current) * drawn
             order = torch.channels_last if is_channels_last(current) else torch.contiguous_format
             return (shaken.contiguous(memory_format=order), timesteps, 1, *rest)
 
@@ -270,65 +332,3 @@ FAULTS: dict[str, tuple[Callable[[nn.Module, float, Generator], None], Levels]] 
     "membrane-noise": (membrane_noise, (0.02, 0.05, 0.10, 0.15, 0.20)),
 }
 """Fault -> what makes it, and its five levels."""
-ATTACKED_AT_ONCE = 100
-"""Images of a batch under attack."""
-ATTACKS: dict[str, tuple[int, Levels]] = {
-    "fgsm": (1, (0.5, 1.0, 2.0, 4.0, 8.0)),
-    "pgd": (10, (0.5, 1.0, 2.0, 4.0, 8.0)),
-}
-"""Attack -> gradient steps, and the largest change of a value in 255ths (l-infinity) at the five severities."""
-
-
-def attack(
-    network: nn.Module, images: Image, labels: Labels, *, reach: float, steps: int, generator: Generator
-) -> Image:
-    """Images changed by at most ``reach`` a value so that the network errs, through the surrogate gradient.
-
-    One step is FGSM (Goodfellow et al., arXiv 1412.6572); more are PGD from a random start, each of 2.5 reach / steps
-    (Madry et al., arXiv 1706.06083).
-    """
-    start = images
-    if steps > 1:
-        start = (images + reach * (2 * torch.rand(images.shape, generator=generator).to(images) - 1)).clamp(0, 1)
-    size = reach if steps == 1 else 2.5 * reach / steps
-    changed = start
-    for _ in range(steps):
-        changed = changed.detach().requires_grad_(True)
-        (slope,) = torch.autograd.grad(F.cross_entropy(_mean_logits(network, changed), labels), changed)
-        moved = changed.detach() + size * slope.sign()
-        changed = torch.minimum(torch.maximum(moved, images - reach), images + reach).clamp(0, 1)
-    return changed.detach()
-
-
-def _mean_logits(network: nn.Module, images: Image) -> Tensor:
-    """Logits ``[B, K]`` of a network with time or without."""
-    logits = network(images).float()
-    return logits.mean(0) if logits.ndim == 3 else logits
-
-
-def _attacked(
-    network: nn.Module,
-    images: Tensor,
-    labels: Labels,
-    name: str,
-    severity: int,
-    seed: int,
-    dtype: torch.dtype,
-    most: int,
-) -> float:
-    """Accuracy in percent under attack, on evenly spaced images."""
-    steps, levels = ATTACKS[name]
-    chosen = evenly(len(images), most)
-    images, labels = images[chosen], labels[chosen]
-    generator = Generator().manual_seed(seed)
-    truths = iter(labels.split(ATTACKED_AT_ONCE))
-
-    def work(batch: Tensor) -> Tensor:
-        truth = next(truths).to(batch.device)
-        with torch.enable_grad():
-            reach = levels[severity - 1] / 255
-            changed = attack(network, batch, truth, reach=reach, steps=steps, generator=generator)
-        return (_mean_logits(network, changed).argmax(-1) == truth).sum().cpu()
-
-    right = in_batches(network, work, images, dtype, ATTACKED_AT_ONCE)
-    return 100.0 * float(torch.stack(right).sum()) / len(labels)

@@ -13,6 +13,7 @@ from spikedistill.evaluate.accuracy import accuracy_by_step, predict
 from spikedistill.evaluate.activity import firing_rates
 from spikedistill.evaluate.agreement import agreement, divergence
 from spikedistill.evaluate.early_exit import predict_early
+from spikedistill.inputs import AnyLayout
 from spikedistill.student.build import Student
 from spikedistill.teacher.load import Normalised
 
@@ -81,7 +82,8 @@ def check_fits(network: nn.Module, images: ImageSet, name: str) -> None:
     """Show a network two samples; event frames to a student, a single frame to an ANN.
 
     Raises:
-        ConfigError: if it does not accept them, returns no tensor, or has not one output per class.
+        ConfigError: if it does not accept them, returns no tensor, has not one output per class, or returns
+            probabilities.
     """
     inputs = to_inputs(images.train_images[:2])
     training = network.training
@@ -102,10 +104,16 @@ def check_fits(network: nn.Module, images: ImageSet, name: str) -> None:
             f"{name} returns logits of shape {tuple(logits.shape[1:])}, '{images.name}' has {images.classes} classes:"
             " give it one output per class."
         )
+    if (logits >= 0).all() and bool((logits.float().sum(-1) - 1).abs().max() < 1e-3):
+        raise ConfigError(
+            f"{name} returns probabilities, not logits: for two images all are 0 or more and add up to 1. Leave the"
+            " softmax at its end away, or return their logarithm."
+        )
 
 
 def _logits(network: nn.Module, inputs: Tensor) -> Tensor:
-    logits = network.network(network.normalise(inputs)) if isinstance(network, Normalised) else network(inputs)
+    with AnyLayout():
+        logits = network.network(network.normalise(inputs)) if isinstance(network, Normalised) else network(inputs)
     if not isinstance(logits, Tensor):
         raise TypeError(f"it returns {type(logits).__name__}, not a tensor of logits")
     return logits

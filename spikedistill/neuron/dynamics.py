@@ -11,6 +11,9 @@ IF has l = 1; LIF a fixed l < 1 (tau = 1 / (1 - l)); PLIF learns it (Fang et al.
 ``threshold * s``: the mean over time then stands where the activation of the ANN stood, and the constant folds into the
 weights that follow. In one call the potential starts at ``initial`` thresholds; 1/2 makes the answer to a constant
 current round instead of truncate (Bu et al., arXiv 2303.04347).
+
+A current that is NaN or infinite makes spikes and potential NaN from its step on: a comparison would call it "no
+spike", or "always", and what is broken would pass as an answer. This is our choice.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.surrogate import Surrogate, Triangle
+from spikedistill.neuron.surrogate import Surrogate, Triangle, spike
 from spikedistill.shapes import Current, Spikes
 
 
@@ -80,6 +83,11 @@ class Neuron:
         if isinstance(self.surrogate, type) or not isinstance(self.surrogate, Surrogate):
             raise ConfigError(f"surrogate (={self.surrogate!r}) must have gradient(u): give Triangle(), for instance.")
 
+    @property
+    def gain(self) -> float:
+        """Share of the current that charges at each step: 1, or 1 - leak where the input decays."""
+        return 1.0 - self.leak if self.decay_input else 1.0
+
 
 IF = Neuron()
 """Integrate and fire: no leak, subtractive reset."""
@@ -98,7 +106,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx, u: Tensor, surrogate: Surrogate) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(u)
         ctx.surrogate = surrogate
-        return (u >= 0).to(u.dtype)
+        return spike(u)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
@@ -204,7 +212,7 @@ def run_with_slope(
     trains = []
     for t in range(timesteps):
         charged = leak * potential + gain * exact[t if len(exact) > 1 else 0]
-        spikes = (charged - 1.0 >= 0).to(charged.dtype)
+        spikes = spike(charged - 1.0)
         spiked, tangent = slope_step(charged, spikes, tangent, neuron, leak, gain)
         potential = charged - spikes if neuron.reset is Reset.SUBTRACT else charged * (1.0 - spikes)
         slope = slope + spiked / timesteps

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from spikedistill.neuron.dynamics import Neuron, Reset, slope_step
+from spikedistill.neuron.surrogate import spike
 
 log = logging.getLogger("spikedistill")
 
@@ -45,8 +46,19 @@ def chunks(timesteps: int) -> list[slice]:
     return [slice(first, min(first + CHUNK, timesteps)) for first in range(0, timesteps, CHUNK)]
 
 
+def _fires(u: Tensor) -> Tensor:
+    """``spike`` for backward, which leaves the order of its sums as it is: NaN reaches it by the surrogate."""
+    return (u >= 0).float()
+
+
 def _charges(
-    neuron: Neuron, current: Tensor, state: Tensor | None, leak: Tensor, threshold: Tensor, timesteps: int
+    neuron: Neuron,
+    current: Tensor,
+    state: Tensor | None,
+    leak: Tensor,
+    threshold: Tensor,
+    timesteps: int,
+    fires: Callable[[Tensor], Tensor] = spike,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The potential before and after the charge, and spikes, of each step; the first list ends with the last one."""
     before = [torch.full_like(current[0], neuron.initial, dtype=torch.float32) if state is None else state]
@@ -54,7 +66,7 @@ def _charges(
     for t in range(timesteps):
         x = current[t].float() / threshold
         u = leak * before[t] + ((1.0 - leak) * x if neuron.decay_input else x)
-        s = (u - 1.0 >= 0).float()
+        s = fires(u - 1.0)
         charged.append(u)
         spikes.append(s)
         before.append(u - s if neuron.reset is Reset.SUBTRACT else u * (1.0 - s))
@@ -110,7 +122,7 @@ def _backward(
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients to current ``[T, N]``, state (None: fresh), leak and threshold (None: fixed)."""
-    before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
+    before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps, _fires)
     gain = (1.0 - leak) if neuron.decay_input else torch.ones_like(leak)
     rest = torch.zeros_like(before[0]) if grad_state is None else grad_state
     to_leak, to_threshold = torch.zeros_like(rest), torch.zeros_like(rest)

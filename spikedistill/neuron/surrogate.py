@@ -2,7 +2,7 @@
 
 A spike is ``s = H(u)``, where ``u = v / threshold - 1`` is the potential above threshold in units of the threshold.
 Forward is exactly the step, ``H(0) = 1``; backward multiplies by ``gradient(u)``, which is non-negative, greatest at
-``u = 0`` and (but for rounding and the choice of parameter) has area 1.
+``u = 0`` and (but for rounding and the choice of parameter) has area 1. NaN for NaN: a broken potential has no slope.
 """
 
 import math
@@ -13,6 +13,15 @@ import torch
 from torch import Tensor
 
 from spikedistill.errors import ConfigError
+
+
+def spike(u: Tensor) -> Tensor:
+    """``H(u)`` of potentials above threshold, in their dtype: 0 or 1; NaN where u is not finite.
+
+    >>> spike(torch.tensor([-0.5, 0.0, torch.nan, torch.inf])).tolist()
+    [0.0, 1.0, nan, nan]
+    """
+    return (u >= 0).to(u.dtype) + 0.0 * u
 
 
 @runtime_checkable
@@ -102,7 +111,7 @@ class Rectangle:
 
     def gradient(self, u: Tensor) -> Tensor:
         """A window of the given width."""
-        return (u.abs() < self.width / 2).to(u.dtype) / self.width
+        return torch.where(u.abs() < self.width / 2, 1.0, u - u) / self.width
 
 
 SURROGATES: dict[str, type[Sigmoid] | type[ATan] | type[Triangle] | type[Rectangle]] = {

@@ -8,6 +8,7 @@ from tyro.conf import arg
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.student.coding import CODINGS
 from spikedistill.student.conversion import Conversion, neuron_from
+from spikedistill.student.pool import MaxPool
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class StudentChoice:
     """Training images from which thresholds are chosen."""
     correct_bias: bool = False
     """Shift biases so that every layer's channels answer as the ANN's do on average (for methods without training)."""
-    max_pool: Literal["keep", "average"] = "keep"
-    """Keep max pooling, or exchange it for average pooling."""
+    max_pool: MaxPool = "cumulative"
+    """What max pooling becomes: pooling of the input so far (cumulative), of each step by itself (or), or average
+    pooling (average)."""
     coding: Literal["direct", "frames", "latency", "rate"] = "direct"
     """What the student sees at each step: the image itself (direct), spikes made from it (latency, rate), or the frames
     of event data (frames), of which there must be T."""

@@ -19,6 +19,7 @@ from spikedistill.objective.qcfs import QCFS
 from spikedistill.objective.terms import Needs, Objective
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.methods import CONVERSIONS, find_method, name_of, sources_of, written
+from spikedistill.recipes.tutor import compare_classes, interview, introduce, known_images, sentences
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.report import Report
 from spikedistill.student.save import fill, read_student, save_student
@@ -29,6 +30,9 @@ from spikedistill.train.loop import fit
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
 from spikedistill.train.run import Run
+
+FEW = 4
+"""Images on which a network with fresh weights, which needs no thresholds, is tried: whether it mixes them."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,12 @@ def distill(
         trust_code: execute the Python code that the teacher's file may name as its network.
 
     Returns:
-        What results.json holds: see ``measure_student``; and ``method``, the objective with its open fields closed.
+        What results.json holds: see ``measure_student``; and ``method``, the objective with its open fields closed;
+        and ``teacher``, what was found out about it before (see ``interview``).
 
     Raises:
-        ConfigError: if the recipe cannot work, or the loss is no longer a number.
+        ConfigError: if the recipe cannot work, the teacher knows the classes in another order or answers nothing that
+            is finite, or the loss is no longer a number.
         DataError: if there are no such images.
         WeightsError: if the teacher's or the starting student's weights cannot be read or do not fit.
         ConversionError: if the network has a part with no spiking meaning.
@@ -154,18 +160,26 @@ def distill(
     )
     student, report, network = build_student(recipe, teacher, architecture, images)
     method = recipe.method and settle_objective(recipe.method, student, teacher, report.inherited)
+    names = None if teacher is None else compare_classes(choice.source, teacher, source or images)
     run = Run(out)
     run.start(recipe.written(), resume, Distill().written())
     for number, file in enumerate(sources_of(method)):
         kept = out / f"method{f'-{number + 1}' if number else ''}.py"
         if not (kept.exists() and kept.samefile(file)):
             shutil.copyfile(file, kept)
+    introduce(run, progress.say, images, source)
     progress.say(str(report).splitlines()[0])
     if recipe.student.gradient == "rate" and recipe.student.neuron == "if":
         progress.say("the rate-based gradient loses points with neurons that forget nothing: consider --neuron lif")
     run.write("conversion", {"network": network.name, **asdict(report)})
     place, compared = recipe.training.place(), teacher if source is None else None
     with progress:
+        if teacher is not None and not (resume and (out / "teacher.json").exists()):
+            known = interview(choice.source, teacher, source or images, recipe.data.validation, place)
+            run.write("teacher", {**known, "class_names": names})
+        if teacher is not None:
+            for sentence in sentences(run.read("teacher")):
+                progress.say(sentence)
         if not resume or not (out / "before.json").exists():
             run.write("before", measure_student(student, compared, images, place, 1000))
         if method is not None:
@@ -173,7 +187,9 @@ def distill(
             fit(student, method, feed, recipe.training, run, teacher=teacher, progress=progress)
         results = measure_student(student, compared, images, place)
     results["method"] = {"name": recipe.method_name} if method is None else written(method)
-    facts = {"recipe": recipe.written(), "data": images.name, "results": results}
+    if teacher is not None:
+        results["teacher"] = run.read("teacher")
+    facts = {"recipe": recipe.written(), "results": results, **known_images(images, recipe.data.validation)}
     save_student(run.model, student, architecture=network, facts=facts)
     run.write("results", results)
     return results
@@ -204,7 +220,8 @@ def build_student(
     if ann is None:
         made = architecture.build()
         check_fits(Normalised(made, mean, std), images, f"The student '{choice.network}'")
-    calibrate = calibration_inputs(images, choice.calibration) if choice.inherits else None
+    calibrate = calibration_inputs(images, choice.calibration if choice.inherits else FEW)
+    calibrate = calibrate.flatten(0, 1) if images.frames else calibrate  # a frame is a sample here
     student, report = to_spiking(ann or made, choice.conversion(), calibrate=calibrate, mean=mean, std=std)
     student.gradient, student.recompute = choice.gradient, choice.recompute
     if choice.start is not None:

@@ -11,6 +11,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.evaluate.measure import check_fits, measure_teacher
 from spikedistill.files import write_tensors
 from spikedistill.objective.direct import Direct
+from spikedistill.recipes.tutor import introduce, known_images
 from spikedistill.student.upgrade import FORMAT
 from spikedistill.teacher.load import Architecture, OneStep, is_elsewhere
 from spikedistill.train.loop import fit
@@ -77,11 +78,13 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
     check_fits(network, images, f"The network '{recipe.network}'")
     run = Run(out)
     run.start(recipe.written(), resume, Teach().written())
+    introduce(run, progress.say, images)
     with progress:
         feed = recipe.data.feed(images, recipe.training)
         fit(network, Direct(recipe.label_smoothing), feed, recipe.training, run, progress=progress)
         results = measure_teacher(network, images, recipe.training.place())
-    known = {"architecture": architecture.facts(), "mean": mean, "std": std, "class_names": images.class_names}
-    write_tensors(run.model, network.network.state_dict(), {"kind": "teacher", **known, "data": images.name, **results})
+    known = {"architecture": architecture.facts(), "mean": mean, "std": std}
+    known |= known_images(images, recipe.data.validation)
+    write_tensors(run.model, network.network.state_dict(), {"kind": "teacher", **known, **results})
     run.write("results", results)
     return results

@@ -1,7 +1,7 @@
 """``to_spiking``: an ANN goes in, a spiking student and a report come out. Conversion is read whole on this page."""
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,19 +9,21 @@ from torch import Tensor, fx, nn
 
 from spikedistill.answer import Answer
 from spikedistill.errors import ConfigError, ConversionError, ShapeError, one_of
+from spikedistill.inputs import normalise
 from spikedistill.neuron.layer import Spiking
-from spikedistill.shapes import ClassLogits, Image, Logits
-from spikedistill.student.calibrate import channel_means, correct_biases, record, thresholds
-from spikedistill.student.coding import Coding
+from spikedistill.shapes import ClassLogits, Logits
+from spikedistill.student.calibrate import channel_means, correct_biases, record, silent_layers, thresholds
+from spikedistill.student.coding import Coding, DirectCoding
 from spikedistill.student.conversion import USUAL, Conversion
-from spikedistill.student.graph import Charges, spike_nodes
+from spikedistill.student.graph import Charges, first_convolution, spike_nodes
+from spikedistill.student.mixing import refuse_mixed
 from spikedistill.student.quantised import quantised_run
 from spikedistill.student.rate import rate_run
 from spikedistill.student.recompute import Recompute, recomputed_run
 from spikedistill.student.report import Report, Site
-from spikedistill.student.rules import Activation, find_activations
-from spikedistill.student.surgery import insert_neurons
-from spikedistill.student.trace import trace
+from spikedistill.student.rules import CallSite, find_activations
+from spikedistill.student.surgery import insert_layers, make_pools
+from spikedistill.student.trace import constants_of, trace
 from spikedistill.teacher.load import Normalised
 from spikedistill.teacher.zoo import initialise
 
@@ -29,7 +31,8 @@ Gradient = Literal["exact", "rate", "quantised"]
 """How a student in training hands gradients back: through every step and its state, through rates alone, or not as a
 spiking network at all but as its quantised stand-in (``student/quantised.py``), whose logits have one time step."""
 State = tuple[Tensor, ...]
-"""The potentials of all layers after a step, ``[B, ...]`` each, in units of their thresholds."""
+"""After a step the potentials of all layers in units of their thresholds, then the cumulative input of every max
+pooling over time; ``[B, ...]`` each."""
 
 ROWS = 1000
 """Time steps times images in one call: more would leave the processor's caches."""
@@ -47,9 +50,11 @@ class Student(nn.Module):
         timesteps: T of the next call.
         gradient: how gradients are handed back in training.
         ends: for each module path of the ANN the node of ``core`` that carries its output, in order of execution.
+        states: how many tensors a ``State`` holds.
         recompute: what is computed again for the exact gradient instead of kept: the same gradient from less memory.
             ``"nothing"``; ``"neurons"``, all but convolutions, for less time; ``"stages"``, all, for one more forward
             pass. The rate-based gradient keeps little and stays as it is.
+        walk: what runs the graph node by node where something is asked of its nodes (``evaluate/activity.py`` counts).
     """
 
     mean: Tensor
@@ -71,10 +76,12 @@ class Student(nn.Module):
         self.timesteps = conversion.timesteps
         self.gradient: Gradient = "exact"
         self.recompute: Recompute = "nothing"
+        self.walk: Callable[[fx.GraphModule, Collection[str], Collection[str]], Charges] = Charges
         self.ends = dict(ends)
         self._group: str = core.meta["neurons"]
         self._keys = dict(zip(layers, self.neurons))
-        self._takes = _first_convolution(core)
+        self._takes = first_convolution(core)
+        self.states = len(self._keys) + len(core.get_submodule(core.meta["pools"]))  # type: ignore[arg-type]
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -189,13 +196,12 @@ class Student(nn.Module):
         Raises:
             ShapeError: if the state is another network's, or another batch's.
         """
-        layers = len(self._keys)
-        if state is not None and len(state) != layers:
+        if state is not None and len(state) != self.states:
             raise ShapeError(
-                f"The state has {len(state)} layers, the student has {layers}: carry a state only between steps of one"
-                " student."
+                f"The state has {len(state)} layers, the student has {self.states}: carry a state only between steps"
+                " of one student."
             )
-        before = (None,) * layers if state is None else state
+        before = (None,) * self.states if state is None else state
         result, _, _ = self._through((), (), self._normalised(images), 1, 1, before, True)
         return result
 
@@ -232,7 +238,7 @@ class Student(nn.Module):
     ) -> tuple[Logits, dict[str, Tensor], dict[str, Tensor]]:
         """Logits, what nodes returned, and potentials of layers, by name each; rows ``[B, ...]`` or ``[T*B, ...]``."""
         one_of("gradient", self.gradient, get_args(Gradient))
-        timesteps, layers = self.timesteps, len(self._keys)
+        timesteps, layers = self.timesteps, self.states
         rows, repeats = self.coding.encode(images, timesteps)
         if self.gradient == "quantised" and self._learns():
             if repeats != timesteps:
@@ -249,19 +255,20 @@ class Student(nn.Module):
     def _through(self, keep: Collection[str], charges: Collection[str], *given: Any) -> Any:
         """The graph's results, with what ``recompute`` asks for; what nodes returned; potentials of layers."""
         one_of("recompute", self.recompute, get_args(Recompute))
-        if self.recompute != "nothing" and torch.is_grad_enabled() and not charges:
+        counted = self.walk is not Charges
+        if self.recompute != "nothing" and torch.is_grad_enabled() and not charges and not counted:
             return *recomputed_run(self.core, self.recompute == "stages", keep, *given), {}
-        if not keep and not charges:
+        if not keep and not charges and not counted:
             return self.core(*given), {}, {}
-        walk = Charges(self.core, keep, charges)
+        walk = self.walk(self.core, keep, charges)
         return walk.run(*given), walk.kept, walk.potentials
 
     def _normalised(self, images: Tensor) -> Tensor:
         dims, channels = self._takes
         own = len(self.mean)
         fits = images.ndim > 1 and len(images) > 0 and dims in (None, images.ndim)
-        if fits and (own == 1 or (images.ndim > 3 and images.shape[-3] in (1, own))):
-            normalised = (images - self.mean) / self.std
+        if fits and (own == 1 or images.shape[1] in (1, own)):
+            normalised = normalise(images, self.mean, self.std)
             if channels in (None, normalised.shape[1]):
                 return normalised
         axes = ", ".join(["B", str(channels), *"DHW"[5 - dims :]]) if dims else "B, ..."
@@ -281,7 +288,7 @@ def to_spiking(
     ann: nn.Module,
     conversion: Conversion = USUAL,
     *,
-    calibrate: Image | None = None,
+    calibrate: Tensor | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[Student, Report]:
@@ -303,6 +310,8 @@ def to_spiking(
         ConfigError: if calibration images are missing.
     """
     conversion = conversion.settled()
+    if not isinstance(calibrate, Tensor | None):
+        raise ConfigError(f"calibrate is a {type(calibrate).__name__}: give a tensor of raw images in 0..1.")
     if conversion.inherit and (calibrate is None or not len(calibrate)):
         raise ConfigError(
             "Inherited weights need thresholds: give some hundred images as calibrate=..., or inherit=False."
@@ -316,8 +325,10 @@ def to_spiking(
     activations = find_activations(module)
     chosen: Mapping[str, tuple[Tensor, float | None]]
     wanted: dict[str, Tensor] = {}
-    if conversion.inherit and calibrate is not None:
-        inputs = _normalised(calibrate, mean, std, module)
+    inputs = None if calibrate is None or not len(calibrate) else _normalised(calibrate, mean, std, module)
+    if inputs is not None:
+        _try(module, inputs)
+    if conversion.inherit and inputs is not None:
         chosen = _calibrated(module, activations, inputs, conversion)
         if conversion.correct_bias:
             wanted = channel_means(module, {one.node for one in activations}, inputs)
@@ -325,45 +336,59 @@ def to_spiking(
         initialise_fresh(module)
         fresh = torch.tensor(conversion.model.threshold)
         chosen = dict.fromkeys((one.node for one in activations), (fresh, None))
-    neurons = {one.name: Spiking(conversion.model, chosen[one.node][0]) for one in activations}
-    named = insert_neurons(module, activations, neurons, conversion.max_pool)
+    neurons = [(one, Spiking(conversion.model, chosen[one.node][0])) for one in activations]
+    repeats = isinstance(conversion.coding, DirectCoding)
+    pools, notes = make_pools(module, activations, conversion.max_pool, repeats)
+    named = insert_layers(module, [*neurons, *pools])
     nodes = {path: named[node.name] for path, node in ends.items() if node.name in named}
     origin = {"code": f"{type(ann).__module__}:{type(ann).__qualname__}"}
-    student = Student(module, nodes, list(neurons), conversion, origin, mean, std)
+    student = Student(module, nodes, [one.name for one in activations], conversion, origin, mean, std)
     student.to(next(ann.parameters()).device)
     if wanted and calibrate is not None:
         ordered = {name: wanted[one.node] for name, one in zip(student.neurons, activations)}
         correct_biases(student, module, student.neurons, ordered, calibrate, student.at_once)
-    return student, Report(_sites(activations, chosen), conversion.timesteps, conversion.inherit)
+    silent: set[str] = set()
+    if conversion.inherit and inputs is not None:
+        named_layers = dict(zip(student.layers(), student.neurons.values()))
+        size = min(16, student.at_once)
+        silent = silent_layers(module, named_layers, inputs, student.states, conversion.timesteps, size)
+    return student, Report(_sites(activations, chosen, silent), conversion.timesteps, conversion.inherit, notes)
 
 
-def _sites(activations: Sequence[Activation], chosen: Mapping[str, tuple[Tensor, float | None]]) -> tuple[Site, ...]:
-    """What became of each activation, given its thresholds and the rate that is expected."""
+def _sites(
+    activations: Sequence[CallSite], chosen: Mapping[str, tuple[Tensor, float | None]], silent: Collection[str]
+) -> tuple[Site, ...]:
+    """What became of each activation, given its thresholds and the rate that is expected, and those that never fire."""
     return tuple(
-        Site(one.name, one.kind, one.source, float(chosen[one.node][0].mean()), chosen[one.node][1], one.note)
-        for one in activations
+        Site(one.name, one.kind, one.source, float(threshold.mean()), rate, one.note, one.name in silent)
+        for one, (threshold, rate) in ((one, chosen[one.node]) for one in activations)
     )
 
 
 @torch.no_grad()
-def _normalised(images: Image, mean: Sequence[float], std: Sequence[float], module: nn.Module) -> Image:
+def _normalised(images: Tensor, mean: Sequence[float], std: Sequence[float], module: nn.Module) -> Tensor:
     device = next(module.parameters()).device
     return Normalised(nn.Identity(), mean, std).to(device).normalise(images.to(device))
 
 
 def _calibrated(
-    module: fx.GraphModule, activations: Sequence[Activation], inputs: Image, conversion: Conversion
+    module: fx.GraphModule, activations: Sequence[CallSite], inputs: Tensor, conversion: Conversion
 ) -> dict[str, tuple[Tensor, float]]:
     """By node, the thresholds of a layer and the rate that is expected of it."""
+    seen = record(module, {one.node for one in activations}, inputs, conversion.per_channel)
+    return thresholds(seen, conversion.model, conversion.timesteps, conversion.rule, conversion.percentile)
+
+
+def _try(module: fx.GraphModule, inputs: Tensor) -> None:
+    """Refuse a network that does not accept the inputs, or mixes them."""
     try:
-        seen = record(module, {one.node for one in activations}, inputs, conversion.per_channel)
-    except RuntimeError as error:
+        refuse_mixed(module, inputs, constants_of(module.graph))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # what layers raise on other shapes
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
             f"The network does not accept the calibration images of shape {tuple(inputs.shape)} ({reason}): give images"
             " as it was trained on."
         ) from error
-    return thresholds(seen, conversion.model, conversion.timesteps, conversion.rule, conversion.percentile)
 
 
 def initialise_fresh(module: nn.Module) -> None:
@@ -373,13 +398,3 @@ def initialise_fresh(module: nn.Module) -> None:
         if callable(reset):
             reset()
     initialise(module)
-
-
-def _first_convolution(core: fx.GraphModule) -> tuple[int | None, int | None]:
-    """How many dimensions and channels the input has, where a convolution reads it; else None."""
-    readers = (user for user in next(iter(core.graph.nodes)).users if user.op == "call_module")
-    for layer in (core.get_submodule(str(user.target)) for user in readers):
-        for dims, kind in ((3, nn.Conv1d), (4, nn.Conv2d), (5, nn.Conv3d)):
-            if isinstance(layer, kind):
-                return dims, layer.in_channels
-    return None, None

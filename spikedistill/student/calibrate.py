@@ -2,7 +2,8 @@
 
 A neuron answers to a constant current x with a rate ``r(x / threshold)``: a staircase for IF, another with a leak
 or a reset to zero. The staircase is taken from the neuron itself, by running the reference once over a fine grid of
-currents, so the rules below hold for any neuron.
+currents, so the rules below hold for any neuron. The grid ends where more current changes nothing: a neuron that takes
+the share g of its current fires at every step from 1 / g thresholds on.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ from torch import Tensor, fx, nn
 from spikedistill.errors import ConversionError
 from spikedistill.neuron.dynamics import Neuron, run
 from spikedistill.neuron.layer import Spiking
-from spikedistill.shapes import Image
 from spikedistill.student.graph import Walk, repeat_time
 
 Rule = Literal["least-squares", "max", "percentile"]
@@ -32,10 +32,18 @@ FEW = 20
 SMALLEST_SHARE = 0.1
 """No channel's threshold is a smaller share of its layer's: training may wake the channel up."""
 GRID = 2000
-"""Points of a staircase, over currents from 0 to ``REACH`` thresholds."""
+"""Points of a staircase over currents from 0 to ``REACH`` thresholds; one that goes further has them as close."""
 REACH = 4.0
+"""Thresholds up to which every staircase goes; further where the neuron fires at every step only beyond."""
+MARGIN = 1.001
+"""How far beyond that point a staircase ends, and activations are put: rounding must not leave the last stair out."""
+LONGEST = 10_000
+"""Thresholds beyond which no staircase goes: a neuron that takes a smaller share of its current is refused."""
+PIECE = 2**18
+"""Points of a staircase that are run at a time."""
 CANDIDATES = 100
 """Thresholds tried, as even shares of the largest activation."""
+NOT_FINITE = "The activations hold NaN or infinity: check the weights and the calibration images."
 
 
 class _Recorder(Walk):
@@ -45,17 +53,19 @@ class _Recorder(Walk):
         super().__init__(module)
         self.nodes, self.look = nodes, look
         self.seen: dict[str, list[Tensor]] = {name: [] for name in nodes}
+        self.finite = True
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.nodes:
+            self.finite = self.finite and bool(torch.isfinite(value).all())
             self.seen[n.name].append(self.look(value.detach()).float().cpu())
         return value
 
 
 @torch.no_grad()
 def _look(
-    module: fx.GraphModule, nodes: set[str], images: Image, batch_size: int, look: Callable[[Tensor], Tensor]
+    module: fx.GraphModule, nodes: set[str], images: Tensor, batch_size: int, look: Callable[[Tensor], Tensor]
 ) -> dict[str, list[Tensor]]:
     training = module.training
     module.eval()
@@ -63,11 +73,13 @@ def _look(
     for part in images.chunk(math.ceil(len(images) / batch_size)):
         recorder.run(part)
     module.train(training)
+    if not recorder.finite:
+        raise ConversionError(NOT_FINITE)
     return recorder.seen
 
 
 def record(
-    module: fx.GraphModule, nodes: set[str], images: Image, per_channel: bool = False, batch_size: int = 100
+    module: fx.GraphModule, nodes: set[str], images: Tensor, per_channel: bool = False, batch_size: int = 100
 ) -> dict[str, Tensor]:
     """A sample of the activations at each node over the images (already normalised): ``[n]``, or ``[C, n]``."""
     if per_channel:
@@ -95,7 +107,7 @@ def _stride(wanted: int, places: int) -> int:
     return stride
 
 
-def channel_means(module: fx.GraphModule, nodes: set[str], images: Image, batch_size: int = 100) -> dict[str, Tensor]:
+def channel_means(module: fx.GraphModule, nodes: set[str], images: Tensor, batch_size: int = 100) -> dict[str, Tensor]:
     """The mean activation of every channel at each node over the images (already normalised), ``[C]`` each."""
     seen = _look(module, nodes, images, batch_size, lambda value: _by_channel(value)[None] * len(value))
     return {name: torch.cat(parts).sum(0) / len(images) for name, parts in seen.items()}
@@ -115,21 +127,41 @@ def _thin(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def staircase(neuron: Neuron, timesteps: int) -> Tensor:
-    """Rates ``[GRID]``, in spikes a step, of a neuron under constant currents from 0 to ``REACH`` thresholds."""
-    currents = torch.linspace(0, REACH, GRID)[None]
+    """Rates ``[n]``, in spikes a step, under constant currents from 0 that are ``REACH / (GRID - 1)`` thresholds apart.
+
+    The last is one at which the neuron fires at every step, so more current changes nothing: ``n`` is ``GRID`` for
+    neurons that do so within ``REACH``, as all that take their whole current.
+
+    Raises:
+        ConversionError: if the neuron takes so small a share of its current that it hardly ever fires.
+    """
+    everything = 1.0 / neuron.gain
+    if everything > LONGEST:
+        raise ConversionError(
+            f"A neuron with leak {neuron.leak} and decayed input takes {neuron.gain:.2g} of its current at each step,"
+            f" too little to calibrate a threshold: expected {1 / LONGEST} or more. Give a smaller leak, or"
+            " decay_input=False."
+        )
+    points = GRID
+    if everything > REACH:
+        points += math.ceil((MARGIN * everything - REACH) / REACH * (GRID - 1))
+    currents = torch.linspace(0, REACH * (points - 1) / (GRID - 1), points)[None]
     one = torch.ones(())
-    spikes, _ = run(currents, None, neuron, one * neuron.leak, one, timesteps)
-    return spikes.mean(0)
+    parts = [run(part, None, neuron, one * neuron.leak, one, timesteps)[0] for part in currents.split(PIECE, dim=1)]
+    return torch.cat([spikes.mean(0) for spikes in parts])
 
 
 def response(activations: Tensor, threshold: float | Tensor, stairs: Tensor) -> Tensor:
     """The rate with which a neuron answers to each activation as a constant current."""
-    position = (activations.clamp_min(0) / threshold * ((GRID - 1) / REACH)).round().long().clamp_max(GRID - 1)
-    return stairs[position]
+    position = (activations.clamp_min(0) / threshold * ((GRID - 1) / REACH)).round().clamp_max(len(stairs) - 1)
+    return stairs[position.long()]
 
 
 def choose_threshold(activations: Tensor, stairs: Tensor, rule: Rule, percentile: float = 99.9) -> float:
     """The threshold of one layer.
+
+    A neuron that fires at every step only beyond ``REACH`` is silent under thresholds near the largest activation; for
+    it the thresholds tried end where that activation first makes it fire.
 
     Args:
         activations: a flat sample of what the ANN's activation returns.
@@ -137,14 +169,15 @@ def choose_threshold(activations: Tensor, stairs: Tensor, rule: Rule, percentile
         rule: ``least-squares`` minimises the squared difference of activation and ``threshold x rate`` (after
             Li et al., arXiv 2106.06984; here on the neuron's own staircase); ``max`` and
             ``percentile`` take the largest activation, or the value below which that share of the positive ones lies
-            (Rueckauer et al., 2017, doi 10.3389/fnins.2017.00682, section 2.2.2, take 99.9 over all).
+            (Rueckauer et al., 2017, doi 10.3389/fnins.2017.00682, section 2.2.2, take 99.9 over all), for a neuron
+            that takes its whole current; see ``thresholds`` for others.
         percentile: for the rule of that name, 0..100.
 
     Raises:
         ConversionError: if the activations are not finite.
     """
     if not torch.isfinite(activations).all():
-        raise ConversionError("The activations hold NaN or infinity: check the weights and the calibration images.")
+        raise ConversionError(NOT_FINITE)
     positive = activations[activations > 0]
     if not len(positive):
         return 1.0
@@ -154,9 +187,17 @@ def choose_threshold(activations: Tensor, stairs: Tensor, rule: Rule, percentile
     if rule == "percentile":
         return float(torch.quantile(positive, percentile / 100))
     sample = positive[:: max(1, len(positive) // 20_000)]
-    tried = (torch.arange(CANDIDATES) + 1) * (top / CANDIDATES)
+    tried = (torch.arange(CANDIDATES) + 1) * (_largest_tried(top, stairs) / CANDIDATES)
     errors = [(sample - value * response(sample, value, stairs)).square().mean() for value in tried.split(1)]
     return float(tried[int(torch.stack(errors).argmin())])
+
+
+def _largest_tried(top: float, stairs: Tensor) -> float:
+    """The largest threshold worth trying for a layer whose largest activation is ``top``."""
+    if len(stairs) <= GRID:
+        return top
+    first = int(stairs.nonzero()[0]) + 1  # a point further, so that it fires without a doubt
+    return top / (first * REACH / (GRID - 1))
 
 
 def channel_thresholds(
@@ -186,6 +227,10 @@ def thresholds(
 ) -> dict[str, tuple[Tensor, float]]:
     """For each layer its threshold, or thresholds ``[C]``, and the rate in spikes a step that it should fire with.
 
+    The rules ``max`` and ``percentile`` mean that the activation they take makes the neuron fire at every step. Where
+    a neuron takes the share g of its current, that is at g times the activation: at the activation itself it would
+    never fire, however long the current lasts. This is our choice, the paper has no such neuron.
+
     Args:
         activations: by layer, ``[n]`` for one threshold, or ``[C, n]`` for one per channel.
         neuron: the model.
@@ -194,13 +239,52 @@ def thresholds(
         percentile: for the rule of that name.
     """
     stairs = staircase(neuron, timesteps)
+    taken = 1.0 if rule == "least-squares" or neuron.gain == 1 else neuron.gain / MARGIN
     result = {}
     for name, values in activations.items():
         one = choose_threshold(_thin(values.flatten()), stairs, rule, percentile)
         chosen = torch.tensor(one) if values.ndim == 1 else channel_thresholds(values, one, stairs, rule, percentile)
+        chosen = taken * chosen
         spread = chosen[:, None] if chosen.ndim else chosen
         result[name] = (chosen, float(response(values, spread, stairs).mean()))
     return result
+
+
+@torch.no_grad()
+def silent_layers(
+    core: fx.GraphModule, neurons: Mapping[str, Spiking], inputs: Tensor, states: int, timesteps: int, batch_size: int
+) -> set[str]:
+    """The layers of neurons that never fire when the network runs as it is, each layer on what the ones before it emit.
+
+    A layer that should fire by its own activations may be silent all the same, where those before it emit too little.
+
+    Args:
+        core: a student's graph, on the images as they are at every step.
+        neurons: its layers of neurons by name.
+        inputs: the images, already normalised.
+        states: how many tensors its state has.
+        timesteps: T.
+        batch_size: images at a time; as soon as every layer has fired, no more are shown.
+    """
+    training, backends = core.training, {layer: layer.backend for layer in neurons.values()}
+    core.eval()
+    silent = set(neurons)
+    for layer in backends:
+        layer.backend = "reference"  # nothing is compiled for a few images
+
+    def listen(name: str) -> Callable[..., None]:
+        return lambda _, __, result: silent.discard(name) if result[0].any() else None
+
+    handles = [layer.register_forward_hook(listen(name)) for name, layer in neurons.items()]
+    for part in inputs.split(batch_size):
+        if silent:
+            core(part, timesteps, timesteps, (None,) * states, False)
+    for handle in handles:
+        handle.remove()
+    for layer, backend in backends.items():
+        layer.backend = backend
+    core.train(training)
+    return silent
 
 
 class _Stop(BaseException):
@@ -213,7 +297,7 @@ def correct_biases(
     core: fx.GraphModule,
     neurons: Mapping[str, Spiking],
     wanted: Mapping[str, Tensor],
-    images: Image,
+    images: Tensor,
     batch_size: int,
 ) -> None:
     """Shift the biases before every layer of neurons so that its channels answer as the ANN's do on average.

@@ -1,4 +1,7 @@
-"""Image to current: what a student sees at each of its T steps. Pixels are raw, between 0 and 1."""
+"""Image to current: what a student sees at each of its T steps. Pixels are raw, between 0 and 1.
+
+A pixel that is NaN or infinite is NaN at every step, whatever the coding: no spike would hide it.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -74,7 +77,8 @@ class Rate:
     def frame(self, images: Tensor, t: int, timesteps: int) -> Tensor:
         """The spikes of step t."""
         generator = None if self.seed is None else torch.Generator(images.device).manual_seed(self.seed + t)
-        return torch.bernoulli(images.float().clamp(0, 1), generator=generator).to(images.dtype)
+        chances = images.float().nan_to_num(0.0).clamp(0, 1)
+        return torch.bernoulli(chances, generator=generator).to(images.dtype) + 0 * images
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Latency:
     def frame(self, images: Tensor, t: int, timesteps: int) -> Tensor:
         """The spikes of step t."""
         when = ((1 - images.clamp(0, 1)) * timesteps).floor()
-        return (when == t).to(images.dtype)
+        return (when == t).to(images.dtype) + 0 * images
 
 
 CODINGS: dict[str, type[DirectCoding] | type[Rate] | type[Latency] | type[Frames]] = {

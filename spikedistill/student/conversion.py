@@ -11,7 +11,7 @@ from spikedistill.neuron.dynamics import NEURONS, Neuron, Reset
 from spikedistill.neuron.surrogate import SURROGATES, Rectangle, Triangle
 from spikedistill.student.calibrate import Rule
 from spikedistill.student.coding import CODINGS, Coding, DirectCoding
-from spikedistill.student.surgery import MaxPool
+from spikedistill.student.pool import MaxPool
 
 Value = TypeVar("Value")
 
@@ -37,7 +37,9 @@ class Conversion:
             weights begin with one for each layer.
         correct_bias: shift biases so that every layer's channels have the ANN's means over the calibration images (see
             ``calibrate.correct_biases``): for a student that is not trained.
-        max_pool: keep max pooling (over spikes it is a logical or), or exchange it for average pooling.
+        max_pool: what max pooling becomes. ``cumulative`` pools the input so far, which is exact in the mean
+            (``student/pool.py``). ``or`` pools each step by itself, over spikes a logical or, whose error does not
+            shrink as T grows. ``average`` exchanges it for average pooling.
         coding: what the student sees at each step; the image itself by default.
 
     Raises:
@@ -51,7 +53,7 @@ class Conversion:
     percentile: float = 99.9
     per_channel: bool = True
     correct_bias: bool = False
-    max_pool: MaxPool = "keep"
+    max_pool: MaxPool = "cumulative"
     coding: Coding = field(default_factory=DirectCoding)
 
     def __post_init__(self) -> None:
@@ -96,7 +98,11 @@ class Conversion:
         Raises:
             ConfigError: if a field is missing, unknown or of another kind, or its value cannot work.
         """
-        parts: dict[str, Callable[[Any], Any]] = {"neuron": _neuron, "coding": lambda given: _named(given, CODINGS)}
+        parts: dict[str, Callable[[Any], Any]] = {
+            "neuron": _neuron,
+            "coding": lambda given: _named(given, CODINGS),
+            "max_pool": max_pool_from,
+        }
         return read_fields(cls, facts, parts)
 
 
@@ -185,6 +191,11 @@ def _fits(hint: Any, value: Any) -> bool:
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     return hint in (bool, int, str, NoneType) and type(value) is hint
+
+
+def max_pool_from(written: Any) -> Any:
+    """What a file says of max pooling; pooling each step by itself was called 'keep' at first."""
+    return "or" if written == "keep" else written
 
 
 def _neuron(given: Any) -> Neuron:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spikedistill.neuron.layer import Spiking
+from spikedistill.student.pool import CumulativeMaxPool
 
 
 def repeat_time(x: Any, repeats: Any) -> Any:
@@ -51,9 +52,11 @@ class Walk(fx.Interpreter):
         return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A layer of neurons fires, any other is applied."""
+        """A layer of neurons fires, a max pooling over time pools, any other is applied."""
         layer = self.fetch_attr(target)
-        return self.fire(layer, *args) if isinstance(layer, Spiking) else self.apply(layer, args, kwargs)
+        if isinstance(layer, Spiking):
+            return self.fire(layer, *args)
+        return self.pool(layer, *args) if isinstance(layer, CumulativeMaxPool) else self.apply(layer, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """``repeat_time`` spreads, any other function is called."""
@@ -62,6 +65,10 @@ class Walk(fx.Interpreter):
     def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
         """Spikes and state of a layer of neurons; see ``Spiking.forward``."""
         return layer(current, timesteps, repeats, state, keep)
+
+    def pool(self, layer: CumulativeMaxPool, x: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        """What a max pooling passes on, and its state; see ``CumulativeMaxPool.forward``."""
+        return layer(x, timesteps, repeats, state, keep)
 
     def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         """What any other layer returns; torch.compile leaves it to PyTorch's own kernels."""
@@ -102,3 +109,13 @@ def spike_nodes(core: fx.GraphModule) -> dict[str, str]:
         and isinstance(core.get_submodule(str(node.args[0].target)), Spiking)
         and node.args[1] == 0
     }
+
+
+def first_convolution(core: fx.GraphModule) -> tuple[int | None, int | None]:
+    """How many dimensions and channels the input has, where a convolution reads it; else None."""
+    readers = (user for user in next(iter(core.graph.nodes)).users if user.op == "call_module")
+    for layer in (core.get_submodule(str(user.target)) for user in readers):
+        for dims, kind in ((3, nn.Conv1d), (4, nn.Conv2d), (5, nn.Conv3d)):
+            if isinstance(layer, kind):
+                return dims, layer.in_channels
+    return None, None

@@ -16,10 +16,13 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import Neuron, Reset
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.graph import Walk
+from spikedistill.student.pool import CumulativeMaxPool
 
 
 def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
     """``threshold * clip(floor(x L / threshold + 1/2) / L, 0, 1)``, its floor handing gradients straight through.
+
+    NaN where a current is not finite, as neurons have it.
 
     Args:
         x: currents of any shape.
@@ -31,7 +34,7 @@ def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
     [0.0, 0.0, 1.0, 2.0]
     """
     counts = (x / threshold).clamp(0, 1) * levels
-    whole = counts + ((counts + 0.5).floor() - counts).detach()
+    whole = counts + ((counts + 0.5).floor() - counts + 0.0 * x).detach()
     return (whole * (threshold / levels)).to(x.dtype)
 
 
@@ -54,6 +57,9 @@ class _Quantised(Walk):
     def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
         _check(layer.neuron)
         return clip_floor_shift(current, layer.heights(current), self.levels), None
+
+    def pool(self, layer: CumulativeMaxPool, x: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        return layer.of_means(x), None
 
     def spread(self, x: Tensor, repeats: int) -> Tensor:
         return x

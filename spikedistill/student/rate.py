@@ -8,6 +8,7 @@ first pass, whose share that comes from the means is differentiated; convolution
 the first pass, so they compute nothing twice. At T = 1 this is the exact gradient. Only the first pass grows with T.
 
 Max pooling is the one part that is not linear: the second pass pools the means and takes the gradient to their largest.
+For pooling of the cumulative input that is exact. For a logical or it is an approximation.
 Gradients do not reach learned leaks, thresholds and initial potentials.
 """
 
@@ -24,6 +25,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.layer import Spiking, flatten_rows, is_channels_last, restore_rows
 from spikedistill.shapes import time_mean
 from spikedistill.student.graph import Walk
+from spikedistill.student.pool import CumulativeMaxPool
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, WinogradConv2d)
@@ -172,6 +174,9 @@ class _Means(Walk):
             (mean,) = self.left.pop(self.current.name)
             return known_convolution(layer, args[0], mean)
         return super().apply(layer, args, kwargs)
+
+    def pool(self, layer: CumulativeMaxPool, x: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        return layer.of_means(x), None
 
     def spread(self, x: Tensor, repeats: int) -> Tensor:
         return x

@@ -2,6 +2,7 @@
 
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from spikedistill.errors import ConversionError
-from spikedistill.student.trace import argument, source_of
+from spikedistill.student.mixing import refuse_mixing
+from spikedistill.student.pool import MAX_POOLS, MaxPool
+from spikedistill.student.trace import POOL_CALLS, argument, constants_of, source_of, squeeze_places
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
 ACTIVATION_CALLS = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, "relu", "relu_"}
@@ -40,7 +43,6 @@ TIMELESS = (
         nn.PixelUnshuffle,
     ),
 )
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 TIMELESS_CALLS = {
     *(
         torch.add,
@@ -58,8 +60,8 @@ TIMELESS_CALLS = {
     *(operator.add, operator.sub, operator.mul, operator.truediv),
     *(operator.getitem, operator.floordiv, operator.neg, getattr),
     *(F.conv1d, F.conv2d, F.conv3d, F.linear, F.avg_pool2d, F.adaptive_avg_pool2d, F.pad, F.interpolate),
-    *(F.max_pool2d, F.adaptive_max_pool2d, F.avg_pool1d, F.max_pool1d, F.adaptive_avg_pool1d),
-    *(F.pixel_shuffle, F.pixel_unshuffle),
+    *(F.avg_pool1d, F.adaptive_avg_pool1d, *POOL_CALLS),
+    *(F.pixel_shuffle, F.pixel_unshuffle, squeeze_places),
 }
 TIMELESS_METHODS = {
     *(
@@ -69,8 +71,8 @@ TIMELESS_METHODS = {
         "div",
         "mean",
         "sum",
-        "view",
         "reshape",
+        "reshape_as",
         "flatten",
         "squeeze",
     ),
@@ -103,8 +105,8 @@ REMEDIES = (
 
 
 @dataclass(frozen=True)
-class Activation:
-    """Where an activation stands: its node in the graph, a readable name, its kind and its source line."""
+class CallSite:
+    """Where an activation or a max pooling is called: its node, a readable name, its kind and its source line."""
 
     node: str
     name: str
@@ -113,7 +115,7 @@ class Activation:
     note: str = ""
 
 
-def find_activations(module: fx.GraphModule) -> list[Activation]:
+def find_activations(module: fx.GraphModule) -> list[CallSite]:
     """All activations in order of execution.
 
     Raises:
@@ -121,20 +123,52 @@ def find_activations(module: fx.GraphModule) -> list[Activation]:
     """
     single_input(module.graph)
     constants = constants_of(module.graph)
-    found: list[Activation] = []
+    found: list[CallSite] = []
     for node in module.graph.nodes:
+        if node in constants:  # what is done to weights alone is no part of the signal
+            continue
         kind = _kind(module, node)
         if kind:
-            base = node.target if node.op == "call_module" else node.name
-            count = sum(one.name.split("#")[0] == base for one in found)
-            name = str(base) if not count else f"{base}#{count + 1}"
-            found.append(Activation(node.name, name, kind, source_of(node), _slope_note(module, node)))
+            name = _readable(node, found)
+            found.append(CallSite(node.name, name, kind, source_of(node), _slope_note(module, node)))
         else:
             _refuse_meaningless(module, node, constants)
+            refuse_mixing(module, node, constants)
     if not found:
         raise ConversionError(
             "The network has no ReLU, ReLU6 or LeakyReLU, so nothing would spike: give a network with activations."
         )
+    return found
+
+
+def _readable(node: fx.Node, found: Sequence[CallSite]) -> str:
+    """The path of a module or the name of a call, with a number where it is called again."""
+    base = str(node.target if node.op == "call_module" else node.name)
+    count = sum(one.name.split("#")[0] == base for one in found)
+    return base if not count else f"{base}#{count + 1}"
+
+
+def find_pools(module: fx.GraphModule, max_pool: MaxPool) -> list[CallSite]:
+    """All calls of max pooling in order of execution.
+
+    Raises:
+        ConversionError: if one returns indices, or takes its size from the input where it is to be exchanged.
+    """
+    found: list[CallSite] = []
+    for node in module.graph.nodes:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, MAX_POOLS):
+            if layer.return_indices:
+                raise ConversionError(
+                    f"The max pooling '{node.target}' at {source_of(node)} returns indices, which spikes do not have:"
+                    " leave return_indices away."
+                )
+            found.append(CallSite(node.name, _readable(node, found), type(layer).__name__, source_of(node)))
+        elif node.target in POOL_CALLS and max_pool != "or":
+            raise ConversionError(
+                f"The max pooling at {source_of(node)} takes its size from the input: write nn.AdaptiveMaxPool2d(1) for"
+                " the maximum of a whole image, a size in numbers otherwise, or convert with max_pool='or'."
+            )
     return found
 
 
@@ -160,16 +194,6 @@ def _slope_note(module: fx.GraphModule, node: fx.Node) -> str:
             " that only spikes upwards cannot stand for it; train the ANN with ReLU."
         )
     return f"negative slope {slope} dropped" if slope else ""
-
-
-def constants_of(graph: fx.Graph) -> set[fx.Node]:
-    """Weights, and what is made of them alone."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "get_attr" or (sources and node.op != "output" and all(source in found for source in sources)):
-            found.add(node)
-    return found
 
 
 def _refuse_meaningless(module: fx.GraphModule, node: fx.Node, constants: set[fx.Node]) -> None:

@@ -89,7 +89,8 @@ def load_student(path: str | Path, network: nn.Module | None = None, trust_code:
 
     Raises:
         WeightsError: if the file is missing or broken, or its weights do not fit the network.
-        RunError: if it holds no student, or says of it what this version does not know.
+        RunError: if it holds no student, says of it what this version does not know, or is another run's than its
+            directory.
         ConfigError: if it names code that is not trusted, or a network that cannot be built.
         ConversionError: if the given network has no spiking meaning.
     """
@@ -228,7 +229,7 @@ def _of_code(name: str) -> nn.Module:
         raise ConfigError(f"The network '{name}' lives in a script or a function, where nobody finds it: {said}.")
     try:
         network = operator.attrgetter(path)(importlib.import_module(module))()
-    except Exception as error:  # whatever a third-party module raises
+    except (Exception, SystemExit) as error:  # whatever a third-party module raises
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"The network '{name}' cannot be imported and called without arguments ({reason}): {said}."

@@ -1,7 +1,8 @@
 """Every activation call site becomes its own neuron.
 
 ``trace.py`` makes a graph of operations of the network. Each activation in it, be it a module, a function or a method,
-and each call of a module that is called twice, becomes a ``Spiking`` layer of its own. The graph then takes, beside the
+and each call of a module that is called twice, becomes a ``Spiking`` layer of its own. So does each max pooling over
+time (``pool.py``). The graph then takes, beside the
 images, ``timesteps``, ``repeats``, ``states`` and ``keep``; it returns ``(output, states)``: state is an argument and a
 result, and lives nowhere.
 
@@ -11,33 +12,35 @@ time-dependent operation needs it (a skip connection), ``repeat_time`` spreads i
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Collection, Sequence
 
-import torch.nn.functional as F
 from torch import fx, nn
 
 from spikedistill.errors import ConversionError
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.graph import repeat_time
-from spikedistill.student.rules import MAX_POOLS, Activation, constants_of, is_size, single_input
-from spikedistill.student.trace import free_name, source_of
+from spikedistill.student.pool import CumulativeMaxPool, MaxPool
+from spikedistill.student.report import PoolSite
+from spikedistill.student.rules import CallSite, find_pools, is_size, single_input
+from spikedistill.student.trace import constants_of, free_name
 
-MaxPool = Literal["keep", "average"]
 
-
-def insert_neurons(
-    module: fx.GraphModule, activations: Sequence[Activation], neurons: Mapping[str, Spiking], max_pool: MaxPool
+def insert_layers(
+    module: fx.GraphModule, layers: Sequence[tuple[CallSite, Spiking | CumulativeMaxPool]]
 ) -> dict[str, str]:
-    """Put the neurons, by name of their activation, into the graph, in place; its signature: the head of this file.
+    """Put layers that know time into the graph, in place; its signature: the head of this file.
+
+    Args:
+        module: the traced network.
+        layers: the neurons in order of execution, then the max poolings; the state is in this order.
 
     Returns:
         For the name of each node that there was, the name of the node that stands for it now.
     """
     graph = module.graph
     inputs = _own_placeholder(graph)
-    fired = {activation.node for activation in activations}
-    static = _static_nodes(graph, fired)
+    fired = {site.node for site, _ in layers}
+    static = static_nodes(graph, fired)
     with graph.inserting_after(inputs):
         names = ("keep", "states", "repeats", "timesteps")
         keep, states, repeats, timesteps = (graph.placeholder(name) for name in names)
@@ -48,14 +51,16 @@ def insert_neurons(
         users = [user for user in node.users if user not in static and user.name not in fired]
         if users:
             _spread(graph, node, repeats, users, after=max(node, keep))
-    module.meta["neurons"] = group = free_name(module, "neurons")
-    module.add_module(group, nn.ModuleDict())
+    groups: dict[type, str] = {Spiking: free_name(module, "neurons"), CumulativeMaxPool: free_name(module, "pools")}
+    for group in groups.values():
+        module.add_module(group, nn.ModuleDict())
+    module.meta["neurons"], module.meta["pools"] = groups.values()
     after: list[fx.Node] = []
     instead: dict[str, fx.Node] = {}
-    for index, activation in enumerate(activations):
-        old = by_name[activation.node]
-        key = free_name(module.get_submodule(group), re.sub(r"\W", "_", activation.name))
-        module.get_submodule(group).add_module(key, neurons[activation.name])
+    for index, (site, layer) in enumerate(layers):
+        old, group = by_name[site.node], groups[type(layer)]
+        key = free_name(module.get_submodule(group), re.sub(r"\W", "_", site.name))
+        module.get_submodule(group).add_module(key, layer)
         with graph.inserting_before(old):
             state = graph.call_function(operator.getitem, (states, index))
             used = repeats if old.args[0] in static else 1
@@ -64,8 +69,6 @@ def insert_neurons(
             after.append(graph.call_function(operator.getitem, (both, 1)))
         old.replace_all_uses_with(instead[old.name])
         graph.erase_node(old)
-    if max_pool == "average":
-        _average_pools(module)
     result = next(node for node in graph.nodes if node.op == "output")
     result.args = ((result.args[0], tuple(after)),)
     named = _name_in_order(module)
@@ -99,7 +102,7 @@ def _name_in_order(module: fx.GraphModule) -> dict[str, str]:
     return {node.name: copy.name for node, copy in copies.items()}
 
 
-def _static_nodes(graph: fx.Graph, fired: set[str]) -> dict[fx.Node, None]:
+def static_nodes(graph: fx.Graph, fired: Collection[str]) -> dict[fx.Node, None]:
     """Nodes that depend on the input but on no neuron, in order; none where a size of theirs is used later in time."""
     static: dict[fx.Node, None] = {}
     constants = constants_of(graph)
@@ -124,15 +127,47 @@ def _spread(graph: fx.Graph, node: fx.Node, repeats: fx.Node, users: list[fx.Nod
             user.replace_input_with(node, spread)
 
 
-def _average_pools(module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
-        if node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), MAX_POOLS):
-            _exchange(module, str(node.target))
-        elif node.target in (F.max_pool2d, F.max_pool1d, F.adaptive_max_pool2d):
-            raise ConversionError(
-                f"The functional max pooling at {source_of(node)} cannot be exchanged: write it as nn.MaxPool2d, or"
-                " keep it."
-            )
+POOL_NOTES = {
+    "cumulative": "cumulative: its mean is the maximum of the means",
+    "or": "each step by itself, over spikes a logical or: its error does not shrink as T grows",
+    "average": "exchanged for average pooling",
+}
+BEFORE = "before the first neuron: the same at every step"
+
+
+def make_pools(
+    module: fx.GraphModule, activations: Sequence[CallSite], max_pool: MaxPool, repeats: bool
+) -> tuple[list[tuple[CallSite, CumulativeMaxPool]], tuple[PoolSite, ...]]:
+    """The max poolings that become layers with a state, and what the report says of all; in place for ``average``.
+
+    Args:
+        module: the traced network.
+        activations: what will become neurons.
+        max_pool: see ``Conversion``.
+        repeats: whether the input is the same at every step, so that a maximum before the first neuron is too.
+    """
+    found = find_pools(module, max_pool)
+    if max_pool == "average":
+        average_pools(module, found)
+    fixed: set[str] = set()
+    if repeats and max_pool != "average":
+        fixed = {node.name for node in static_nodes(module.graph, {one.node for one in activations})}
+    timed = [pool for pool in found if max_pool == "cumulative" and pool.node not in fixed]
+    targets = {node.name: str(node.target) for node in module.graph.nodes}
+    layers = [(pool, CumulativeMaxPool(module.get_submodule(targets[pool.node]))) for pool in timed]
+    notes = {pool.node: BEFORE if pool.node in fixed else POOL_NOTES[max_pool] for pool in found}
+    return layers, tuple(PoolSite(pool.name, pool.kind, pool.source, notes[pool.node]) for pool in found)
+
+
+def average_pools(module: fx.GraphModule, pools: Sequence[CallSite]) -> None:
+    """Exchange max pooling for average pooling, in place.
+
+    Raises:
+        ConversionError: if one has a dilation.
+    """
+    targets = {node.name: str(node.target) for node in module.graph.nodes}
+    for target in dict.fromkeys(targets[pool.node] for pool in pools):
+        _exchange(module, target)
 
 
 def _exchange(module: fx.GraphModule, target: str) -> None:

@@ -19,9 +19,22 @@ from torch import fx, nn
 
 from spikedistill.compute.winograd import WinogradConv2d
 from spikedistill.errors import ConversionError
+from spikedistill.inputs import NAMES
 
 DROPOUT_CALLS = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}
 NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+POOL_CALLS: dict[Any, Any] = {
+    F.max_pool1d: nn.MaxPool1d,
+    F.max_pool2d: nn.MaxPool2d,
+    F.max_pool3d: nn.MaxPool3d,
+    torch.max_pool1d: nn.MaxPool1d,
+    torch.max_pool2d: nn.MaxPool2d,
+    torch.max_pool3d: nn.MaxPool3d,
+    F.adaptive_max_pool1d: nn.AdaptiveMaxPool1d,
+    F.adaptive_max_pool2d: nn.AdaptiveMaxPool2d,
+    F.adaptive_max_pool3d: nn.AdaptiveMaxPool3d,
+}
+POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 IN_PLACE_CALLS: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -73,7 +86,13 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
         network.train(training)
     _drop_fixed_arguments(graph)
     _input_first(graph)
-    moved = {**_functional_dropout(network, graph), **_functional_norm(network, graph)}
+    moved = {
+        **_functional_dropout(network, graph),
+        **_functional_norm(network, graph),
+        **_functional_pools(network, graph),
+    }
+    _free_of_layout(graph)
+    _keep_batches_of_one(graph)
     _follow_in_place(network, graph)
     module = fx.GraphModule(network, graph)
     module.train(training)
@@ -120,8 +139,10 @@ def _functional_dropout(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx
 
 def _functional_norm(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Tracing freezes ``F.batch_norm(training=...)`` too; a module with the same weights and statistics goes on."""
-    moved = {}
+    moved, constants = {}, constants_of(graph)
     for node in [node for node in graph.nodes if node.op == "call_function" and node.target is F.batch_norm]:
+        if node.args[0] in constants:  # weights are standardised
+            continue
         given = {**dict(zip(NORM_ARGUMENTS, node.args)), **node.kwargs}
         tensors = [given.get(name) for name in NORM_ARGUMENTS[1:5]]
         own = all(value is None or (isinstance(value, fx.Node) and value.op == "get_attr") for value in tensors)
@@ -147,6 +168,48 @@ def _norm_of(owner: nn.Module, given: Mapping[str, Any], mean: Any, var: Any, we
     layer = kind(mean.numel(), given.get("eps", 1e-5), momentum, affine=weight is not None or bias is not None)
     layer.running_mean, layer.running_var, layer.weight, layer.bias = mean, var, weight, bias
     return layer
+
+
+def _functional_pools(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Max pooling called as a function becomes a module, where its sizes are numbers."""
+    moved = {}
+    for number, node in enumerate([node for node in graph.nodes if node.target in POOL_CALLS]):
+        kind = POOL_CALLS[node.target]
+        adaptive = issubclass(kind, nn.modules.pooling._AdaptiveMaxPoolNd)
+        names = ("input", "output_size", "return_indices") if adaptive else POOL_ARGUMENTS
+        given = {**dict(zip(names, node.args)), **node.kwargs}
+        del given["input"]
+        if len(node.all_input_nodes) > 1:  # its sizes come from the input
+            continue
+        name = free_name(network, f"max_pool_{number}")
+        network.add_module(name, kind(**given))
+        moved[node] = _call_instead(graph, node, name)
+    return moved
+
+
+def _free_of_layout(graph: fx.Graph) -> None:
+    """A view needs its memory in one order; a reshape gives the same in any."""
+    for node in graph.nodes:
+        cast = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
+        if node.op == "call_method" and node.target in ("view", "view_as") and not cast:
+            node.target = {"view": "reshape", "view_as": "reshape_as"}[node.target]
+            node.kwargs = {NAMES.get(name, name): value for name, value in node.kwargs.items()}
+
+
+def _keep_batches_of_one(graph: fx.Graph) -> None:
+    """A squeeze of every dimension would take a batch of one for none, in a stream and before the first neuron."""
+    constants = constants_of(graph)
+    for node in graph.nodes:
+        alone = len(node.args) == 1 and not node.kwargs and node not in constants
+        if alone and node.target in ("squeeze", torch.squeeze):
+            node.op, node.target = "call_function", squeeze_places
+
+
+def squeeze_places(x: Any) -> Any:
+    """``x.squeeze()``, but that a batch of one stays a batch."""
+    if isinstance(x, fx.Proxy):  # a student that comes out of pickle is traced anew
+        return x.tracer.create_proxy("call_function", squeeze_places, (x,), {})
+    return x.squeeze(tuple(range(1, x.ndim)))
 
 
 def _call_instead(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
@@ -177,6 +240,16 @@ def _works_in_place(network: nn.Module, node: fx.Node) -> bool:
     position = positions.get(node.target)
     asked = position is not None and bool(argument(node, position, "inplace", 0.0))
     return asked or node.target in (F.relu_, torch.relu_, "relu_", *IN_PLACE_CALLS)
+
+
+def constants_of(graph: fx.Graph) -> set[fx.Node]:
+    """Weights, and what is made of them alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" or (sources and node.op != "output" and all(source in found for source in sources)):
+            found.add(node)
+    return found
 
 
 def free_name(module: nn.Module, name: str) -> str:

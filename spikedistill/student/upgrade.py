@@ -5,7 +5,7 @@ from typing import Any
 
 from spikedistill.errors import ConfigError, RunError, one_of
 from spikedistill.student.coding import CODINGS
-from spikedistill.student.conversion import USUAL, Conversion, neuron_from
+from spikedistill.student.conversion import USUAL, Conversion, max_pool_from, neuron_from
 
 FORMAT = 2
 """Of recipes and of the headers of students; 1 was written before the method of a recipe was its objective."""
@@ -51,7 +51,7 @@ def upgrade(recipe: Any) -> dict[str, Any]:
     if not isinstance(recipe, Mapping):
         raise RunError(f"The recipe is {str(recipe)[:80]!r}: expected its parts by name; the file is damaged.")
     if recipe.get("format") == FORMAT:
-        return dict(recipe)
+        return {part: _renamed_pool(fields) if part == "student" else fields for part, fields in recipe.items()}
     kind = recipe.get("kind", "distill" if "who" in recipe else "teach")
     if "format" in recipe or kind not in ("distill", "teach"):
         raise RunError(
@@ -64,7 +64,7 @@ def upgrade(recipe: Any) -> dict[str, Any]:
         "kind": kind,
         "format": FORMAT,
         "teacher": _part(recipe, "who"),
-        "student": _part(recipe, "student"),
+        "student": _renamed_pool(_part(recipe, "student")),
         "method": _method(recipe),
         "data": _part(recipe, "data"),
         "training": _part(recipe, "training"),
@@ -77,6 +77,13 @@ def _part(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(part, Mapping):
         raise RunError(f"The recipe's part '{name}' is {str(part)[:80]!r}: expected fields; the file is damaged.")
     return {RENAMED[name].get(str(field), str(field)): value for field, value in part.items()}
+
+
+def _renamed_pool(student: Any) -> Any:
+    """The choices of a student, with max pooling named as it is now."""
+    if not isinstance(student, Mapping) or "max_pool" not in student:
+        return student
+    return {**student, "max_pool": max_pool_from(student["max_pool"])}
 
 
 def _method(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def conversion_from(fields: Mapping[str, Any]) -> Conversion:
             percentile=fields.get("percentile", USUAL.percentile),
             per_channel=fields.get("per_channel", USUAL.per_channel),
             correct_bias=fields.get("correct_bias", False),
-            max_pool=fields.get("max_pool", USUAL.max_pool),
+            max_pool=max_pool_from(fields.get("max_pool", "or")),
             coding=CODINGS[coding](),
         )
     except (TypeError, ValueError, OverflowError) as error:

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 
 from spikedistill.errors import ConfigError, RunError
-from spikedistill.files import write_csv, write_text
+from spikedistill.files import check_replaceable, has_mark, write_csv, write_text
 from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.teach import Teach, teach
 from spikedistill.studies.kdsnn import Cell, Study
-from spikedistill.studies.measures import MEASURES, Row, paths_of
+from spikedistill.studies.measures import MEASURES, paths_of
+from spikedistill.studies.reports import Row
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run, unless_done
+
+REPORT, PAGE = "`spikedistill reproduce", "Written by `spikedistill reproduce"
+"""How a line begins in the report of a study, and in the page of all studies."""
 
 
 def reproduce(
@@ -41,13 +45,17 @@ def reproduce(
     Raises:
         ConfigError: if the study does not have so many seeds, ``jobs`` is not positive, or a teacher or student cannot
             be trained.
-        RunError: if a finished run was made by another recipe than the study's.
+        RunError: if a finished run was made by another recipe than the study's, or a file is in the way that no study
+            wrote.
     """
     if seeds is not None and not 1 <= seeds <= study.seeds:
         raise ConfigError(f"seeds (={seeds}) must be 1 or more, and at most the {study.seeds} of '{study.name}'.")
     if jobs < 1:
         raise ConfigError(f"jobs (={jobs}) must be 1 or more: students trained side by side.")
     progress, out = progress or Progress.silent(), out.resolve()
+    files = {out / f"{study.name}.csv": "study,", out / f"{study.name}.md": REPORT, out.parent / f"{out.name}.md": PAGE}
+    for file, mark in files.items():
+        check_replaceable(file, mark)
     cells = [cell for cell in study.cells if cell.seed < (seeds or study.seeds)]
     failed = _train(study, cells, progress, jobs)
     cells = [cell for cell in cells if cell.path.name not in failed]
@@ -161,11 +169,12 @@ def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
             student = _sized(cell.student, cell.recipe.student.width)
             epochs[f"{cell.recipe.training.epochs} ({cell.teacher} -> {student})"] = None
     seeds = sorted({cell.seed for cell in cells})
+    alone = " One seed, so no deviation and no test of significance." if len(seeds) == 1 else ""
     fewer = f" --seeds {len(seeds)}" if len(seeds) < study.seeds else ""
     return (
         f"## {study.title}\n\n"
-        f"`spikedistill reproduce {study.name} --budget {study.budget}{fewer}`, {dates}, on {'; '.join(machines)}."
-        f" Test set, last epoch. Seeds: {', '.join(map(str, seeds))}. Epochs: {', '.join(epochs)}.\n"
+        f"{REPORT} {study.name} --budget {study.budget}{fewer}`, {dates}, on {'; '.join(machines)}."
+        f" Test set, last epoch. Seeds: {', '.join(map(str, seeds))}. Epochs: {', '.join(epochs)}.{alone}\n"
         f"The paper's claim, as readers report it: {study.claim}.\n\n{shown}"
     )
 
@@ -182,7 +191,7 @@ def _sized(name: str, width: int | None) -> str:
 
 def _page(out: Path) -> str:
     """The page that joins the reports of all studies in a folder."""
-    parts = [file.read_text(encoding="utf-8") for file in sorted(out.glob("*.md"))]
+    parts = [file.read_text(encoding="utf-8") for file in sorted(out.glob("*.md")) if has_mark(file, REPORT)]
     joined = "\n".join(parts).replace("](", f"]({out.name}/")
     said = f"accuracies, spikes and energies are in `{out.name}/*.csv`, what is computed from them stands here alone."
-    return f"# Results\n\nWritten by `spikedistill reproduce STUDY`; {said}\n\n{joined}"
+    return f"# Results\n\n{PAGE} STUDY`; {said}\n\n{joined}"

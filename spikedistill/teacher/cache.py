@@ -8,9 +8,11 @@ samples.npy          [views, steps, B] the sample that each row belongs to; -1: 
 logits.npy           [views, steps, T, B, K] T = 1 unless an objective needs every step of a spiking teacher
 features.PATH.npy    [views, steps, T, B, ...] axes in the network's order of memory; bfloat16 as int16 of the same bits
 spikes.PATH.npy      likewise, of a spiking teacher
+checksums.npy        [views, steps] one number for all that the other files hold of a batch; 0: not known
 
 A batch is marked in samples.npy after its rows are on disk, so a kill at any moment costs answers and never falsifies
-one. Whoever opens a cache that another process filled asks the teacher once more and compares.
+one. Whoever opens a cache that another process filled asks the teacher once more and compares, and checks the sum of
+every batch when it first comes.
 """
 
 import hashlib
@@ -34,8 +36,9 @@ from torch import Tensor
 
 from spikedistill.answer import Answer
 from spikedistill.errors import ConfigError, RunError
+from spikedistill.files import note
 
-SAMPLES = "samples"
+SAMPLES, CHECKSUMS = "samples", "checksums"
 KINDS = ("features", "spikes")
 """What an answer holds by path, beside its logits."""
 FAR = 0.05
@@ -95,6 +98,10 @@ class Layout:
         return tensor.permute([self.axes.index(axis) for axis in range(tensor.ndim)])
 
 
+CHECKSUM = Layout((), (), "int64")
+"""Of one batch."""
+
+
 class Cache:
     """One teacher's answers to ``views`` times ``steps`` batches.
 
@@ -125,7 +132,9 @@ class Cache:
         if self.trusted:
             self._create()
         self.starts = {name: _map(self._file(name)).offset for name in self.layouts}
+        self.headers = b"".join(_header(self._file(name)) for name in (*self.layouts, CHECKSUMS))
         self.unmarked: dict[tuple[int, int], Tensor] = {}
+        self.whole: set[tuple[int, int]] = set()
 
     def answer(self, view: int, step: int, samples: Int[Tensor, " B"], ask: Callable[[], Answer]) -> Answer:
         """The answer to a batch: from disk, or the first time from the teacher by way of the disk.
@@ -137,7 +146,7 @@ class Cache:
             ask: asks the teacher about this batch.
 
         Raises:
-            RunError: if the cache cannot be written or read, or its answers are not this teacher's.
+            RunError: if the cache cannot be written or read, is damaged, or its answers are not this teacher's.
             ConfigError: if the answer has another shape than the example.
         """
         if not self._knows(view, step, samples):
@@ -145,6 +154,8 @@ class Cache:
             self.unmarked[view, step] = samples
         elif not self.trusted:
             self._compare(view, step, ask())
+        if (view, step) not in self.whole:
+            self._check_batch(view, step, samples)
         kept = {name: self._read(name, view, step).to(self.device) for name in self.layouts if name != SAMPLES}
         logits, found = kept.pop("logits"), {kind: dict[str, Tensor]() for kind in KINDS}
         for name, tensor in kept.items():
@@ -162,6 +173,7 @@ class Cache:
             return
         for name in self.layouts:
             self._sync(name)
+        self._write_checksums()
         for (view, step), samples in self.unmarked.items():
             self._write(SAMPLES, view, step, samples)
         self._sync(SAMPLES)
@@ -192,10 +204,16 @@ class Cache:
         try:
             if json.loads((self.path / "key.json").read_text(encoding="utf-8")) != self.key:
                 raise ValueError("key.json belongs to other answers")
-            for name, layout in self.layouts.items():
+            if not self._file(CHECKSUMS).exists():
+                note(f"'{self.path}' has no checksums, an earlier version made it: damage to it would not be noticed.")
+                self._make(self._file(CHECKSUMS), CHECKSUM, 0)
+            for name, layout in {**self.layouts, CHECKSUMS: CHECKSUM}.items():
                 found, wanted = _map(self._file(name)), (self.views, self.steps, *layout.shape)
                 if (found.shape, found.dtype) != (wanted, layout.stored):
                     raise ValueError(f"{name}.npy is {found.dtype}{list(found.shape)}, not {list(wanted)}")
+                whole, size = found.offset + layout.nbytes * self.views * self.steps, self._file(name).stat().st_size
+                if size != whole:
+                    raise ValueError(f"{name}.npy has {size} bytes, not {whole}")
             return int((_map(self._file(SAMPLES)) >= 0).all(-1).sum())
         except Exception as error:  # damaged bytes raise anything in numpy
             raise self._unusable(str(error)) from error
@@ -223,12 +241,8 @@ class Cache:
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            for name, layout in self.layouts.items():
-                shape = (self.views, self.steps, *layout.shape)
-                made = np.lib.format.open_memmap(part / f"{name}.npy", "w+", layout.stored, shape)
-                if name == SAMPLES:
-                    made[:] = -1
-                    made.flush()
+            for name, layout in {**self.layouts, CHECKSUMS: CHECKSUM}.items():
+                self._make(part / f"{name}.npy", layout, -1 if name == SAMPLES else 0)
             (part / "key.json").write_text(json.dumps(self.key, indent=2) + "\n", encoding="utf-8")
             os.rename(part, self.path)
         except OSError as error:
@@ -236,6 +250,12 @@ class Cache:
             if not self.path.exists():  # else another run was quicker
                 raise self._unwritten(error) from error
             self.trusted, self.filled = False, self._check()
+
+    def _make(self, file: Path, layout: Layout, fill: int) -> None:
+        made = np.lib.format.open_memmap(file, "w+", layout.stored, (self.views, self.steps, *layout.shape))
+        if fill:
+            made[:] = fill
+            made.flush()
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
@@ -264,6 +284,32 @@ class Cache:
         if not torch.equal(marks, samples) and (marks >= 0).all():
             raise self._unusable(f"step {step + 1} of view {view} holds other samples")
         return torch.equal(marks, samples)
+
+    def _checksum(self, view: int, step: int, samples: Tensor) -> int:
+        """Of a batch as it lies in the files, with its place, its samples and their headers; a number of 64 bits."""
+        place = f"{self.path.name} {view} {step} {samples.tolist()}"
+        digest = hashlib.blake2b(place.encode() + self.headers, digest_size=8)
+        for name in self.layouts:
+            if name != SAMPLES:
+                digest.update(f" {name} ".encode() + self.layouts[name].pack(self._read(name, view, step)).tobytes())
+        return int.from_bytes(digest.digest(), "little", signed=True)
+
+    def _write_checksums(self) -> None:
+        with self._guarded():
+            kept = np.lib.format.open_memmap(self._file(CHECKSUMS), "r+")
+            for (view, step), samples in self.unmarked.items():
+                kept[view - 1, step] = self._checksum(view, step, samples)
+            kept.flush()
+
+    def _check_batch(self, view: int, step: int, samples: Tensor) -> None:
+        """Look, once in a process, at whether a batch that another one kept is as it was written."""
+        self.whole.add((view, step))
+        if (view, step) in self.unmarked:
+            return
+        with self._guarded():
+            kept = int(_map(self._file(CHECKSUMS))[view - 1, step])
+        if kept not in (0, self._checksum(view, step, samples)):
+            raise self._unusable(f"step {step + 1} of view {view} has another checksum than was written")
 
     def _fill(self, view: int, step: int, answer: Answer) -> None:
         tensors = _named(answer)
@@ -319,6 +365,12 @@ def _named(answer: Answer) -> dict[str, Tensor]:
 
 def _map(file: Path) -> np.memmap[Any, np.dtype[Any]]:
     return np.lib.format.open_memmap(file, "r")
+
+
+def _header(file: Path) -> bytes:
+    """What stands before the numbers."""
+    with file.open("rb") as opened:
+        return opened.read(_map(file).offset)
 
 
 def _size(count: int) -> str:

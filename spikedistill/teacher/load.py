@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spikedistill.answer import Answer, Learner
 from spikedistill.errors import ConfigError, WeightsError, one_of, unknown
-from spikedistill.files import read_tensors, weights_file
-from spikedistill.shapes import ClassLogits, Image, Logits
+from spikedistill.files import weights_file
+from spikedistill.inputs import AnyLayout, normalise
+from spikedistill.shapes import ClassLogits, Logits
 from spikedistill.teacher.taps import taps
+from spikedistill.teacher.weights import read_weights
 from spikedistill.teacher.zoo import ZOO
 
 
@@ -144,7 +145,7 @@ def import_object(name: str) -> Any:
     sys.path.insert(0, str(Path(file).resolve().parent))  # for modules that lie beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise ConfigError(
             f"The file '{file}' cannot be imported ({type(error).__name__}: {error}): mend it."
         ) from error
@@ -155,32 +156,6 @@ def import_object(name: str) -> Any:
             unknown(f"function or class in '{file}'", wanted, [key for key in vars(module) if key[0] != "_"])
         )
     return getattr(module, wanted)
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and the facts beside them, from ``.safetensors``, ``.npz`` or a torch file.
-
-    Raises:
-        WeightsError: if the file is missing, truncated, holds pickled objects or is not a set of tensors.
-    """
-    if path.suffix == ".safetensors" or not path.is_file():
-        return read_tensors(path)
-    try:
-        if path.suffix == ".npz":
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
-                return {name: torch.from_numpy(np.asarray(pack[name])) for name in pack.files}, {}
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise anything in numpy, zipfile and torch
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(
-            f"'{path}' cannot be read safely ({reason}): it is truncated, or it holds pickled Python objects, which are"
-            " never loaded; save the state_dict alone, best as .safetensors."
-        ) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError(f"'{path}' holds {type(loaded).__name__}, not a state_dict (names to tensors): save one.")
-    return dict(loaded), {}
 
 
 def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -238,9 +213,10 @@ class Normalised(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
-    def logits(self, images: Image) -> ClassLogits:
-        """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``."""
-        logits = self.network(self.normalise(images))
+    def logits(self, images: Tensor) -> ClassLogits:
+        """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``, in whatever order of memory."""
+        with AnyLayout():
+            logits = self.network(self.normalise(images))
         if not isinstance(logits, Tensor):
             raise ConfigError(
                 f"{type(self.network).__name__} returns {type(logits).__name__}, not a tensor of logits: switch its"
@@ -253,12 +229,12 @@ class Normalised(nn.Module):
             )
         return logits
 
-    def normalise(self, images: Image) -> Image:
+    def normalise(self, images: Tensor) -> Tensor:
         """Images in 0..1 as the network was trained on."""
-        return (images - self.mean) / self.std
+        return normalise(images, self.mean, self.std)
 
     def observe(
-        self, inputs: Image, paths: Sequence[str] = (), *, spikes: Sequence[str] = (), potentials: Sequence[str] = ()
+        self, inputs: Tensor, paths: Sequence[str] = (), *, spikes: Sequence[str] = (), potentials: Sequence[str] = ()
     ) -> Answer:
         """Logits ``[1, B, K]`` and features ``[1, B, ...]`` at module paths of the network.
 
@@ -286,14 +262,32 @@ class Normalised(nn.Module):
 
 
 class Teacher(Normalised):
-    """A trained ANN that stays as it is: frozen, in evaluation mode whatever is asked, owner of its normalisation."""
+    """A trained ANN that stays as it is: frozen, in evaluation mode whatever is asked, owner of its normalisation.
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    Args:
+        network: any module from images ``[B, C, H, W]`` to logits ``[B, K]``.
+        mean: one value per channel, 0..1 as the images are.
+        std: one value per channel, above 0 and at most 1.
+        class_names: what its outputs mean, where that is known.
+
+    Raises:
+        ConfigError: if a value is outside its range, as values for bytes of 0..255 are.
+    """
+
+    def __init__(
+        self, network: nn.Module, mean: Sequence[float], std: Sequence[float], class_names: Sequence[str] = ()
+    ) -> None:
         super().__init__(network, mean, std)
+        if not all(0 <= value <= 1 for value in mean) or not all(value <= 1 for value in std):
+            raise ConfigError(
+                f"mean {tuple(mean)} and std {tuple(std)} are not those of images in 0..1: mean is to be 0 to 1, std at"
+                " most 1. Divide values for bytes by 255; any other normalisation belongs into the network."
+            )
+        self.class_names = tuple(map(str, class_names))
         self.requires_grad_(False)
         self.train(False)
 
-    def forward(self, images: Image) -> ClassLogits:
+    def forward(self, images: Tensor) -> ClassLogits:
         """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``."""
         return self.logits(images)
 
@@ -305,7 +299,7 @@ class Teacher(Normalised):
 class OneStep(Normalised):
     """An ANN in training, seen as a network of one time step, so that the one loop can train it."""
 
-    def forward(self, images: Image) -> Logits:
+    def forward(self, images: Tensor) -> Logits:
         """Images ``[B, C, H, W]`` in 0..1 to logits ``[1, B, K]``."""
         return self.logits(images)[None]
 
@@ -338,17 +332,18 @@ def pretrained(name: str) -> tuple[Teacher, Architecture]:
             architecture = Architecture(name, len(weights.meta["categories"]))
             network = architecture.build()
             network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+            names = weights.meta["categories"]
         else:
             network = _timm(model).create_model(model, pretrained=True)
             mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
-            architecture = Architecture(name, network.num_classes, len(mean))
+            architecture, names = Architecture(name, network.num_classes, len(mean)), ()
     except Exception as error:  # whatever the library and its download raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"The published weights of '{name}' cannot be had ({reason}): check the name and the connection, or give a"
             " weights file with --teacher-network."
         ) from error
-    return Teacher(network, mean, std), architecture
+    return Teacher(network, mean, std, names), architecture
 
 
 def load_teacher(
@@ -397,4 +392,4 @@ def load_teacher(
         )
     network = architecture.build()
     load_weights(network, tensors, f"'{path}'")
-    return Teacher(network, mean, std), architecture
+    return Teacher(network, mean, std, facts.get("class_names") or ()), architecture

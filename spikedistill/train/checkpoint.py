@@ -1,5 +1,6 @@
-"""Resumable checkpoints: everything that the next step depends on, in one safetensors file."""
+"""Resumable checkpoints: everything that the next step depends on, in one safetensors file, and the one before it."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikedistill.errors import RunError
-from spikedistill.files import read_tensors, write_tensors
+from spikedistill.errors import RunError, WeightsError
+from spikedistill.files import note, read_tensors, write_tensors
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before this one is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def save_checkpoint(
     path: Path, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer, facts: Mapping[str, Any]
 ) -> None:
-    """Write modules, optimiser, random state and facts, atomically."""
+    """Write modules, optimiser, random state and facts, atomically; what was there becomes the one before."""
     tensors = {
         f"{role}.{name}": value for role, module in modules.items() for name, value in module.state_dict().items()
     }
@@ -22,17 +28,19 @@ def save_checkpoint(
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    write_tensors(path, tensors, {"optimiser": type(optimiser).__name__, **facts})
+    write_tensors(path, tensors, {"optimiser": type(optimiser).__name__, **facts}, previous(path))
 
 
 def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
     """Give modules, optimiser and random state back what ``save_checkpoint`` wrote; return the facts.
 
+    Where the file is missing or damaged the one before it takes its place, with a note.
+
     Raises:
-        WeightsError: if the file is missing or broken.
-        RunError: if it belongs to another network or optimiser.
+        WeightsError: if both are missing or damaged.
+        RunError: if it belongs to another run, network or optimiser.
     """
-    tensors, facts = read_tensors(path)
+    tensors, facts = _read(path)
     try:
         if facts.pop("optimiser") != type(optimiser).__name__:
             raise KeyError(f"the optimiser is now {type(optimiser).__name__}")
@@ -49,6 +57,24 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimiser: tor
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return facts
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint that is whole."""
+    before = previous(path)
+    try:
+        return read_tensors(path)
+    except WeightsError as error:
+        if not before.exists():
+            raise WeightsError(f"{error} There is no checkpoint before it: or begin anew in another --out.") from error
+        damage = error
+    try:
+        found = read_tensors(before)
+    except WeightsError as error:
+        raise WeightsError(f"{damage} So is the one before it, '{before}': or begin anew in another --out.") from error
+    note(f"{damage} Going on from the one before it.")
+    os.replace(before, path)  # else the next one would put the damaged one in its place
+    return found
 
 
 def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What is computed in one step: the teacher's answer, the student's, and the objective's terms."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ def observe(student: Any, inputs: Tensor, needs: Needs) -> Answer:
 def in_float32(answer: Answer) -> Answer:
     """The same answer, its logits in float32, in which losses are computed."""
     return replace(answer, logits=answer.logits.float())
+
+
+def is_finite(held: Any) -> bool:
+    """Whether all numbers are finite in a tensor, an ``Answer``, or a mapping or list of such; None is."""
+    if isinstance(held, Tensor):
+        return not held.is_floating_point() or bool(torch.isfinite(held).all())
+    if isinstance(held, Answer):
+        return all(map(is_finite, (held.logits, held.features, held.spikes, held.potentials)))
+    if isinstance(held, Mapping):
+        return all(map(is_finite, held.values()))
+    return all(map(is_finite, held)) if isinstance(held, list | tuple) else True
 
 
 def settle_objective(objective: Objective, student: nn.Module, teacher: nn.Module | None, inherits: bool) -> Objective:
@@ -126,7 +138,16 @@ class Tutor:
         """The teacher's answer to a batch, asked now or kept from an earlier epoch."""
         if self.cache is None:
             return self.ask(inputs.shown_to_teacher)
-        return self.cache.answer(view, step, inputs.samples, lambda: self.ask(inputs.shown_to_teacher))
+        return self.cache.answer(view, step, inputs.samples, lambda: self._ask_to_keep(inputs.shown_to_teacher))
+
+    def _ask_to_keep(self, inputs: Tensor) -> Answer:
+        answer = self.ask(inputs)
+        if not is_finite(answer):
+            raise ConfigError(
+                "The teacher's answer holds NaN or infinity and is not kept: check its weights, its normalisation and"
+                " the images."
+            )
+        return answer
 
     def keep_answers(self, folder: Path, feed: Feed, place: Place, teacher: nn.Module, inputs: Inputs) -> Cache:
         """Keep answers on disk from now on, in a folder of caches.

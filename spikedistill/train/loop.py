@@ -6,6 +6,7 @@ on their sum. What is drawn depends on (seed, epoch, step) alone, so a resumed r
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,23 @@ from spikedistill.data.feed import Feed, Inputs
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict
 from spikedistill.neuron.fused import works
-from spikedistill.objective.terms import Objective, Terms, check_terms, total
+from spikedistill.objective.terms import Objective, check_terms, total
 from spikedistill.student.build import Student
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
-from spikedistill.train.lesson import make_lesson, make_tutor, settle_objective
+from spikedistill.train.lesson import is_finite, make_lesson, make_tutor, settle_objective
 from spikedistill.train.meters import FiringRateMeter, Meters
 from spikedistill.train.optimise import learning_rate, make_averaged, make_optimiser, set_learning_rate
 from spikedistill.train.processes import Processes
 from spikedistill.train.progress import Events, Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
+
+CAUSES = {
+    "weights": "an earlier step broke the weights, or their file holds them so: lower --lr, in another --out",
+    "inputs": "mend the images, the normalisation or the augmentation that makes them",
+    "teacher's answer": "check the teacher's weights and its normalisation; answers that are kept on disk must go too",
+}
+"""What to do where that is the first part that is not finite."""
 
 
 def fit(
@@ -54,8 +62,8 @@ def fit(
         The last line of metrics.
 
     Raises:
-        ConfigError: if the objective needs what there is not, the loss is no longer a number, or the disk is too small
-            for the teacher's answers.
+        ConfigError: if the objective needs what there is not, the loss, its gradient or the weights are no longer
+            finite, or the disk is too small for the teacher's answers. What is not finite is never saved.
         RunError: if a checkpoint of another run lies in the directory, or the teacher's answers there are damaged.
     """
     course = Course(student, objective, feed, config, run, teacher, progress or Progress.silent())
@@ -70,6 +78,7 @@ def fit(
             course.progress.step({**meters.means(), **course.firing.facts()})
             if time.monotonic() - course.saved > 60 * config.checkpoint_minutes:
                 course.save(epoch - 1, step + 1, meters)
+        course.check_weights(epoch, course.feed.steps)
         line = course.line(epoch, meters)
         if course.processes.first:
             run.append("metrics", line)
@@ -104,7 +113,8 @@ class Course:
         self.place = config.place().for_training(student)
         if config.channels_last and self.place.layout is not torch.channels_last:
             progress.say(
-                "contiguous memory: oneDNN has a fault with channels last and narrow strided 1 x 1 convolutions"
+                "contiguous memory: with channels last 3D convolutions do not run, and oneDNN has a fault in narrow"
+                " strided 1 x 1 convolutions"
             )
         self.processes = Processes(self.place.device)
         self.feed = feed.shared(self.processes.rank, self.processes.count)
@@ -154,29 +164,49 @@ class Course:
             teacher = None if self.tutor is None else self.tutor.answer(inputs, self.feed.view(epoch), step)
             source = inputs.source if self.lesson.needs.source else None
             logits, terms = self.trained(inputs.student, inputs.labels, teacher, source, progress)
-        values = self._finite(terms, epoch, step)
+        check_terms(terms)
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        given = [inputs.student, inputs.teacher, inputs.source]
+        seen = {"inputs": given, "teacher's answer": teacher, "student's logits": logits}
+        if not math.isfinite(sum(values.values())):
+            raise self._broken(f"The loss became {values}", epoch, step, seen)
         self.optimiser.zero_grad(set_to_none=True)
         self.processes.backward(total(terms))
-        self.processes.clip(self.lesson.parameters(), self.config.clip)
+        norm = self.processes.clip(self.lesson.parameters(), self.config.clip)
+        if not math.isfinite(norm):
+            raise self._broken(f"The norm of the gradient became {norm} at the loss {values}", epoch, step, seen)
         self.optimiser.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.student)
         return values, int((logits.float().mean(0).argmax(-1) == inputs.labels).sum()), len(inputs.labels)
 
-    def _finite(self, terms: Terms, epoch: int, step: int) -> dict[str, float]:
-        """The terms as numbers.
+    def _broken(self, what: str, epoch: int, step: int, seen: Mapping[str, Any]) -> ConfigError:
+        """The refusal of a step whose loss or gradient is not finite; nothing of it is saved."""
+        whole = {"weights": dict(self.lesson.named_parameters()), **seen}
+        broken = [name for name, held in whole.items() if not is_finite(held)]
+        fine = [name for name in whole if name not in broken]
+        lower = f"lower --lr (={self.config.peak}), or set --clip 1, in another --out"
+        return ConfigError(
+            f"{what} in epoch {epoch}, step {step + 1}: {CAUSES.get((broken or [''])[0], lower)}. Not finite:"
+            f" {', '.join(broken) or 'that alone'}; finite: {', '.join(fine) or 'nothing'}. The last checkpoint is"
+            " untouched."
+        )
+
+    def check_weights(self, epoch: int, step: int) -> None:
+        """Refuse weights, statistics or an optimiser's state that are not finite, before they are saved or judged.
 
         Raises:
-            ConfigError: if one is none, or they are no terms at all.
+            ConfigError: if there are such.
         """
-        check_terms(terms)
-        values = {name: float(term.detach()) for name, term in terms.items()}
-        if not math.isfinite(sum(values.values())):
+        held = {f"{role}.{n}": v for role, module in self._kept().items() for n, v in module.state_dict().items()}
+        held["the optimiser's state"] = list(self.optimiser.state.values())
+        broken = [name for name, value in held.items() if not is_finite(value)]
+        if broken:
             raise ConfigError(
-                f"The loss became {values} in epoch {epoch}, step {step + 1}: lower --lr (={self.config.peak}), or set "
-                "--clip 1, in another --out; the last checkpoint is untouched."
+                f"After epoch {epoch}, step {step}, {len(broken)} of {len(held)} tensors hold NaN or infinity,"
+                f" {broken[0]} first: lower --lr (={self.config.peak}), or set --clip 1, in another --out; the last"
+                " checkpoint is untouched."
             )
-        return values
 
     def line(self, epoch: int, meters: Meters) -> dict[str, Any]:
         """An epoch's line for metrics.jsonl, with the accuracy on the held-out samples."""
@@ -193,11 +223,17 @@ class Course:
         return {"lesson": self.lesson} | ({} if self.averaged is None else {"averaged": self.averaged})
 
     def save(self, epoch: int, step: int, meters: Meters) -> None:
-        """Write a checkpoint: so many epochs and steps lie behind."""
+        """Write a checkpoint: so many epochs and steps lie behind.
+
+        Raises:
+            ConfigError: if what would be written is not finite.
+        """
+        self.check_weights(epoch, step)
         if self.tutor is not None and self.tutor.cache is not None:
             self.tutor.cache.flush()
         if self.processes.first:
             facts = {"epoch": epoch, "step": step, "meters": asdict(meters), "rate": self.firing.percent}
+            facts["metrics"] = self.run.history(epoch)
             save_checkpoint(self.run.checkpoint, self._kept(), self.optimiser, facts)
         self.saved = time.monotonic()
 
@@ -208,6 +244,6 @@ class Course:
             facts = load_checkpoint(self.run.checkpoint, self._kept(), self.optimiser)
             self.progress.say(f"going on after epoch {facts['epoch']}, step {facts['step']}")
         if self.processes.first:
-            self.run.rewind(facts["epoch"])
+            self.run.rewind(facts["epoch"], facts.get("metrics"))
         self.firing.percent = facts["rate"]
         return facts["epoch"], facts["step"], Meters(**facts["meters"])

@@ -41,7 +41,9 @@ class Processes:
         """Gradients of the loss."""
         self._accelerator.backward(loss)
 
-    def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> None:
-        """Shorten the gradient to this norm; 0 leaves it as it is."""
+    def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> float:
+        """Shorten the gradient to this norm, 0 leaves it as it is; the norm that it had."""
+        learned = list(parameters)
         if norm:
-            self._accelerator.clip_grad_norm_(parameters, norm)
+            return float(self._accelerator.clip_grad_norm_(learned, norm))
+        return float(nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None]))

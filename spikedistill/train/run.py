@@ -1,12 +1,12 @@
 """A run directory: what was asked, where it ran, what came out.
 
 recipe.json             every choice, as given
-environment.json        when and where it began: date, versions, processor, threads
+environment.json        when and where it began: date, versions, processor, threads; and which run this is
 conversion.json         of a student: what became of each activation
 before.json             of a student: measurements on 1000 training images before training
 metrics.jsonl           one line an epoch; the same numbers in an interrupted and resumed run
 timing.jsonl            one line an epoch; seconds, which are never the same, device, number format and memory order
-checkpoint.safetensors  all that the next step needs
+checkpoint.safetensors  all that the next step needs; the one before it in checkpoint.previous.safetensors
 model.safetensors       the weights, when the run is done
 results.json            the measurements on the test set, and the method with its open fields closed, when the run is
                         done
@@ -14,14 +14,18 @@ method.py               of an objective of the user's: a copy of its file
 scores.jsonl            of 'immunity': one line a score
 answers/                with views: the teacher's answers; may be deleted
 lock                    locked while a process works in the directory
+
+Files of JSON and of tensors carry a checksum and the name of the run (see ``files``), and so do lines of scores. The
+lines of metrics.jsonl are in the checkpoint too, from where they are mended.
 """
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,8 +35,28 @@ import torch
 from filelock import BaseFileLock, FileLock, Timeout
 
 from spikedistill.errors import RunError, SpikeDistillError
-from spikedistill.files import write_text
+from spikedistill.files import (
+    CHECKSUM,
+    ENVIRONMENT,
+    RUN,
+    note,
+    read_json,
+    run_of,
+    seal,
+    unseal,
+    without_seal,
+    write_json,
+    write_text,
+)
 from spikedistill.student.upgrade import upgrade
+from spikedistill.train.checkpoint import previous
+
+KINDS = ("distill", "immunity", "teach")
+"""What recipes are of."""
+NO_MATTER = ("checkpoint_minutes", "tensorboard")
+"""Choices of a training that do not touch its bits."""
+PLAIN = ("metrics", "timing")
+"""Logs whose lines have no checksum, as they are for programs that draw them."""
 
 
 @dataclass
@@ -42,11 +66,13 @@ class Run:
     path: Path
     lock: BaseFileLock | None = field(default=None, init=False, repr=False, compare=False)
     """From ``start`` on, for as long as this object lives."""
+    here: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
+    """From ``start`` on, by what the directory is known again."""
 
     @property
     def checkpoint(self) -> Path:
         """All that the next step needs."""
-        return self.path / "checkpoint.safetensors"
+        return self._file("checkpoint.safetensors")
 
     @property
     def finished(self) -> bool:
@@ -56,7 +82,28 @@ class Run:
     @property
     def model(self) -> Path:
         """The finished weights."""
-        return self.path / "model.safetensors"
+        return self._file("model.safetensors")
+
+    def _file(self, name: str) -> Path:
+        """A file of the directory, which must still be the one in which the run was started.
+
+        Raises:
+            RunError: if it has vanished, or another took its place.
+        """
+        if self.here is not None and self.here != self._mark():
+            raise RunError(
+                f"The run directory '{self.path}' was removed or replaced while this run worked in it (its 'lock' is"
+                " gone or another's): nothing more is written; put it back and go on with --resume, or begin anew."
+            )
+        return self.path / name
+
+    def _mark(self) -> tuple[int, int] | None:
+        """What tells this directory from another in its place: its lock, which stays open, else itself."""
+        for file in (self.path / "lock", self.path):
+            with contextlib.suppress(OSError):
+                found = file.stat()
+                return found.st_dev, found.st_ino
+        return None
 
     def start(self, recipe: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None) -> None:
         """Create the directory, or make sure that what lies there is the same run; keep other processes out of it.
@@ -72,25 +119,70 @@ class Run:
         """
         if resume and not (self.path / "recipe.json").exists():
             raise RunError(f"There is no run in '{self.path}' to resume: check --out, or leave --resume away.")
+        if resume:
+            self.read("recipe")
+        self._check_place(recipe)
+        if not resume:
+            self._check_kind(recipe)
         self._take()
-        files = (self.checkpoint, self.model, self.path / "scores.jsonl")
+        before = previous(self.checkpoint)
+        files = (self.checkpoint, before, self.model, self.path / "scores.jsonl")
         worth_keeping = self.finished or any(file.exists() for file in files)
         if worth_keeping and not resume:
             raise RunError(f"'{self.path}' already holds a run: go on with it by --resume, or choose another --out.")
-        if resume:
-            if self.read("recipe").get("format") != recipe.get("format") and not self.finished:
-                raise RunError(
-                    f"The run in '{self.path}' was begun, and not finished, by an older version of spikedistill: finish"
-                    " it with that version, or begin anew in another --out."
-                )
-            if changed := self.changes(recipe, defaults):
-                raise RunError(
-                    f"'{self.path}' was begun with another recipe ({'; '.join(changed[:3])}): give the same, or another"
-                    " --out."
-                )
+        if not resume:
+            machine = environment()
+            write_json(self.path / ENVIRONMENT, machine, _name(recipe, machine))
+            self.write("recipe", recipe)
             return
-        self.write("recipe", recipe)
-        self.write("environment", environment())
+        if self.read("recipe").get("format") != recipe.get("format") and not self.finished:
+            raise RunError(
+                f"The run in '{self.path}' was begun, and not finished, by an older version of spikedistill: finish"
+                " it with that version, or begin anew in another --out."
+            )
+        if changed := self.changes(recipe, defaults):
+            raise RunError(
+                f"'{self.path}' was begun with another recipe ({'; '.join(changed[:3])}): give the same, or another"
+                " --out."
+            )
+        if before.exists() and not self.checkpoint.exists():
+            note(f"'{self.checkpoint}' is gone: going on from the one before it.")
+            os.replace(before, self.checkpoint)
+
+    def _check_place(self, recipe: Mapping[str, Any]) -> None:
+        """Refuse a directory that holds anything but a run, or that lies among the images of a folder."""
+        data = recipe.get("data")
+        source = Path(data["name"]) if isinstance(data, dict) and "name" in data else None
+        if source is not None and source.is_dir() and self.path.resolve().is_relative_to(source.resolve()):
+            raise RunError(f"'{self.path}' lies in the folder of the data, '{source}': choose another --out.")
+        if (strange := self._strange()) and not self._is_ours():
+            shown = ", ".join(strange[:4]) + (", ..." if len(strange) > 4 else "")
+            raise RunError(
+                f"'{self.path}' holds files ({shown}) and no run of spikedistill: choose an empty or a new directory by"
+                " --out; nothing in it was touched."
+            )
+
+    def _check_kind(self, recipe: Mapping[str, Any]) -> None:
+        """Refuse a directory where another command has begun."""
+        if self._strange() and (kind := self.read("recipe").get("kind")) != recipe.get("kind"):
+            raise RunError(f"'{self.path}' already holds a run, of '{kind}': choose another --out.")
+
+    def _strange(self) -> list[str]:
+        """What lies here, but for hidden files and what a kill at the very beginning leaves."""
+        left = ("lock", ENVIRONMENT, "recipe.json.part", f"{ENVIRONMENT}.part")
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(x.name for x in found if x.name not in left and not (x.name.startswith(".") and x.is_file()))
+
+    def _is_ours(self) -> bool:
+        """Whether a run of ours lies here: its recipe has a checksum, or the kind and parts of one of before."""
+        try:
+            content = json.loads((self.path / "recipe.json").read_bytes())
+        except (OSError, ValueError):
+            return False
+        if not isinstance(content, dict):
+            return False
+        before = content.get("kind") in KINDS and ("data" in content or "runs" in content)
+        return before or CHECKSUM in content or RUN in content
 
     def _take(self) -> None:
         """Lock the directory, where the file system knows locks."""
@@ -100,6 +192,7 @@ class Run:
             with contextlib.suppress(NotImplementedError):
                 lock.acquire()
                 self.lock = lock
+            self.here = self._mark()
         except Timeout:
             raise RunError(
                 f"Another process works in '{self.path}': wait for it or end it, or choose another --out."
@@ -129,30 +222,38 @@ class Run:
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one JSON file of the directory."""
-        write_text(self.path / f"{name}.json", json.dumps(content, indent=2) + "\n")
+        write_json(self._file(f"{name}.json"), content)
 
     def read(self, name: str) -> dict[str, Any]:
         """Read one JSON file of the directory.
 
         Raises:
-            RunError: if it is missing or broken.
+            RunError: if it is missing, broken, not as it was written, or another run's.
         """
-        file = self.path / f"{name}.json"
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError(f"it holds {type(content).__name__}, not names and values")
-            return content
-        except (OSError, ValueError) as error:
-            raise RunError(f"'{file}' cannot be read ({error}): is '{self.path}' the directory of a run?") from error
+        return read_json(self._file(f"{name}.json"))
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Read one ``.jsonl`` file; a line cut short by a kill is left out."""
-        file = self.path / f"{name}.jsonl"
-        if not file.exists():
-            return []
-        text = file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        """Read one ``.jsonl`` file; a line cut short by a kill is left out.
+
+        Raises:
+            RunError: if another line is broken or not as it was written, or another run's.
+        """
+        file, found = self._file(f"{name}.jsonl"), []
+        for number, line in enumerate(_whole_lines(file), 1):
+            try:
+                found.append(self._opened(line))
+            except ValueError as error:
+                raise RunError(
+                    f"Line {number} of '{file}' is damaged ({error}): delete that line, --resume makes it again."
+                ) from error
+        return found
+
+    def _opened(self, line: bytes) -> dict[str, Any]:
+        """A line of a log without its seal; a ``ValueError`` if it is damaged."""
+        content = unseal(line.decode().removesuffix("\r") + "\n")  # git may have written lines as Windows does
+        if content.get(RUN, home := run_of(self.path)) != home:
+            raise ValueError(f"it was written by another run ({content[RUN]})")
+        return without_seal(content)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add one line to a ``.jsonl`` file.
@@ -160,25 +261,76 @@ class Run:
         Raises:
             RunError: if it cannot be written.
         """
-        path = self.path / f"{name}.jsonl"
+        path = self._file(f"{name}.jsonl")
+        content = json.dumps(line) + "\n" if name in PLAIN else seal(line, run_of(self.path))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)  # a line that a kill or a full disk cut short
-                file.write(json.dumps(line).encode() + b"\n")
+                file.write(content.encode())
         except OSError as error:
             raise RunError(
                 f"'{path}' could not be written ({error}): free some disk space, then go on with --resume."
             ) from error
 
-    def rewind(self, epoch: int) -> None:
-        """Drop the lines of epochs that the checkpoint does not know of yet."""
-        for name in ("metrics", "timing"):
-            if not (self.path / f"{name}.jsonl").exists():
-                continue
-            kept = [json.dumps(line) + "\n" for line in self.lines(name) if line["epoch"] <= epoch]
-            write_text(self.path / f"{name}.jsonl", "".join(kept))
+    def history(self, epoch: int) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, one for each of so many epochs.
+
+        Raises:
+            RunError: if one is damaged, or they are others.
+        """
+        return self._of_all_epochs(self.lines("metrics"), epoch)
+
+    def _of_all_epochs(self, found: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
+        epochs = [line.get("epoch") for line in found]
+        if epochs != list(range(1, epoch + 1)):
+            raise RunError(
+                f"'{self.path / 'metrics.jsonl'}' holds epochs {epochs[:9]}, and {epoch} lie behind: go on with"
+                " --resume, which mends it from the checkpoint; if an earlier version wrote that, put a copy back."
+            )
+        return found
+
+    def rewind(self, epoch: int, known: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Bring the logs to where the checkpoint is: drop the lines of later epochs, mend what is missing before.
+
+        Args:
+            epoch: how many epochs lie behind.
+            known: the lines of metrics.jsonl that the checkpoint holds; one of before holds none.
+
+        Raises:
+            RunError: if metrics.jsonl lacks an epoch, or is damaged, and the checkpoint holds no lines.
+        """
+        for name in PLAIN:
+            file = self._file(f"{name}.jsonl")
+            kept = [line for line in _readable(_whole_lines(file)) if line["epoch"] <= epoch]
+            if name == "metrics" and known is None:
+                self._of_all_epochs(kept, epoch)
+            elif name == "metrics" and kept != (kept := [dict(line) for line in known or ()]):
+                note(f"'{file}' was shorter than the checkpoint, or damaged, and is mended from it.")
+            if kept or file.exists():
+                write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _whole_lines(file: Path) -> list[bytes]:
+    """The lines of a file that end; none where it is missing."""
+    return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+
+
+def _readable(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    """Those lines of epochs that are whole."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            content = json.loads(line)
+            if isinstance(content, dict) and isinstance(content.get("epoch"), int):
+                yield content
+
+
+def _name(recipe: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    """The name of a run: the same for the same recipe on the same machine, whose bits are the same."""
+    training = {name: value for name, value in recipe.get("training", {}).items() if name not in NO_MATTER}
+    asked = [{**recipe, "training": training}, {name: value for name, value in machine.items() if name != "date"}]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def unless_done(path: Path, work: Callable[[bool], object], say: Callable[[], object] = lambda: None) -> None:

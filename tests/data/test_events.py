@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Generator
 
@@ -42,6 +42,27 @@ class TestReading:
         with pytest.raises(DataError, match="cannot be read"):
             read_nmnist(tmp_path / "none.bin")
 
+    def test_a_clock_that_goes_round_is_followed_and_is_no_event(self, tmp_path: Path):
+        path = tmp_path / "1.bin"
+        path.write_bytes(bytes([1, 2, 0, 0, 9, 0, 240, 0, 0, 0, 3, 4, 0x80, 0, 5, 0, 240, 0, 0, 0, 5, 6, 0, 0, 7]))
+        found = read_nmnist(path)
+        assert found.t.tolist() == [9, 2**13 + 5, 2**14 + 7]
+        assert (found.x.tolist(), found.y.tolist(), found.p.tolist()) == ([1, 3, 5], [2, 4, 6], [0, 1, 0])
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            (bytes([1, 2, 0, 0, 9, 1, 2, 0, 0, 8]), "its times fall"),
+            (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x01\x00", "its times fall"),
+            (bytes([0, 240, 0, 0, 0]), "it holds no event"),
+        ],
+        ids=["swapped", "a picture", "clock alone"],
+    )
+    def test_files_of_another_format_are_refused(self, tmp_path: Path, content, message):
+        (tmp_path / "1.bin").write_bytes(content[: len(content) // 5 * 5])
+        with pytest.raises(DataError, match=rf"1\.bin' is no recording of five bytes an event \({message}\)"):
+            read_nmnist(tmp_path / "1.bin")
+
 
 class TestFrames:
     def test_by_hand(self):
@@ -56,6 +77,7 @@ class TestFrames:
     )
     def test_no_event_is_lost_and_each_lies_at_its_pixel(self, found, timesteps):
         t, x, y, p = map(np.array, zip(*found))
+        timesteps = min(timesteps, int(np.ptp(t)) + 1)  # fewer times than frames cannot be divided
         (frames,) = to_frames([Recording(t, x, y, p)], timesteps, 4, 5)
         assert frames.sum() == len(found)
         assert frames[0].sum() > 0
@@ -77,6 +99,90 @@ class TestFrames:
             to_frames([Recording(np.arange(2), *[np.zeros(1, int)] * 3)], 2, 4, 5)
         with pytest.raises(ConfigError, match=r"\(=0, 4, 5\) must be 1 or more"):
             to_frames([recording([0])], 0, 4, 5)
+
+
+class TestUnits:
+    """What a recording's numbers may be: only their meaning counts, and what has none is refused."""
+
+    @given(
+        st.lists(st.integers(0, 60) | st.integers(0, 10**6), min_size=2, max_size=30, unique=True),
+        st.integers(1, 9),
+        st.sampled_from([0, -(10**9), 1_700_000_000_000_000]),
+    )
+    @example([0, 1, 2], 2, 0)
+    def test_seconds_give_the_frames_of_their_microseconds_wherever_time_begins(self, found, timesteps, start):
+        t, x = np.array(found), np.arange(len(found)) % 5
+        expected = to_frames([recording(t, x)], timesteps, 1, 5)
+        assert torch.equal(to_frames([recording(t + start, x)], timesteps, 1, 5), expected)
+        assert torch.equal(to_frames([recording(t.astype(float), x)], timesteps, 1, 5), expected)
+        assert torch.equal(to_frames([recording(t / 1e6, x)], timesteps, 1, 5), expected)
+        assert torch.equal(to_frames([recording((t / 1e6 + 3).tolist(), x)], timesteps, 1, 5), expected)
+        order = np.random.default_rng(0).permutation(len(t))
+        assert torch.equal(to_frames([recording(t[order], x[order])], timesteps, 1, 5), expected)
+
+    def test_seconds_fill_all_frames(self):
+        frames = to_frames([recording(np.linspace(0.0, 0.3, 600).astype(np.float32))], 6, 1, 1)
+        assert frames[0, :, 0, 0, 0].tolist() == [100] * 6
+
+    def test_fractions_finer_than_microseconds_too(self):
+        t = np.random.default_rng(0).random(800) * 1e-7
+        frames = to_frames([recording(np.sort(t))], 4, 1, 1)
+        assert frames.sum() == 800 and (frames[0, :, 0, 0, 0] > 150).all()
+
+    def test_nanoseconds_since_1970_do_not_overflow(self):
+        t = np.array([0, 1_700_000_000_000_000_000], np.uint64)
+        assert to_frames([recording(t)], 1000, 1, 1)[0, :, 0, 0, 0].nonzero().flatten().tolist() == [0, 999]
+
+    @pytest.mark.parametrize("p", [[-1, 1, 1, -1], [False, True, True, False], [-1.0, 1.0, 1.0, -1.0]], ids=str)
+    def test_polarities_may_be_signs_or_booleans(self, p):
+        t = np.arange(4)
+        assert torch.equal(
+            to_frames([recording(t, t, p=p)], 2, 1, 4), to_frames([recording(t, t, p=[0, 1, 1, 0])], 2, 1, 4)
+        )
+
+    @pytest.mark.parametrize("p", [[-1, -1], [1, 1]], ids=str)
+    def test_signs_that_are_all_alike_keep_their_meaning(self, p):
+        assert to_frames([recording([0, 1], p=p)], 1, 1, 1)[0, 0, :, 0, 0].tolist() == ([2, 0] if p[0] < 0 else [0, 2])
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            ({"x": [0.5, 1]}, r"x of recording 0 holds fractions \(0\.5\): round to pixels.*np\.floor"),
+            ({"y": [0, 1e-3]}, r"y of recording 0 holds fractions \(0\.001\)"),
+            ({"p": [0.25, 1]}, r"p of recording 0 holds fractions \(0\.25\): round to 0 and 1"),
+            ({"p": [-1, 0]}, r"polarity -1\.\.0: expected"),
+            ({"p": [-1, 2]}, r"polarity -1\.\.2: expected"),
+            ({"p": [1, 2]}, r"polarity 1\.\.2: expected"),
+            ({"x": [-1, 0]}, r"x -1\.\.0"),
+            ({"y": [0, 3]}, r"y 0\.\.3.*y below 3"),
+            ({"t": [0.0, np.nan]}, "t of recording 0 holds NaN or infinity"),
+            ({"x": [0.0, np.inf]}, "x of recording 0 holds NaN or infinity"),
+            ({"t": ["1", "2"]}, r"t of recording 0 is of the kind <U1: give numbers"),
+            ({"t": np.array([1, 2], "datetime64[us]")}, r"kind datetime64\[us\]: give numbers"),
+            ({"t": np.array([1, 2], object)}, "kind object"),
+            ({"t": np.array([1, 2], complex)}, "kind complex128"),
+            ({"t": np.array([0, 2**63], np.uint64)}, r"goes up to 9223372036854775808"),
+            ({"t": [7, 7]}, "The 2 events of recording 0 have times from 7 to 7, .* divided into 2 frames: were"),
+            ({"t": [0.25, 0.25]}, r"have times from 0\.25 to 0\.25"),
+            ({"t": [False, True]}, "t of recording 0 is of the kind bool: give numbers"),
+            ({"x": [False, True]}, "x of recording 0 is of the kind bool"),
+            ({"y": [False, True]}, "y of recording 0 is of the kind bool"),
+            ({"x": [[0, 1]]}, r"has 2, \(1, 2\), 2, 2 values"),
+        ],
+        ids=str,
+    )
+    def test_what_has_no_meaning_is_refused_with_its_values(self, fields, message):
+        sound = {"t": [0, 1], "x": [0, 1], "y": [0, 1], "p": [0, 1], **fields}
+        with pytest.raises(DataError, match=message):
+            to_frames([Recording(**{name: np.asarray(values) for name, values in sound.items()})], 2, 3, 4)
+
+    @pytest.mark.parametrize("seconds", [2, 3, 9])
+    def test_whole_times_fewer_than_frames_are_refused(self, seconds):
+        t = np.random.default_rng(0).uniform(0, seconds, 500)
+        with pytest.raises(DataError, match=rf"times from 0 to {seconds - 1}, which cannot be divided into 10 frames"):
+            to_frames([recording(np.floor(t))], 10, 4, 5)
+        assert to_frames([recording(t)], 10, 4, 5).sum((0, 2, 3, 4)).min() > 0
+        assert to_frames([recording([0, 2, 3])], 10, 4, 5).sum() == 3, "a few events may come within few ticks"
 
 
 class TestDisturbances:

@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikedistill.data.augment import Augment, alternate
-from spikedistill.data.feed import Feed, Inputs, MemoryFeed, PairFeed, as_frames, epoch_order, step_seed
+from spikedistill.data.feed import (
+    Feed,
+    Inputs,
+    MemoryFeed,
+    PairFeed,
+    as_frames,
+    calibration_inputs,
+    epoch_order,
+    step_seed,
+    training_samples,
+)
 from spikedistill.data.images import ImageSet, split
 from spikedistill.errors import ConfigError, DataError
 
@@ -201,6 +211,16 @@ class TestMemoryFeed:
         feed = MemoryFeed(IMAGES, 8, validation=validation)
         assert replace(feed, **changes).fingerprint() != feed.fingerprint() == replace(feed).fingerprint()
 
+    @pytest.mark.parametrize("stored", [IMAGES, FRAMES], ids=["images", "frames"])
+    def test_calibration_never_looks_at_test_images(self, stored):
+        spoilt = replace(stored, test_images=stored.test_images ^ 255)
+        assert torch.equal(MemoryFeed(stored, 8).calibration(9), MemoryFeed(spoilt, 8).calibration(9))
+        assert torch.equal(calibration_inputs(stored, 9), calibration_inputs(spoilt, 9))
+
+    def test_the_digest_of_training_samples_is_that_of_its_fingerprint(self):
+        assert MemoryFeed(IMAGES, 8, validation=0.25).fingerprint()["samples"] == training_samples(IMAGES, 0.25)
+        assert training_samples(IMAGES, 0.25) != training_samples(IMAGES, 0.1)
+
     def test_its_fingerprint_does_not_look_at_the_test_part(self):
         other = replace(IMAGES, test_images=IMAGES.test_images ^ 1)
         assert MemoryFeed(other, 8).fingerprint() == MemoryFeed(IMAGES, 8).fingerprint()
@@ -262,6 +282,24 @@ class TestEpochOrder:
 
 
 class TestPairFeed:
+    @pytest.mark.parametrize(
+        "ours, theirs, message",
+        [
+            (("cat", "dog", "cow"), ("dog", "cat", "cow"), "'cat' is 0 and 1, 'dog' is 1 and 0"),
+            (("cat", "dog", "cow"), ("cat", "dog", "yak"), "'cow' and 'yak'"),
+            (("cat", "dog", "cow"), ("yak", "emu", "ant"), "'cat' and 'yak', 'dog' and 'emu', 'cow' and 'ant'"),
+        ],
+    )
+    def test_classes_of_other_names_or_order_are_refused(self, ours, theirs, message):
+        events, images = replace(FRAMES, class_names=ours), replace(IMAGES, class_names=theirs)
+        with pytest.raises(DataError, match=f"their classes differ: {message}. Give both the same class_names"):
+            PairFeed(MemoryFeed(events, 8), images)
+
+    @pytest.mark.parametrize("theirs", [("Cat", "DOG", "sea_cow"), ("0", "1", "2"), ("cat", "dog", "sea cow")])
+    def test_classes_of_the_same_names_or_of_mere_numbers_are_paired(self, theirs):
+        events, images = replace(FRAMES, class_names=("cat", "dog", "sea-cow")), replace(IMAGES, class_names=theirs)
+        assert PairFeed(MemoryFeed(events, 8), images).steps == 5
+
     @pytest.mark.parametrize("paired", [False, True])
     def test_image_and_recording_are_of_one_class_at_every_step(self, paired):
         feed = pair(paired)

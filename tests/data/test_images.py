@@ -1,6 +1,5 @@
 import io
 import itertools
-import re
 import struct
 from urllib.error import URLError
 
@@ -13,7 +12,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from spikedistill.data import images as module
 from spikedistill.data.images import ImageSet, evenly, load_images, split
 from spikedistill.errors import ConfigError, DataError
 
@@ -36,17 +34,6 @@ def arrays(**changes):
 def write_npz(path, **changes):
     np.savez(path, **arrays(**changes))
     return str(path)
-
-
-def write_image(path, colour=(10, 20, 30), size=(4, 4)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-
-
-def write_classes(folder, counts):
-    for name, count in counts.items():
-        for number in range(count):
-            write_image(folder / name / f"{number}.png", (number, 0, 255))
 
 
 def write_idx(directory, train, test, labels):
@@ -141,9 +128,6 @@ class TestNpz:
     def test_class_names_are_taken_where_given(self, tmp_path):
         read = load_images(write_npz(tmp_path / "own.npz", class_names=np.array(["cat", "dog", "cow"])))
         assert (read.class_names, read.classes) == (("cat", "dog", "cow"), 3)
-
-    def test_classes_that_only_the_test_part_has_are_counted(self, tmp_path):
-        assert load_images(write_npz(tmp_path / "own.npz", test_labels=np.array([0, 1, 2, 5]))).classes == 6
 
     def test_event_frames_come_out_as_they_are(self, tmp_path):
         train, test = drawn(10, 6, 2, 4, 5), drawn(4, 6, 2, 4, 5, seed=1)
@@ -311,139 +295,6 @@ def test_evenly_gives_so_many_different_places_from_the_first_to_the_last(total,
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-class TestFolder:
-    def test_train_and_test_folders_are_read_by_class_in_the_order_of_names(self, tmp_path):
-        write_classes(tmp_path / "train", {"dog": 3, "cat": 2})
-        write_classes(tmp_path / "test", {"dog": 1, "cat": 1})
-        read = load_images(str(tmp_path))
-        assert (read.name, read.class_names) == (tmp_path.name, ("cat", "dog"))
-        assert read.train_labels.tolist() == [0, 0, 1, 1, 1]
-        assert read.train_images[:, 0, 0, 0].tolist() == [0, 1, 0, 1, 2]
-        assert read.train_images[:, 2].eq(255).all()
-        assert read.test_labels.tolist() == [0, 1]
-
-    @pytest.mark.parametrize("name", ["val", "valid"])
-    def test_a_validation_folder_stands_in_for_a_test_folder(self, tmp_path, name):
-        write_classes(tmp_path / "train", {"cat": 2, "dog": 2})
-        write_classes(tmp_path / name, {"cat": 1, "dog": 3})
-        assert len(load_images(str(tmp_path)).test_images) == 4
-
-    def test_of_classes_alone_a_fifth_of_each_becomes_the_test_part(self, tmp_path):
-        write_classes(tmp_path, {"cat": 5, "dog": 10})
-        read = load_images(str(tmp_path))
-        assert read.train_labels.bincount().tolist() == [4, 8]
-        assert read.test_labels.bincount().tolist() == [1, 2]
-        reds = torch.cat([read.train_images, read.test_images])[:, 0, 0, 0]
-        assert sorted(reds.tolist()) == sorted([*range(5), *range(10)])
-
-    def test_other_files_and_hidden_folders_are_passed_over_and_deeper_ones_read(self, tmp_path):
-        write_classes(tmp_path, {"cat": 5, "dog": 5, ".cache": 5})
-        write_image(tmp_path / "cat" / "more" / "deep.BMP")
-        (tmp_path / "cat" / "notes.txt").write_text("not an image")
-        read = load_images(str(tmp_path))
-        assert read.class_names == ("cat", "dog")
-        assert len(read.train_images) + len(read.test_images) == 11
-
-    def test_hidden_folders_beside_the_classes_of_a_part_are_passed_over(self, tmp_path):
-        for part in ("train", "test"):
-            write_classes(tmp_path / part, {"cat": 2, "dog": 2, ".ipynb_checkpoints": 1})
-        assert load_images(str(tmp_path)).class_names == ("cat", "dog")
-
-    @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-    def test_pixels_of_more_than_8_bits_are_refused_rather_than_clipped(self, tmp_path, mode):
-        write_classes(tmp_path, {"cat": 5, "dog": 5})
-        Image.new(mode, (4, 4), 1000).save(tmp_path / "cat" / "deep.tiff")
-        with pytest.raises(DataError, match=r"cat/deep\.tiff' cannot be read.*not of 8 bits"):
-            load_images(str(tmp_path))
-
-    def test_grey_images_become_three_equal_channels(self, tmp_path):
-        write_classes(tmp_path / "train", {"cat": 1})
-        write_classes(tmp_path / "test", {"cat": 1})
-        Image.new("L", (4, 4), 77).save(tmp_path / "train" / "cat" / "0.png")
-        assert load_images(str(tmp_path)).train_images.eq(77).all()
-
-    def test_images_of_all_sizes_are_resized_where_a_size_is_given(self, tmp_path):
-        for part in ("train", "test"):
-            write_image(tmp_path / part / "cat" / "0.png", (1, 2, 3), (9, 5))
-            write_image(tmp_path / part / "dog" / "0.png", (4, 5, 6), (2, 2))
-        read = load_images(str(tmp_path), image_size=6)
-        assert read.train_images.shape == (2, 3, 6, 6)
-        torch.testing.assert_close(
-            read.train_images[:, :, 3, 3], torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8)
-        )
-
-    @pytest.mark.parametrize("size", [0, -3])
-    def test_a_size_that_no_image_has_is_refused(self, tmp_path, size):
-        write_classes(tmp_path, {"cat": 5, "dog": 5})
-        with pytest.raises(ConfigError, match=rf"image_size \(={size}\)"):
-            load_images(str(tmp_path), image_size=size)
-
-    def test_images_of_different_sizes_are_refused_with_the_remedy(self, tmp_path):
-        write_classes(tmp_path, {"cat": 5, "dog": 5})
-        write_image(tmp_path / "dog" / "4.png", size=(3, 4))
-        with pytest.raises(DataError, match=r"dog/4\.png' has shape \(4, 3, 3\).*give --image-size"):
-            load_images(str(tmp_path))
-
-    def test_an_empty_folder_is_refused(self, tmp_path):
-        with pytest.raises(DataError, match=r"holds no images: expected .*CLASS/image\.png"):
-            load_images(str(tmp_path))
-
-    def test_a_train_folder_without_a_test_folder_is_refused(self, tmp_path):
-        write_classes(tmp_path / "train", {"cat": 2})
-        with pytest.raises(DataError, match="'train' but no 'test' or 'val'"):
-            load_images(str(tmp_path))
-
-    def test_a_test_class_that_was_never_trained_is_refused(self, tmp_path):
-        write_classes(tmp_path / "train", {"cat": 2})
-        write_classes(tmp_path / "test", {"cat": 2, "yak": 1})
-        with pytest.raises(DataError, match="classes that 'train' has not: yak"):
-            load_images(str(tmp_path))
-
-    def test_a_class_too_small_to_be_split_is_refused(self, tmp_path):
-        write_classes(tmp_path, {"cat": 9, "dog": 1})
-        with pytest.raises(DataError, match="give more images"):
-            load_images(str(tmp_path))
-
-    def test_a_truncated_image_is_named(self, tmp_path):
-        write_classes(tmp_path, {"cat": 5, "dog": 5})
-        broken = tmp_path / "dog" / "3.png"
-        broken.write_bytes(broken.read_bytes()[:45])
-        with pytest.raises(DataError, match=r"dog/3\.png' cannot be read .*replace, convert or delete it"):
-            load_images(str(tmp_path))
-
-    def test_a_png_with_a_wrong_chunk_is_named(self, tmp_path):
-        write_classes(tmp_path, {"cat": 5, "dog": 5})
-        broken = tmp_path / "dog" / "3.png"
-        Image.fromarray(drawn(4, 4, 3)).save(broken)
-        whole = broken.read_bytes()
-        start = whole.index(b"IDAT") - 4
-        length = struct.pack(">I", struct.unpack(">I", whole[start : start + 4])[0] - 20)
-        broken.write_bytes(whole[:start] + length + whole[start + 4 :])
-        with pytest.raises(DataError, match=r"dog/3\.png' cannot be read"):
-            load_images(str(tmp_path))
-
-    def test_a_broken_header_is_named(self, tmp_path):
-        write_classes(tmp_path, {"cat": 5, "dog": 5})
-        (tmp_path / "dog" / "9.ppm").write_bytes(b"P6\n4 four 255\n" + bytes(48))
-        with pytest.raises(DataError, match=r"dog/9\.ppm' cannot be read"):
-            load_images(str(tmp_path))
-
-    def test_more_than_memory_should_hold_is_refused(self, tmp_path, monkeypatch):
-        write_classes(tmp_path, {"cat": 5, "dog": 5})
-        monkeypatch.setattr(module, "LARGEST", 479)
-        with pytest.raises(DataError, match="give a smaller --image-size"):
-            load_images(str(tmp_path))
-
-    def test_a_path_that_does_not_exist_is_named(self, tmp_path):
-        with pytest.raises(DataError, match=re.escape(f"'{tmp_path / 'absent'}' does not exist")):
-            load_images(str(tmp_path / "absent"))
-
-    def test_a_file_of_another_kind_is_refused(self, tmp_path):
-        (tmp_path / "set.csv").write_text("1,2,3")
-        with pytest.raises(DataError, match=r"is neither a folder nor a \.npz file"):
-            load_images(str(tmp_path / "set.csv"))
-
-
 class TestStatistics:
     def test_are_numpys_mean_and_deviation_of_each_channel(self):
         pixels = torch.from_numpy(drawn(50, 3, 4, 5))
@@ -452,6 +303,13 @@ class TestStatistics:
         scaled = pixels.numpy() / 255
         assert mean == pytest.approx(scaled.mean((0, 2, 3)), rel=1e-5)
         assert deviation == pytest.approx(scaled.std((0, 2, 3), ddof=1), rel=1e-5)
+
+    def test_come_from_training_images_alone(self):
+        pixels, labels = torch.from_numpy(drawn(50, 3, 4, 5)), torch.zeros(50, dtype=torch.int64)
+        found = [
+            ImageSet("own", pixels, labels, test, labels, ("one",)).statistics() for test in (pixels, pixels ^ 255)
+        ]
+        assert found[0] == found[1]
 
     @pytest.mark.parametrize("shape", [(50, 6, 2, 4, 5), (1, 1, 2, 1, 1)])
     def test_of_event_frames_leave_counts_as_they_are(self, shape):

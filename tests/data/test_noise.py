@@ -109,8 +109,7 @@ class TestClosedForms:
         images = grey(90, 3)
         for name in ("gaussian-blur", "glass-blur", "defocus-blur", "motion-blur", "zoom-blur", "pixelate", "elastic"):
             assert torch.equal(corrupt(images, name, 5), images), name
-        for name in ("contrast", "saturate"):
-            assert torch.equal(corrupt(images, name, 5), images), name
+        assert torch.equal(corrupt(images, "contrast", 5), images)
 
     def test_contrast_and_brightness_by_hand(self):
         x = torch.tensor([0.2, 0.4]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
@@ -120,13 +119,6 @@ class TestClosedForms:
         assert noise.brightness(colour, 0.2, generator).flatten().tolist() == pytest.approx([0.6, 0.3, 0.0])
         assert noise.brightness(torch.zeros(1, 3, 1, 1), 0.2, generator).flatten().tolist() == pytest.approx([0.2] * 3)
         assert noise.saturate(colour, (0.5, 0.0), generator).flatten().tolist() == pytest.approx([0.4, 0.3, 0.2])
-
-    def test_a_moved_edge_is_where_it_was_moved_to(self):
-        x = torch.zeros(2, 1, 8, 8)
-        x[..., 2] = 1.0
-        moved = noise._shifted(x, torch.tensor([-1.0, 0.5]), torch.zeros(2))
-        assert moved[0, 0, 0].tolist() == pytest.approx([0, 0, 0, 1, 0, 0, 0, 0], abs=1e-5)
-        assert moved[1, 0, 0].tolist() == pytest.approx([0, 0.5, 0.5, 0, 0, 0, 0, 0], abs=1e-5)
 
     def test_snow_falls_and_motion_blur_drives(self):
         x = torch.rand(40, 1, 32, 32, generator=Generator().manual_seed(0))
@@ -140,17 +132,6 @@ class TestClosedForms:
         down, right = steps(noise.motion_blur(x, CORRUPTIONS["motion-blur"].levels[4], Generator().manual_seed(0)))
         assert right < 0.8 * down
 
-    @pytest.mark.parametrize("height, width", [(32, 32), (48, 32)])
-    def test_an_elastic_image_has_three_corners_moved_as_far_as_stated(self, height, width):
-        move, side = 0.05, min(height, width)
-        ramp = torch.arange(width, dtype=torch.float32).expand(4000, 1, height, width)
-        slopes = noise.elastic(ramp, (0.0, 0.0, move), Generator().manual_seed(0))
-        slope = (slopes[:, 0, height // 2, width // 2] - slopes[:, 0, height // 2, width // 2 - 4]) / 4 - 1
-        # Two corners, a distance of 2 * (side // 3) apart, each moved by up to move * width along this axis.
-        apart = 2 * (side // 3) * width / side
-        assert float(slope.abs().max()) <= 2 * move * width / apart + 1e-3
-        assert float(slope.std()) == pytest.approx((2 / 3) ** 0.5 * move * width / apart, rel=0.05)
-
     def test_jpeg_keeps_even_areas_and_loses_fine_detail(self):
         assert distance(corrupt(grey(90, 2), "jpeg", 5), grey(90, 2)) < 1.5 / 255
         generator = Generator().manual_seed(0)
@@ -158,8 +139,50 @@ class TestClosedForms:
         assert float(corrupt(fine, "jpeg", 5).float().std()) < 0.9 * float(fine.float().std())
 
 
-def test_unknown_names_and_severities_are_refused():
+@every
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 8), (5, 40)])
+def test_the_smallest_and_the_longest_images_work(name, size):
+    images = torch.randint(0, 256, (3, 3, *size), generator=Generator().manual_seed(0)).to(torch.uint8)
+    assert corrupt(images, name, 5).shape == images.shape
+
+
+@every
+def test_black_and_white_stay_in_range(name):
+    for value in (0, 255):
+        changed = corrupt(grey(value, 2), name, 5)
+        assert changed.dtype == torch.uint8 and changed.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("severity", [6, 0, -1, 10**9, True])
+def test_unknown_names_and_severities_are_refused(severity):
     with pytest.raises(ConfigError, match=r"'gausian'.*Did you mean 'gaussian'"):
         corrupt(scenes(1), "gausian", 1)
-    with pytest.raises(ConfigError, match=r"severity \(=6\)"):
-        corrupt(scenes(1), "gaussian", 6)
+    with pytest.raises(ConfigError, match=r"severity \(="):
+        corrupt(scenes(1), "gaussian", severity)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "fog", "jpeg", "pixelate", "poisson"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        scenes(2).float() / 255,
+        torch.full((2, 3, 32, 32), float("nan")),
+        torch.full((2, 3, 32, 32), float("inf")),
+        scenes(2).long() + 300,
+        scenes(2) > 100,
+        scenes(2).to(torch.int8),
+    ],
+    ids=["0..1", "NaN", "inf", "above 255", "booleans", "int8"],
+)
+def test_what_is_no_bytes_is_refused(name, given):
+    with pytest.raises(ConfigError, match=rf"'{name}' was given {given.dtype}: expected bytes"):
+        corrupt(given, name, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.5])
+@pytest.mark.parametrize("name", ["pixelate", "jpeg"])
+def test_what_cannot_become_bytes_is_refused(name, value):
+    x = torch.full((1, 3, 8, 8), 0.5)
+    x[0, 1, 2, 3] = value
+    with pytest.raises(ConfigError, match=r"outside 0\.\.1, or NaN"):
+        CORRUPTIONS[name].change(x, CORRUPTIONS[name].levels[0], Generator())

@@ -1,5 +1,6 @@
 """Runs that energy and immunity are measured on; other files of this folder have runs of their own."""
 
+import json
 import shutil
 
 import pytest
@@ -29,9 +30,11 @@ def home(tmp_path_factory, write_blobs):
 
 @pytest.fixture
 def elsewhere(home, tmp_path, monkeypatch):
-    """A copy of the student whose recipe leaves the number format to a processor that computes bfloat16."""
-    monkeypatch.setattr(place, "_processor_flags", lambda: {"avx512_bf16"})
+    """A copy of the student that was trained in bfloat16, as its record alone says, for this processor has none."""
+    monkeypatch.setattr(place, "_processor_flags", lambda: {"avx2"})
     shutil.copytree(home / "student", tmp_path / "elsewhere")
+    (timing,) = Run(home / "student").lines("timing")
+    (tmp_path / "elsewhere" / "timing.jsonl").write_text(json.dumps({**timing, "dtype": "bfloat16"}) + "\n")
     recipe = Run(home / "student").read("recipe")
     recipe["training"] |= {"precision": "auto", "channels_last": False}
     Run(tmp_path / "elsewhere").write("recipe", recipe)

@@ -6,6 +6,8 @@ import torch
 
 from spikedistill.deliver import energy as module
 from spikedistill.deliver.energy import lines, measure_energy, table
+from spikedistill.deliver.record import Record
+from spikedistill.errors import ConfigError
 from spikedistill.files import write_csv
 
 pytestmark = pytest.mark.usefixtures("without_compiler")
@@ -37,7 +39,49 @@ def test_the_file_holds_every_figure(home, tmp_path):
         found = {(line["network"], line["metric"]): float(line["value"]) for line in csv.DictReader(file)}
     assert found["student", "acs"] == bill.cost.acs
     assert found["student", "energy_memory_quantised"] == bill.energy["memory"]["quantised"]
-    assert len(found) == len(dataclasses.fields(bill.cost)) - 1 + 9
+    assert (found["student", "images"], found["student", "format_bits"]) == (9, 32)
+    assert found["student", "accuracy"] == bill.accuracy and found["student", "accuracy_error"] == bill.error
+
+
+def test_table_and_file_have_the_same_figures(home, tmp_path):
+    bills = measure_energy([home / "teacher", home / "student"], images=9)
+    columns, rows = table(bills)
+    found = {(network, metric): value for network, metric, value in lines(bills)}
+    ends = ("", "", "_quantised", "_quantised-sparse")
+    for row, network, end in zip(rows, ("teacher", *["student"] * 3), ends):
+        shown = dict(zip(columns, row))
+        for column, metric, unit in (("MACs (M)", "macs", 1e6), ("ACs (M)", "acs", 1e6), ("spikes", "spikes", 1)):
+            assert ((network, metric + end) in found) == bool(shown[column])
+            if shown[column]:
+                assert float(shown[column]) == pytest.approx(
+                    found[network, metric + end] / unit, abs=0.51 / (1e2 if unit > 1 else 1)
+                )
+        for model in ("float32", "int8", "memory"):
+            kind = end[1:] or ("ann" if network == "teacher" else "student")
+            assert float(shown[f"nJ, {model}"]) == pytest.approx(found[network, f"energy_{model}_{kind}"], abs=0.51)
+    assert found["student", "macs_quantised-sparse"] == bills[1].cost.active < bills[1].cost.dense
+    # every connection is one for the teacher, however many of its inputs were zero
+    assert found["teacher", "macs"] == found["student", "macs_quantised"] == bills[0].cost.dense
+
+
+def test_says_how_many_images_in_what_format_and_with_what_error(home):
+    (bill,) = measure_energy([home / "student"], images=9)
+    columns, (row, *_) = table([bill])
+    shown = dict(zip(columns, row))
+    assert (shown["images"], shown["format"]) == ("9", "float32")
+    assert shown["accuracy"] == f"{bill.accuracy:.2f} ± {bill.error:.2f} %"
+    # 900 of 1000 right: the root of 0.9 x 0.1 / 1000, a hair more with one more right and one more wrong
+    thousand = dataclasses.replace(bill, accuracy=90.0, images=1000)
+    assert thousand.error == pytest.approx(100 * (0.9 * 0.1 / 1000) ** 0.5, rel=0.01)
+    assert dataclasses.replace(bill, accuracy=100.0, images=9).error > 5
+
+
+def test_a_network_that_answers_with_nan_has_no_accuracy(home):
+    network = Record.read(home / "student").network()
+    network.core.get_submodule("layer1.0").weight.data.fill_(torch.nan)
+    pixels, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ConfigError, match="The logits of 3 of 3 samples hold NaN"):
+        module.bill_of("broken", network, pixels, labels, torch.float32)
 
 
 def test_measures_every_run_where_it_was_trained(home, elsewhere, monkeypatch):

@@ -1,12 +1,15 @@
 import csv
+import shutil
 
 import PIL.Image
 import pytest
 import torch
 
 from spikedistill.deliver import immunity as module
-from spikedistill.deliver.immunity import measure_immunity, summary
+from spikedistill.deliver.immunity import measure_immunity, panels, summary
 from spikedistill.errors import ConfigError, RunError
+from spikedistill.evaluate.accuracy import standard_error
+from spikedistill.evaluate.attacks import ATTACKS, SURROGATES
 from spikedistill.evaluate.immunity import Score
 from spikedistill.recipes.teach import Teach, teach
 from spikedistill.train.recipe import Data, Training
@@ -21,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("without_compiler")
 def test_writes_scores_a_table_and_a_picture_for_each_kind(home, tmp_path):
     runs = [home / "teacher", home / "student"]
     columns, rows = measure_immunity(runs, tmp_path, kinds=("noise", "hardware"), images=9, baseline="student")
-    assert columns[:4] == ["network", "clean", "noise", "hardware"]
+    assert columns[:6] == ["network", "images", "format", "clean", "noise", "hardware"]
     assert [row[0] for row in rows] == ["teacher", "student"]
     with (tmp_path / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -29,10 +32,72 @@ def test_writes_scores_a_table_and_a_picture_for_each_kind(home, tmp_path):
         *("gaussian", "uniform", "salt-and-pepper", "poisson", "speckle", "impulse", "erasing")
     }
     assert sum(line["network"] == "teacher" for line in lines) == 1 + 7 * 5 + 5  # of the faults only the weights'
-    assert (tmp_path / "immunity.md").read_text().count("\n") == 4
+    text = (tmp_path / "immunity.md").read_text()
+    assert "9 of 24 test images" in text and sum(line.startswith("|") for line in text.splitlines()) == 4
+    for line in lines:
+        assert line["images"] == "9" and line["format"] == "float32"
+        assert float(line["error"]) == pytest.approx(standard_error(float(line["accuracy"]), 9), abs=1e-3)
+    for row in rows:
+        assert row[1:3] == ["9", "float32"]
+        for cell, kind in zip(row[3:6], ("clean", "noise", "hardware")):
+            found = [float(line["accuracy"]) for line in lines if line["network"] == row[0] and line["kind"] == kind]
+            mean = sum(found) / len(found)
+            assert cell == f"{mean:.2f} ± {standard_error(mean, 9):.2f}"
     for kind in ("noise", "hardware"):
         with PIL.Image.open(tmp_path / f"{kind}.png") as picture:
             assert picture.size[0] > 500 and len(picture.convert("L").getcolors()) > 5
+
+
+def test_attacks_are_named_one_by_one_with_a_transfer_where_the_teacher_is_there(home, tmp_path, monkeypatch):
+    monkeypatch.setitem(ATTACKS, "pgd", (2, ATTACKS["pgd"][1]))  # for time
+    said = []
+    runs = [home / "teacher", home / "student"]
+    columns, rows = measure_immunity(runs, tmp_path, kinds=("attack",), attacked=4, say=said.append)
+    assert columns[:5] == ["network", "images", "format", "clean", "attack"] and rows[0][1] == "24"
+    text = (tmp_path / "immunity.md").read_text()
+    head, _, *lines = [line.strip("| ").split(" | ") for line in text.split("\n\n")[-1].splitlines()]
+    assert head == ["network", "format", "images", "attack", "clean", "worst", "own", *SURROGATES, "teacher"]
+    assert [line[:4] for line in lines] == [
+        [name, "float32", "4", attack] for name in ("teacher", "student") for attack in ("fgsm", "pgd")
+    ]
+    assert all("±" in cell for line in lines[2:] for cell in line[4:])
+    with (tmp_path / "scores.csv").open() as file:
+        scores = list(csv.DictReader(file))
+    assert {line["images"] for line in scores if line["kind"] in ("attack", "gradient", "attacked")} == {"4"}
+    own = {line["name"] for line in scores if line["network"] == "teacher" and line["kind"] == "gradient"}
+    assert own == {"fgsm by own", "pgd by own"}
+    assert {float(score["accuracy"]) for score in scores if score["name"] == "attacked"} <= {0, 25, 50, 75, 100}
+    of = {line.partition(":")[0] for line in said}
+    assert len(said) == len(scores) and f"{len(scores)} of at most {len(scores)}" in of
+    drawn = panels([Score(**line) for line in Run(tmp_path).lines("scores")], ["student"], "attack")
+    clean = next(
+        float(line["accuracy"]) for line in scores if line["name"] == "attacked" and line["network"] == "student"
+    )
+    assert set(drawn) == {"fgsm", "pgd"} and drawn["pgd"]["student"][0] == (0.0, clean)
+
+
+def test_says_where_there_is_no_teacher_for_a_transfer(home, tmp_path):
+    shutil.copytree(home / "student", tmp_path / "orphan")
+    recipe = Run(home / "student").read("recipe")
+    recipe["teacher"]["source"] = str(tmp_path / "gone")
+    Run(tmp_path / "orphan").write("recipe", recipe)
+
+    def interrupt(line):
+        assert line.startswith("orphan: its teacher is not there")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_immunity([tmp_path / "orphan"], tmp_path / "out", kinds=("attack",), attacked=1, say=interrupt)
+
+
+@pytest.mark.parametrize("kind", ["natural", "hardware", "attack"])
+def test_scores_of_other_definitions_are_not_gone_on_with(home, tmp_path, kind):
+    run = Run(tmp_path)
+    before = {"kind": "immunity", "runs": [str(home / "teacher")], "kinds": [kind], "images": 6}
+    run.start(before | {"attacked": 500, "seed": 0, "weights": {}}, False)
+    run.append("scores", {"network": "teacher", "kind": "clean", "name": "clean", "severity": 0, "accuracy": 1.0})
+    with pytest.raises(RunError, match="definitions"):
+        measure_immunity([home / "teacher"], tmp_path, kinds=(kind,), images=6, resume=True)
 
 
 def test_goes_on_where_it_was_interrupted_with_the_same_result(home, tmp_path, monkeypatch):
@@ -65,8 +130,24 @@ def test_counts_where_a_network_beats_the_baseline():
     scores += curve("a", "gaussian", "noise", [80, 70, 60, 50, 40]) + curve("b", "gaussian", "noise", [81] * 5)
     scores += curve("a", "impulse", "noise", [80] * 5) + curve("b", "impulse", "noise", [79] * 5)
     columns, rows = summary(scores, ["a", "b"], ["noise"], "a")
-    assert columns[-1] == "better than a"
-    assert rows == [["a", "90.00", "70.00", "", ""], ["b", "90.00", "80.00", "", "1 of 2 noise"]]
+    assert columns[3:] == ["relative mCE, noise (a = 100)", "mCE (a = 100)", "falls less than a", "higher mean than a"]
+    assert rows == [
+        ["a", "90.00", "70.00", "100.00", "", "", ""],
+        ["b", "90.00", "80.00", "70.00", "", "1 of 2 noise", "1 of 2 noise"],  # falls 9 / 30 and 11 / 10
+    ]
+
+
+def test_a_lead_on_clean_images_wins_no_fall_and_ties_are_no_wins():
+    grey = [Score("a", "natural", "saturate", severity, 80.0) for severity in range(1, 6)]
+    grey += [Score("b", "natural", "saturate", severity, 90.0) for severity in range(1, 6)]
+    fog = [Score("a", "natural", "fog", severity, 70.0) for severity in range(1, 6)]
+    fog += [Score("b", "natural", "fog", severity, 80.0) for severity in range(1, 6)]
+    clean = [Score("a", "clean", "clean", 0, 80.0), Score("b", "clean", "clean", 0, 90.0)]
+    snow = [Score(who, "natural", "snow", severity, 70.0) for who in "ab" for severity in range(1, 6)]
+    _, rows = summary([*clean, *grey, *fog, *snow], ["a", "b"], ["natural"], "a")
+    assert rows[1][3:] == ["150.00 (2 of 3)", "72.22", "0 of 3 natural", "2 of 3 natural"]
+    _, rows = summary([*clean, *grey], ["a", "b"], ["natural"], "a")
+    assert rows[1][3:] == ["", "50.00", "0 of 1 natural", "1 of 1 natural"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 import dataclasses
 import json
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
+from spikedistill.compute import place as place_module
 from spikedistill.data.images import load_images
 from spikedistill.deliver import record as module
 from spikedistill.deliver.record import Record, evaluate, find_teacher, read_records, some_of
@@ -48,7 +51,42 @@ def images(home):
 
 def measured(run):
     """What results.json holds, but for the method."""
-    return {name: value for name, value in Run(run).read("results").items() if name != "method"}
+    return {name: value for name, value in Run(run).read("results").items() if name not in ("method", "teacher")}
+
+
+class TestPlace:
+    """A run is measured where it computed, whatever 'auto' takes on this machine."""
+
+    @pytest.fixture
+    def copied(self, home, tmp_path):
+        def copy(recipe, timing):
+            run = tmp_path / "run"
+            shutil.copytree(home / "two", run)
+            changed = Run(run).read("recipe")
+            changed["training"] |= recipe
+            Run(run).write("recipe", changed)
+            line = {**Run(run).lines("timing")[0], **timing}
+            kept = {name: value for name, value in line.items() if value}
+            (run / "timing.jsonl").write_text(json.dumps(kept) + "\n")
+            return Record.read(run).place()
+
+        return copy
+
+    @pytest.mark.parametrize("flags", [{"avx512f", "avx512_bf16"}, {"avx2"}], ids=["bfloat16 here", "none here"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_is_what_the_run_wrote_down_where_the_recipe_left_it_open(self, copied, flags, dtype, monkeypatch):
+        monkeypatch.setattr(place_module, "_processor_flags", lambda: flags)
+        found = copied({"precision": "auto", "device": "auto"}, {"dtype": dtype, "device": "cpu"})
+        assert (str(found.dtype), found.device.type) == (f"torch.{dtype}", "cpu")
+
+    def test_is_what_the_recipe_says_where_it_does(self, copied, monkeypatch):
+        monkeypatch.setattr(place_module, "_processor_flags", lambda: {"avx512_bf16"})
+        assert copied({"precision": "fp32"}, {"dtype": "bfloat16"}).dtype is torch.float32
+
+    def test_is_this_machines_own_where_nothing_is_known_or_the_device_is_not_here(self, copied, monkeypatch):
+        monkeypatch.setattr(place_module, "_processor_flags", lambda: {"avx512_bf16"})
+        found = copied({"precision": "auto", "device": "auto"}, {"dtype": None, "device": "cuda:99"})
+        assert found.dtype is torch.bfloat16 and found.device.type in ("cpu", "cuda")
 
 
 class TestRead:
@@ -118,6 +156,9 @@ class TestNetwork:
     def test_is_refused_where_the_weights_are_of_another_kind_than_the_recipe(self, home, tmp_path):
         shutil.copytree(home / "two", tmp_path / "mixed")
         shutil.copy(home / "teacher" / "model.safetensors", tmp_path / "mixed")
+        with pytest.raises(RunError, match="was written by another run"):
+            Record.read(tmp_path / "mixed").network()
+        (tmp_path / "mixed" / "environment.json").unlink()  # then nothing says of which run the directory is
         with pytest.raises(RunError, match="holds no student but teacher"):
             Record.read(tmp_path / "mixed").network()
 
@@ -217,6 +258,61 @@ class TestEvaluate:
         results = distill(recipe, tmp_path / "alone")
         assert not {"teacher_accuracy", "agreement", "divergence"} & results.keys()
         assert evaluate(tmp_path / "alone") == measured(tmp_path / "alone")
+
+    @pytest.mark.parametrize("name", ["teacher", "two"])
+    def test_says_nothing_where_it_finds_what_the_run_wrote_down(self, home, name, caplog):
+        evaluate(home / name)
+        evaluate(home / name / "model.safetensors") if name == "two" else None
+        evaluate(home / "two", timesteps=1)
+        assert not caplog.messages
+
+    @pytest.mark.parametrize("name", ["teacher", "two"])
+    @pytest.mark.parametrize(
+        "moved, elsewhere, why",
+        [
+            (0.01, {}, "it is computed in the same place, so images, weights or the file are not those of the run."),
+            (30.0, {}, "it is computed in the same place, so images, weights or the file are not those of the run."),
+            (
+                0.5,
+                {"processor": "Z80"},
+                r"it is computed elsewhere \(processor was 'Z80', now .*\), where rounding moves",
+            ),
+            (30.0, {"processor": "Z80"}, r"more than computing elsewhere explains \(processor was 'Z80', now .*images"),
+            (0.5, {"versions": {"torch": "0.1"}}, r"computed elsewhere \(torch was '0\.1', now "),
+        ],
+    )
+    def test_says_where_it_finds_another_accuracy(self, home, name, moved, elsewhere, why, tmp_path, caplog):
+        shutil.copytree(home / name, tmp_path / "run")
+        run = Run(tmp_path / "run")
+        results = run.read("results")
+        run.write("results", {**results, "test_accuracy": results["test_accuracy"] - moved})
+        run.write("environment", {**run.read("environment"), **elsewhere})
+        found = evaluate(tmp_path / "run")
+        (said,) = caplog.messages
+        assert found["test_accuracy"] == results["test_accuracy"]
+        now, then = (f"{results['test_accuracy'] - each:.2f} %" for each in (0.0, moved))
+        assert said.startswith(
+            f"note: the test accuracy is {now}, and the run '{tmp_path / 'run'}' wrote down {then}: "
+        )
+        assert re.search(why, said)
+
+    def test_says_where_the_images_are_others(self, home, tmp_path, write_blobs, caplog):
+        recipe = Run(home / "two").read("recipe")
+        shutil.copytree(home / "two", tmp_path / "run")
+        arrays = dict(np.load(home / "blobs.npz"))
+        moved = {**recipe, "data": {**recipe["data"], "name": str(tmp_path / "blobs.npz")}}
+        Run(tmp_path / "run").write("recipe", moved)
+        for label in range(3):  # one of them is not a third of the predictions
+            np.savez(tmp_path / "blobs.npz", **{**arrays, "test_labels": np.full(24, label)})
+            evaluate(tmp_path / "run")
+        assert caplog.messages and all("computed in the same place" in said for said in caplog.messages)
+
+    def test_with_damaged_results_is_refused(self, home, tmp_path):
+        shutil.copytree(home / "two", tmp_path / "run")
+        file = tmp_path / "run" / "results.json"
+        file.write_text(file.read_text().replace("test_accuracy", "test_accurary", 1))
+        with pytest.raises(RunError, match=r"results\.json' cannot be read \(it was changed after it was written"):
+            evaluate(tmp_path / "run")
 
     def test_changes_no_file(self, home):
         before = {file.name: file.read_bytes() for file in (home / "two").iterdir()}

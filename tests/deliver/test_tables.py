@@ -35,11 +35,21 @@ class TestCompare:
     def test_sets_runs_side_by_side_and_pads_the_shorter(self, home):
         columns, rows = compare([home / "teacher", home / "two", home / "three"])
         steps = ["t=1", "t=2", "t=3"]
-        assert columns == ["run", "network", "weights", "method", "accuracy", *steps, "firing rate", "agreement"]
+        assert columns == [
+            "run",
+            "network",
+            "weights",
+            "method",
+            "accuracy",
+            *steps,
+            "firing rate",
+            "agreement",
+            "teacher",
+        ]
         assert [len(row) for row in rows] == [len(columns)] * 3
         first, second, third = (dict(zip(columns, row)) for row in rows)
         assert (first["run"], first["network"], first["method"]) == ("teacher", "vgg9", "teacher (ANN)")
-        assert [first[name] for name in (*steps, "firing rate", "agreement")] == [""] * 5
+        assert [first[name] for name in (*steps, "firing rate", "agreement", "teacher")] == [""] * 6
         assert (second["network"], second["weights"], second["method"]) == ("vgg9 T=2", "inherited", "direct")
         assert second["t=3"] == "" and third["t=3"] != ""
         assert (third["network"], third["weights"], third["method"]) == ("resnet20 T=3", "fresh", "kdsnn")
@@ -52,6 +62,18 @@ class TestCompare:
         assert shown["agreement"] == f"{results['agreement']:.2f} %"
         assert shown["firing rate"] == f"{results['firing_rate']:.2f} %"
         assert [shown[f"t={t}"] for t in (1, 2)] == [f"{value:.2f}" for value in results["accuracy_by_step"][:2]]
+
+    def test_shows_the_teacher_of_each_student_with_its_doubts(self, home, tmp_path):
+        found = Run(home / "two").read("results")["teacher"]
+        assert found["images"] == 5 and found["held_out"]
+        shutil.copytree(home / "two", tmp_path / "two")
+        for doubts, mark in (([], ""), (["something"], " ?")):
+            results = Run(home / "two").read("results")
+            Run(tmp_path / "two").write("results", {**results, "teacher": {**found, "doubts": doubts}})
+            assert compare([tmp_path / "two"])[1][0][-1] == f"{found['accuracy']:.2f} % (5){mark}"
+        del results["teacher"]  # a run of an earlier version
+        Run(tmp_path / "two").write("results", results)
+        assert compare([tmp_path / "two"])[1][0][-1] == ""
 
     def test_needs_no_weights(self, home, tmp_path):
         shutil.copytree(home / "two", tmp_path / "two")

@@ -4,7 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, cumulative, predict
+from spikedistill.evaluate.agreement import agreement, divergence
+from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
 
 
 class Steps(nn.Module):
@@ -102,3 +106,28 @@ class TestAnswers:
         assert logits.dtype == torch.float32
         assert not torch.equal(logits, exact)
         torch.testing.assert_close(logits, exact, atol=0.05, rtol=0.05)
+
+
+class TestNotFinite:
+    """Logits that are no numbers are handed on as they are, and no figure is made of them."""
+
+    def test_predictions_of_a_broken_network_are_nan(self):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3))
+        student, _ = to_spiking(network, Conversion(timesteps=2, inherit=False))
+        for layer in student.neurons.values():
+            layer.backend = "reference"
+        student.core.get_submodule("1").weight.data.fill_(torch.inf)
+        assert predict(student, torch.full((2, 1, 2, 2), 9, dtype=torch.uint8)).isnan().all()
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_no_accuracy_or_agreement_is_made_of_them(self, value):
+        logits, clean = torch.randn(2, 5, 3), torch.randn(5, 3)
+        logits[1, 3, 0] = value
+        message = "The logits of 1 of 5 samples hold NaN or infinity, those of sample 3 first"
+        for figure in (
+            lambda: accuracy_by_step(logits, torch.zeros(5, dtype=torch.long)),
+            *(lambda: agreement(logits, clean), lambda: divergence(logits, clean)),
+            *(lambda: agreement(clean[None], logits[1]), lambda: divergence(clean[None], logits[1])),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                figure()

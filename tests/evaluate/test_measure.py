@@ -111,11 +111,21 @@ class TestFits:
             (torch.zeros(1, 1, 2, 3), r"It returns logits of shape \(1, 2, 3\)"),
             ((torch.zeros(2, 3),), r"It does not accept the images .* \(it returns tuple, not a tensor of logits\)"),
             (SimpleNamespace(), r"it returns SimpleNamespace, not a tensor"),
+            (
+                torch.tensor([[1.0, 2.0, 3.0], [0.0, 9.0, 2.0]]).softmax(1),
+                "It returns probabilities, not logits: for two",
+            ),
+            (torch.eye(3)[:2], "It returns probabilities"),
+            (torch.full((4, 2, 3), 1 / 3), "It returns probabilities"),
         ],
     )
     def test_what_does_not_is_refused(self, value, message, blobs):
         with pytest.raises(ConfigError, match=message):
             check_fits(Returns(value), blobs, "It")
+
+    @pytest.mark.parametrize("value", [torch.zeros(2, 3), torch.eye(3)[:2] * 2, torch.rand(2, 3).log_softmax(1)])
+    def test_logits_that_are_no_probabilities_pass(self, value, blobs):
+        check_fits(Returns(value), blobs, "It")
 
     def test_a_network_for_other_images_is_refused(self, blobs):
         with pytest.raises(ConfigError, match=r"It does not accept the images of 'blobs' of shape \(3, 8, 8\)"):

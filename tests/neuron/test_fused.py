@@ -92,6 +92,43 @@ class TestEqualsTheReference:
                     answers(replace(case, neuron=neuron), "fused", *draw(case, shape, last), 0.8)
         assert fused._compiled.cache_info().misses == compiled
 
+    @pytest.mark.parametrize("backend", ["fused", "reference"])
+    def test_makes_nan_of_what_is_not_finite_and_of_nothing_else(self, case, backend):
+        current, state = draw(case, (2, 3, 4, 2), False)
+        clean = answers(case, backend, current, state, 1.0)
+        broken, times = current.clone(), current.view(-1, 2, 24)
+        rows = broken.view(times.shape)
+        first = 0 if case.constant else 1
+        for number, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+            rows[first, number % 2, 5 + number] = value
+        lost = torch.zeros(T, 2, 24, dtype=torch.bool)
+        lost[first:] = ~rows[first].isfinite()
+        found = answers(case, backend, broken, state, 1.0)
+        assert torch.equal(found["spikes"].isnan().view(T, 2, 24), lost)
+        spared = ~lost[-1]
+        for name, value in found.items():
+            if name.startswith("to ") and value.ndim < 2:
+                continue  # a sum over all neurons
+            kept, expected = (one.view(-1, 2, 24)[:, spared] for one in (value, clean[name]))
+            assert torch.equal(kept, expected), name
+        assert "potential" not in found or torch.equal(found["potential"].isnan().view(2, 24), lost[-1])
+        assert found["to current"].view(times.shape)[first, 0, 5].isnan()
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_rates_and_slopes_of_a_current_that_is_not_finite_are_nan(backend):
+    layer, current = Spiking(IF, 1.0, backend), torch.tensor([0.5, torch.nan, torch.inf, -torch.inf] * T).view(T, 4)
+    spikes, rate, slope = layer.with_slope(current, T)
+    assert spikes.isnan().all(0).tolist() == rate[0].isnan().tolist() == [False, True, True, True]
+    assert slope.isnan()[0, :2].tolist() == [False, True]
+
+
+def test_a_state_that_is_not_finite_stays_so():
+    state = torch.tensor([[0.0, torch.nan, torch.inf]])
+    for backend in ("fused", "reference"):
+        spikes, last = Spiking(IF, 1.0, backend)(torch.ones(T, 3), T, state=state, keep=True)
+        assert last.isnan().tolist() == [[False, True, True]] and spikes.isnan().all(0).tolist() == [False, True, True]
+
 
 def test_a_current_that_is_the_same_at_every_step_needs_no_kernel_of_its_own():
     case = Case(Neuron())

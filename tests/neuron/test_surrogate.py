@@ -50,3 +50,8 @@ def test_every_name_makes_a_surrogate():
 def test_a_scale_of_zero_is_refused(kind):
     with pytest.raises(ConfigError, match="must be above 0"):
         kind(0.0)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES.values(), ids=SURROGATES.keys())
+def test_a_potential_that_is_no_number_has_no_slope(surrogate):
+    assert surrogate().gradient(torch.tensor(torch.nan)).isnan()

@@ -70,7 +70,7 @@ class TestEveryMethod:
         assert run.read("results") == results
         assert results.keys() == {
             *("test_accuracy", "accuracy_by_step", "firing_rate", "firing_rate_by_layer"),
-            *("teacher_accuracy", "agreement", "divergence", "method"),
+            *("teacher_accuracy", "agreement", "divergence", "method", "teacher"),
         }
         percents = [results[name] for name in ("test_accuracy", "firing_rate", "teacher_accuracy", "agreement")]
         percents += results["accuracy_by_step"] + list(results["firing_rate_by_layer"].values())
@@ -85,7 +85,7 @@ class TestEveryMethod:
         }
         inherited = student == "same"
         assert run.read("conversion")["inherited"] is inherited
-        assert run.read("before").keys() == results.keys() - {"test_accuracy", "method"} | {"train_accuracy"}
+        assert run.read("before").keys() == results.keys() - {"test_accuracy", "method", "teacher"} | {"train_accuracy"}
 
 
 class TestConversion:
@@ -188,7 +188,7 @@ class TestResults:
 
     def test_are_given_again_by_evaluate(self, finished):
         out, results = finished
-        assert evaluate(out) == {name: value for name, value in results.items() if name != "method"}
+        assert evaluate(out) == {name: value for name, value in results.items() if name not in ("method", "teacher")}
 
     def test_stand_in_the_weights_with_recipe_and_normalisation(self, home, finished):
         out, results = finished
@@ -203,6 +203,28 @@ class TestResults:
     def test_a_student_learns_what_its_teacher_knows(self, home, tmp_path):
         results = distill(recipe(home, training=dataclasses.replace(TRAINING, epochs=4)), tmp_path)
         assert results["teacher_accuracy"] > 90 and results["test_accuracy"] > 60
+
+
+class TestCalibration:
+    """Thresholds and normalisation come from training images, never from test images."""
+
+    def thresholds(self, made, images):
+        layers = build(made, images)[0].neurons.values()
+        return torch.cat([layer.threshold.flatten() for layer in layers])
+
+    def test_never_looks_at_test_images(self, home):
+        made, images = recipe(home), load_images(str(home / "blobs.npz"))
+        spoilt = dataclasses.replace(images, test_images=images.test_images ^ 255)
+        assert torch.equal(self.thresholds(made, images), self.thresholds(made, spoilt))
+        other = dataclasses.replace(images, train_images=images.train_images ^ 255)
+        assert not torch.equal(self.thresholds(made, images), self.thresholds(made, other))
+
+    def test_of_fresh_weights_takes_the_deviation_of_training_images_alone(self, home):
+        made = dataclasses.replace(recipe(home, "direct", "vgg9"), teacher=TeacherChoice("none"))
+        images = load_images(str(home / "blobs.npz"))
+        spoilt = dataclasses.replace(images, test_images=images.test_images ^ 255)
+        first, second = (build(made, some)[0] for some in (images, spoilt))
+        assert torch.equal(first.mean, second.mean) and torch.equal(first.std, second.std)
 
 
 class TestWeightsBeforeTraining:

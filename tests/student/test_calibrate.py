@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from spikedistill.errors import ConfigError, ConversionError
-from spikedistill.neuron.dynamics import IF, LIF, Neuron, Reset
+from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset, run
 from spikedistill.student.build import to_spiking
 from spikedistill.student.calibrate import (
     CANDIDATES,
@@ -56,6 +56,26 @@ class TestStaircase:
         expected = torch.tensor([float(timesteps // period) for period in periods])
         assert clear.float().mean() > 0.9
         torch.testing.assert_close(found[clear], expected[clear])
+
+    @pytest.mark.parametrize("leak", [0.8, 0.99, 0.999])
+    @pytest.mark.parametrize("timesteps", [1, 3])
+    @pytest.mark.parametrize("reset", Reset)
+    def test_of_decayed_input_ends_where_the_neuron_fires_at_every_step(self, leak, timesteps, reset):
+        # from rest a current x charges x (1 - l^t) in t steps: the first spike comes at x = 1 / (1 - l^T)
+        stairs = staircase(Neuron(leak=leak, decay_input=True, reset=reset), timesteps)
+        space = REACH / (GRID - 1)
+        first = int(stairs.nonzero()[0]) * space
+        assert first == pytest.approx(1 / (1 - leak**timesteps), abs=2 * space, rel=1e-3)
+        everything = math.ceil(1.0005 / (1 - leak) / space)
+        assert float(stairs[everything]) == float(stairs[-1]) == 1.0 and float(stairs[everything // 2]) < 1.0
+
+    def test_of_a_neuron_that_fires_at_every_step_within_reach_has_the_usual_grid(self):
+        for neuron in (IF, LIF, Neuron(initial=0.5), PLIF, Neuron(leak=0.75, decay_input=True)):
+            assert len(staircase(neuron, 4)) == GRID and float(staircase(neuron, 4)[-1]) == 1.0
+
+    def test_of_a_neuron_that_hardly_takes_any_current_is_refused(self):
+        with pytest.raises(ConversionError, match=r"leak 0\.99999 and decayed input .* Give a smaller leak"):
+            staircase(Neuron(leak=0.99999, decay_input=True), 4)
 
     def test_of_a_leak_starts_where_the_current_outweighs_it(self):
         # LIF with leak 1/2 settles at 2 x, so that nothing below 1/2 ever fires
@@ -121,6 +141,84 @@ class TestChooseThreshold:
             choose_threshold(torch.tensor([0.5, value]), self.stairs, "max")
 
 
+NEURONS = st.builds(
+    lambda leak, decay, reset, initial: Neuron(leak=leak, decay_input=decay, reset=reset, initial=initial),
+    *(st.floats(0.01, 0.99), st.booleans(), st.sampled_from(Reset), st.sampled_from([0.0, 0.5])),
+)
+
+
+def true_errors(neuron: Neuron, activations: torch.Tensor, tried: torch.Tensor, timesteps: int) -> torch.Tensor:
+    """The mean squared difference of activations and what the neuron itself answers to them, by threshold."""
+    one = torch.ones(())
+    currents = (activations / tried[:, None]).view(1, -1)
+    spikes, _ = run(currents, None, neuron, one * neuron.leak, one, timesteps)
+    return (activations - tried[:, None] * spikes.mean(0).view(len(tried), -1)).square().mean(1)
+
+
+class TestAnyNeuron:
+    @law
+    @given(neuron=NEURONS, timesteps=st.integers(1, 8), skew=st.sampled_from([1.0, 2.0]), seed=st.integers(0, 99))
+    def test_least_squares_is_no_worse_than_a_fine_search_over_the_neuron_itself(self, neuron, timesteps, skew, seed):
+        activations = torch.rand(300, generator=torch.Generator().manual_seed(seed)).pow(skew) + 1e-3
+        chosen = choose_threshold(activations, staircase(neuron, timesteps), "least-squares")
+        fine = torch.arange(1, 1001) / 1000 * activations.max()
+        best = true_errors(neuron, activations, fine, timesteps).min()
+        # a hundred thresholds are tried, not a thousand
+        assert true_errors(neuron, activations, torch.tensor([chosen]), timesteps) <= 1.15 * best
+
+    @pytest.mark.parametrize("leak", [0.8, 0.985])
+    @pytest.mark.parametrize("timesteps", [1, 2, 8])
+    @pytest.mark.parametrize("reset", Reset)
+    def test_of_one_activation_the_optimum_answers_with_the_share_that_a_neuron_takes(self, leak, timesteps, reset):
+        # from rest k of T steps are answered with k / T x threshold <= (1 - l) a, which every step reaches at (1 - l) a
+        neuron, activations = Neuron(leak=leak, decay_input=True, reset=reset), torch.full((50,), 3.0)
+        threshold, rate = thresholds({"a": activations}, neuron, timesteps, "least-squares", 99.9)["a"]
+        candidate = 3.0 * (1 - leak**timesteps) / CANDIDATES
+        assert 3 * (1 - leak) - candidate <= float(threshold) * rate <= 3 * (1 - leak)
+        assert timesteps > 1 or rate == 1.0
+
+    @law
+    @given(neuron=NEURONS, timesteps=st.integers(1, 8), rule=st.sampled_from(["least-squares", "max", "percentile"]))
+    def test_no_rule_leaves_a_layer_silent_that_has_activations(self, neuron, timesteps, rule):
+        activations = torch.rand(300, generator=torch.Generator().manual_seed(0)) + 0.1
+        chosen, rate = thresholds({"a": activations}, neuron, timesteps, rule, 99.0)["a"]
+        one = torch.ones(())
+        spikes, _ = run((activations / chosen)[None], None, neuron, one * neuron.leak, one, timesteps)
+        assert rate > 0 and spikes.any()
+
+    @pytest.mark.parametrize("leak", [0.5, 0.9])
+    def test_max_is_where_the_largest_activation_fires_at_every_step(self, leak):
+        neuron = Neuron(leak=leak, decay_input=True)
+        (chosen, _) = thresholds({"a": torch.tensor([1.0, 4.0])}, neuron, 4, "max", 99.9)["a"]
+        assert float(chosen) == pytest.approx(4 * (1 - leak), rel=2e-3)
+        assert float(response(torch.tensor([4.0]), chosen, staircase(neuron, 4))) == 1.0
+
+
+class TestSilentLayers:
+    def network(self):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+        for layer in (net[1], net[3], net[5]):
+            nn.init.constant_(layer.weight, 0.2)
+            nn.init.zeros_(layer.bias)
+        return net
+
+    def test_of_a_leak_that_lets_too_little_pass_are_said(self):
+        # the second layer is made for activations that the first one answers with a tenth of itself at most
+        neuron, images = Neuron(leak=0.9, decay_input=True), torch.rand(20, 1, 2, 2) + 0.1
+        _, report = to_spiking(self.network(), Conversion(timesteps=1, neuron=neuron), calibrate=images)
+        assert [site.silent for site in report.sites] == [False, True]
+        assert all(site.expected_rate > 0 for site in report.sites)
+        first_line = str(report).splitlines()[0]
+        assert "never firing on the calibration images: 4." in first_line and "decay_input=False" in first_line
+
+    def test_are_none_where_every_layer_fires_and_the_student_stays_as_it_was(self):
+        images = torch.rand(20, 1, 2, 2) + 0.1
+        student, report = to_spiking(self.network(), Conversion(timesteps=4), calibrate=images)
+        assert not any(site.silent for site in report.sites) and "never firing" not in str(report)
+        assert student.training and {layer.backend for layer in student.neurons.values()} == {"auto"}
+        assert not any(layer._forward_hooks for layer in student.neurons.values())
+
+
 class TestThresholds:
     def test_expected_rates_follow_from_the_closed_form(self):
         found = thresholds({"a": torch.tensor([0.0, 0.3, 0.9, 2.0])}, Neuron(initial=0.5), 4, "max", 99.9)
@@ -157,6 +255,15 @@ class TestRecord:
         found = record(module, {"_2"}, images, batch_size=3)
         torch.testing.assert_close(found, {"_2": expected})
         assert module.training and int(module.get_submodule("1").num_batches_tracked) == 0
+
+    @pytest.mark.parametrize("per_channel", [False, True])
+    def test_one_activation_that_is_no_number_is_refused_wherever_it_stands(self, per_channel, monkeypatch):
+        monkeypatch.setattr("spikedistill.student.calibrate.RESERVOIR", 10)
+        monkeypatch.setattr("spikedistill.student.calibrate.CHANNEL_RESERVOIR", 2)
+        images = torch.randn(40, 1, 2, 2)
+        images[17, 0, 1, 0] = torch.nan
+        with pytest.raises(ConversionError, match="NaN or infinity: check the weights and the calibration images"):
+            record(self.network(), {"_2"}, images, per_channel)
 
     def test_thins_what_is_too_much(self, monkeypatch):
         monkeypatch.setattr("spikedistill.student.calibrate.RESERVOIR", 10)
@@ -216,10 +323,19 @@ class TestBiases:
 
     @pytest.mark.parametrize("norm", [True, False])
     def test_make_up_for_what_rounding_down_loses(self, norm):
-        ann, images = self.network(norm), torch.rand(300, 1, 8, 8)
+        # no whole number of batches, of those that measure the ANN and of those that measure the student
+        ann, images = self.network(norm), torch.rand(310, 1, 8, 8)
         plain, _ = self.lacking(ann, images)
         corrected, _ = self.lacking(ann, images, correct_bias=True)
         assert max(corrected) < 0.35 * max(plain)
+
+    def test_do_not_depend_on_the_order_of_images(self):
+        # they are cut into batches of unequal size, and those in the last are the brightest, or the darkest
+        ann, images = self.network(), torch.rand(310, 1, 8, 8) * torch.linspace(0, 1, 310).view(-1, 1, 1, 1)
+        options = {"correct_bias": True, "per_channel": False}
+        (_, one), (_, other) = (self.lacking(ann, given, **options) for given in (images, images.flip(0)))
+        for name, bias in one.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], bias, rtol=1e-4, atol=1e-5, msg=name)
 
     def test_change_nothing_but_biases(self):
         ann, images = self.network(), torch.rand(64, 1, 8, 8)

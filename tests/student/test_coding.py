@@ -106,3 +106,16 @@ class TestLatency:
 def test_every_name_makes_a_coding():
     assert set(CODINGS) == {"direct", "frames", "latency", "rate"}
     assert all(isinstance(coding(), Coding) for coding in CODINGS.values())
+
+
+@pytest.mark.parametrize("coding", [DirectCoding(), Rate(), Rate(seed=3), Latency()], ids=repr)
+def test_a_pixel_that_is_not_finite_stays_so_at_every_step_and_no_other_changes(coding):
+    images = torch.rand(2, 1, 2, 3)
+    broken = images.clone()
+    broken[0, 0, 0], broken[1, 0, 1, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf]), torch.nan
+    lost = ~broken.isfinite()
+    for t in range(3):
+        with torch.random.fork_rng():
+            expected = coding.frame(images, t, 3)
+        found = coding.frame(broken, t, 3)
+        assert torch.equal(~found.isfinite(), lost) and torch.equal(found[~lost], expected[~lost])

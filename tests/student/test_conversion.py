@@ -49,7 +49,7 @@ def conversions(draw):
         percentile=draw(st.floats(0, 100)),
         per_channel=draw(st.booleans()),
         correct_bias=inherit and draw(st.booleans()),
-        max_pool=draw(st.sampled_from(["keep", "average"])),
+        max_pool=draw(st.sampled_from(["cumulative", "or", "average"])),
         coding=draw(codings),
     )
 

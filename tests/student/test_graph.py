@@ -20,7 +20,7 @@ def student_of(name="resnet20", timesteps=3, **fields):
 
 
 def given_to(student, batch=2):
-    return torch.rand(batch, 3, 16, 16), student.timesteps, student.timesteps, (None,) * len(student.neurons), True
+    return torch.rand(batch, 3, 16, 16), student.timesteps, student.timesteps, (None,) * student.states, True
 
 
 @pytest.mark.parametrize("name", ["resnet20", "preact-resnet18", "vgg9"])
@@ -69,7 +69,7 @@ def test_a_walk_reads_as_its_three_methods():
 def test_an_error_inside_a_walk_is_said_once():
     student = student_of()
     with pytest.raises(RuntimeError) as caught:
-        Walk(student.core).run(torch.rand(2, 5, 16, 16), 3, 3, (None,) * len(student.neurons), False)
+        Walk(student.core).run(torch.rand(2, 5, 16, 16), 3, 3, (None,) * student.states, False)
     assert "While executing" not in str(caught.value)
 
 
@@ -81,8 +81,8 @@ def test_charges_run_the_reference_for_the_layers_named_and_no_others(monkeypatc
         runs.append(given[-1] is not None)
         return original(*given)
 
-    monkeypatch.setattr(neuron_layer, "run", counted)
     student = student_of()
+    monkeypatch.setattr(neuron_layer, "run", counted)
     paths = list(spike_nodes(student.core))
     walk = Charges(student.core, (), paths[1:3])
     output, _ = walk.run(*given_to(student))

@@ -55,6 +55,45 @@ def test_answers_features_and_running_statistics_are_those_of_all_steps(name):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_the_smallest_variance_of_a_batch_norm_is_its_own(timesteps):
+    # so large that a norm without it, or with the usual one, gives other logits, features and gradients
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.7), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    images, students = torch.rand(8, 3, 4, 4, dtype=torch.float64), []
+    network[0].weight.data.mul_(4)
+    for gradient in ("exact", "rate"):
+        student, _ = to_spiking(network, Conversion(timesteps=timesteps), calibrate=images.float())
+        student.gradient = gradient
+        for layer in student.neurons.values():
+            layer.backend = "reference"
+        answer = student.double().train().observe(images, ("1",))
+        (answer.logits.mean(0).square().sum() + answer.features["1"].mean(0).square().sum()).backward()
+        students.append((student, answer))
+    (exact, expected), (rate, found) = students
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.features["1"].mean(0), expected.features["1"].mean(0))
+    if timesteps == 1:
+        for (path, one), (_, other) in zip(exact.named_parameters(), rate.named_parameters()):
+            torch.testing.assert_close(other.grad, one.grad, msg=path)
+
+
+def test_running_statistics_of_a_batch_norm_without_momentum_are_the_mean_of_all_calls():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Flatten())
+    norms = []
+    for gradient in ("exact", "rate"):
+        student, _ = to_spiking(network, Conversion(timesteps=2), calibrate=torch.full((2, 3, 4, 4), 0.5))
+        student.gradient = gradient
+        for layer in student.neurons.values():
+            layer.backend = "reference"
+        for brightness in (0.2, 0.6, 1.0):
+            student.train()(brightness * torch.linspace(0, 1, 192).view(4, 3, 4, 4))
+        norms.append(student.core.get_submodule("1"))
+    exact, rate = norms
+    assert rate.num_batches_tracked == 3
+    torch.testing.assert_close(rate.running_mean, exact.running_mean)
+    torch.testing.assert_close(rate.running_var, exact.running_var)
+
+
 def test_a_linear_regime_has_the_exact_gradient_at_any_number_of_steps():
     # no neuron resets (threshold far above) and the surrogate is flat: every step has the same slope
     @dataclasses.dataclass(frozen=True)
@@ -93,8 +132,9 @@ def test_goes_downhill_about_as_far_as_the_exact_gradient():
     assert gains[1] > 0.5 * gains[0]
 
 
-def test_evaluation_and_firing_rates_do_not_depend_on_it():
-    images, exact, rate = pair("vgg9", 3, pool="keep")
+@pytest.mark.parametrize("pool", ["cumulative", "or"])
+def test_evaluation_and_firing_rates_do_not_depend_on_it(pool):
+    images, exact, rate = pair("vgg9", 3, pool=pool)
     with firing_rates(exact) as expected, firing_rates(rate) as found:
         exact(images), rate(images)
     assert expected.by_layer() == found.by_layer()

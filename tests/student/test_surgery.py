@@ -58,6 +58,20 @@ class Accumulate(nn.Module):
         return spikes
 
 
+class Growing(nn.Module):
+    """Max pooling of what came so far, less what was passed on so far."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool, self.come, self.passed = pool, 0.0, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.come = self.come + x
+        grown = self.pool(self.come) - self.passed
+        self.passed = self.passed + grown
+        return grown
+
+
 def stepped(network: nn.Module, student: Student, report: Report, images: Tensor) -> Tensor:
     """The ANN itself with its activations exchanged for neurons with a memory, called T times."""
     spiking = copy.deepcopy(network).eval()
@@ -65,6 +79,8 @@ def stepped(network: nn.Module, student: Student, report: Report, images: Tensor
     for name, module in list(spiking.named_modules()):
         if isinstance(module, nn.ReLU):
             spiking.set_submodule(name, Accumulate(thresholds.pop(name)))
+        elif isinstance(module, nn.MaxPool2d):
+            spiking.set_submodule(name, Growing(module))
     assert not thresholds
     return torch.stack([spiking(images) for _ in range(report.timesteps)])
 
@@ -199,8 +215,8 @@ class TestMaxPooling:
         def forward(self, x):
             return self.fc(self.body(self.conv(x)).flatten(1))
 
-    def test_is_kept_and_over_spikes_a_logical_or(self):
-        student, _ = convert(self.Pooled(), torch.rand(2, 1, 4, 4))
+    def test_of_each_step_by_itself_is_over_spikes_a_logical_or(self):
+        student, _ = convert(self.Pooled(), torch.rand(2, 1, 4, 4), max_pool="or")
         features = student.observe(torch.rand(2, 1, 4, 4), ["body.0", "body.1"]).features
         spikes, pooled = features["body.0"], features["body.1"]
         (layer,) = student.neurons.values()
@@ -221,16 +237,45 @@ class TestMaxPooling:
         with pytest.raises(ConversionError, match="'2' has a dilation of 2, average pooling has none: keep it"):
             convert(nn.Sequential(*layers), torch.rand(2, 1, 6, 6), max_pool="average")
 
-    def test_as_a_function_cannot_be_exchanged(self):
+    @pytest.mark.parametrize("pool", [F.max_pool2d, torch.max_pool2d])
+    @pytest.mark.parametrize("how", ["cumulative", "or", "average"])
+    def test_as_a_function_is_that_as_a_module(self, pool, how):
         class Functional(Sized):
             def forward(self, x):
-                x = F.max_pool2d(F.relu(self.conv(x)), 1)  # pooled
-                return self.fc(x.flatten(1))
+                return self.fc(pool(F.relu(self.conv(x)), 3, 1, padding=1).flatten(1))
 
-        with pytest.raises(
-            ConversionError, match=rf"max pooling at {re.escape(line('pooled'))} .*write it as nn.MaxPool2d"
-        ):
-            convert(Functional(), torch.rand(2, 1, 4, 4), max_pool="average")
+        functional, images = Functional(), torch.rand(2, 1, 4, 4)
+        layers = functional.conv, nn.ReLU(), nn.MaxPool2d(3, 1, 1), nn.Flatten(), functional.fc
+        found, expected = (
+            convert(network, images, 5, max_pool=how)[0].eval() for network in (functional, nn.Sequential(*layers))
+        )
+        assert torch.equal(found(images), expected(images))
+
+    def test_of_a_size_that_comes_from_the_input_is_refused_unless_each_step_is_pooled(self):
+        class Whole(Sized):
+            def forward(self, x):
+                x = F.relu(self.conv(x))
+                x = F.max_pool2d(x, x.size()[2:])  # whole
+                return self.fc(x.expand(-1, -1, 4, 4).flatten(1))
+
+        message = (
+            rf"max pooling at {re.escape(line('whole'))} takes its size from the input: write nn.AdaptiveMaxPool2d"
+        )
+        for how in ("cumulative", "average"):
+            with pytest.raises(ConversionError, match=message):
+                convert(Whole(), torch.rand(2, 1, 4, 4), max_pool=how)
+        convert(Whole(), torch.rand(2, 1, 4, 4), max_pool="or")
+
+    def test_that_returns_indices_is_refused(self):
+        layers = nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2, return_indices=True), nn.Flatten(), nn.Linear(8, 3)
+
+        class Indexed(nn.Sequential):
+            def forward(self, x):
+                x, _ = self[2](self[1](self[0](x)))
+                return self[4](self[3](x))
+
+        with pytest.raises(ConversionError, match=r"max pooling '2' at .* returns indices"):
+            convert(Indexed(*layers), torch.rand(2, 1, 6, 6))
 
 
 class Sliced(Sized):

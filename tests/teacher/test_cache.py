@@ -228,7 +228,8 @@ class TestFiles:
 
     def test_are_as_large_as_was_said(self, tmp_path):
         cache = filled(tmp_path)
-        held = sum(np.load(file, mmap_mode="r").nbytes for file in cache.path.glob("*.npy"))
+        files = set(cache.path.glob("*.npy")) - {cache.path / "checksums.npy"}
+        held = sum(np.load(file, mmap_mode="r").nbytes for file in files)
         row = 8 + 4 * 5 + 2 * 36 + 4 * 32 + 8 * 7
         assert cache.nbytes == held == VIEWS * STEPS * BATCH * row
         said = f"teacher's answers to 2 views of 3 steps: 6.7 KiB in '{cache.path}', 0 % of them there"
@@ -314,6 +315,72 @@ class TestDamage:
         array.flush()
         with pytest.raises(RunError, match=rf"the {name} of step 1 of view 1 differ from the teacher's by \d+ %"):
             get(opened(tmp_path), 1, 0)
+
+    @pytest.mark.parametrize(
+        "name", ["logits", "features.layer1.0", "features.layer2", "features.neck%2Fx", "checksums"]
+    )
+    @pytest.mark.parametrize("bit", [0, 13, 62])
+    def test_of_one_bit_is_found_when_its_batch_comes(self, name, bit, tmp_path):
+        file = filled(tmp_path).path / f"{name}.npy"
+        content = bytearray(file.read_bytes())
+        size = np.load(file, mmap_mode="r").nbytes // (VIEWS * STEPS)
+        place = len(content) - 2 * size  # the last batch but one
+        content[place + bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        cache = opened(tmp_path)
+        for view, step in BATCHES[:-2]:
+            assert_same_bits(get(cache, view, step), answer_to(view, step))
+        with pytest.raises(
+            RunError, match=r"step 2 of view 2 has another checksum than was written\): delete that dir"
+        ):
+            get(cache, *BATCHES[-2])
+
+    def test_of_any_bit_of_a_header_is_found_when_it_is_opened_or_a_batch_comes(self, tmp_path):
+        path = filled(tmp_path).path
+        for file in sorted(path.glob("*.npy")):
+            content = file.read_bytes()
+            for bit in (*range(0, 8 * 128, 17), 8 * 21, 8 * 21 + 6):  # the last two mean the same order of bytes
+                damaged = bytearray(content)
+                damaged[bit // 8] ^= 1 << bit % 8
+                file.write_bytes(damaged)
+                with pytest.raises(RunError, match="cannot be used"):
+                    get(opened(tmp_path), 1, 0)
+            file.write_bytes(content)
+        assert opened(tmp_path).filled == VIEWS * STEPS
+
+    @pytest.mark.parametrize("harm", ["swapped batches", "swapped views", "of another cache", "appended"])
+    def test_of_what_lies_in_another_place_is_found(self, harm, tmp_path):
+        path = filled(tmp_path / "a").path
+        files = {file: np.load(file, mmap_mode="r+") for file in path.glob("*.npy") if file.stem != "samples"}
+        other = Cache(tmp_path / "b", {**KEY, "seed": 1}, answer_to(1, 0), VIEWS, STEPS)
+        for view, step in BATCHES:
+            get(other, view, step, lambda view, step: answer_to(view, step + 50))
+        other.flush()
+        for file, rows in files.items():
+            kept = rows.copy()
+            if harm == "swapped batches":
+                rows[0, 1], rows[0, 2] = kept[0, 2], kept[0, 1]
+            elif harm == "swapped views":
+                rows[:] = kept[::-1]
+            elif harm == "of another cache":
+                shutil.copy(other.path / file.name, file)
+            rows.flush()
+            if harm == "appended":
+                file.write_bytes(file.read_bytes() + b"x")
+        with pytest.raises(RunError, match="cannot be used"):
+            cache = opened(tmp_path / "a")
+            cache.trusted = True  # what the comparison with the teacher would not find
+            for view, step in BATCHES:
+                get(cache, view, step)
+
+    def test_of_a_cache_of_before_is_not_noticed_which_is_said_once(self, tmp_path, caplog):
+        (filled(tmp_path).path / "checksums.npy").unlink()
+        for _ in range(2):
+            cache = opened(tmp_path)
+            for view, step in BATCHES:
+                assert_same_bits(get(cache, view, step), answer_to(view, step))
+        (said,) = caplog.messages
+        assert said.startswith(f"note: '{cache.path}' has no checksums, an earlier version made it")
 
     def test_rounding_of_other_hardware_is_no_damage(self, tmp_path):
         filled(tmp_path)

@@ -22,8 +22,8 @@ from spikedistill.teacher.load import (
     load_teacher,
     load_weights,
     pretrained,
-    read_weights,
 )
+from spikedistill.teacher.weights import read_weights
 
 TINY = Architecture("resnet20", classes=3, channels=1, width=4)
 
@@ -151,6 +151,7 @@ class TestPretrained:
         )
         teacher, architecture = pretrained("torchvision/squeezenet1_1")
         assert architecture == Architecture("torchvision/squeezenet1_1", 1000)
+        assert len(teacher.class_names) == 1000 and teacher.class_names[:2] == ("tench", "goldfish")
         assert_same(teacher.network.state_dict(), source.state_dict())
         assert teacher.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
         assert asked[0]["weights_only"] is True
@@ -380,6 +381,25 @@ class TestTeacher:
         with pytest.raises(ConfigError, match="need one value per channel, std above 0"):
             Teacher(network, mean, std)
 
+    @pytest.mark.parametrize(
+        "mean, std",
+        [
+            ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]),
+            ([0.49, 0.48, 0.45], [58.4, 57.1, 57.4]),
+            ([123.7, 116.3, 103.5], [0.2, 0.2, 0.2]),
+            ([0.5, 0.5, 1.5], [0.5, 0.5, 0.5]),
+            ([-0.5], [0.5]),
+            ([float("nan")], [0.5]),
+        ],
+    )
+    def test_a_normalisation_for_bytes_is_refused_with_the_remedy(self, network, mean, std):
+        with pytest.raises(ConfigError, match=r"not those of images in 0\.\.1: .* Divide values for bytes by 255"):
+            Teacher(network, mean, std)
+
+    def test_what_its_outputs_mean_is_kept(self, network):
+        assert Teacher(network, [0.5], [1.0], ["cat", "dog"]).class_names == ("cat", "dog")
+        assert Teacher(network, [0.0], [1 / 255]).class_names == ()
+
 
 class TestOneStep:
     def test_it_answers_as_the_normalised_network_with_one_step_of_time(self, network):
@@ -411,7 +431,7 @@ class TestLoadTeacher:
     def test_a_run_directory_and_its_file_know_everything(self, tmp_path, source):
         network = self.write(tmp_path / "model.safetensors")
         teacher, architecture = load_teacher(tmp_path / source)
-        assert architecture == TINY
+        assert architecture == TINY and teacher.class_names == ("a", "b", "c")
         images = torch.rand(2, 1, 8, 8)
         torch.testing.assert_close(teacher(images), network((images - 0.3) / 0.2))
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from spikedistill import files
 from spikedistill.errors import RunError, WeightsError
-from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
+from spikedistill.files import write_json
+from spikedistill.train.checkpoint import load_checkpoint, previous, save_checkpoint
 
 FACTS = {"epoch": 3, "step": 2, "meters": {"sums": {"labels": 0.1 + 0.2}}, "rate": None}
 OPTIMISERS = {
@@ -142,3 +143,67 @@ class TestFile:
         path.unlink()
         with pytest.raises(WeightsError, match="does not exist"):
             load_checkpoint(path, {"lesson": first}, optimiser)
+
+
+class TestTheOneBefore:
+    @pytest.fixture
+    def twice(self, tmp_path):
+        """Two checkpoints of one training."""
+        first = network()
+        optimiser = OPTIMISERS["sgd"](first.parameters())
+        for step in (1, 2):
+            walk(first, optimiser, 1)
+            save_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, optimiser, {"step": step})
+        return tmp_path / "c.safetensors", first, optimiser
+
+    def load(self, twice):
+        path, first, optimiser = twice
+        return load_checkpoint(path, {"lesson": first}, optimiser)["step"]
+
+    def test_waits_while_the_newest_is_whole(self, twice, caplog):
+        assert previous(twice[0]).name == "c.previous.safetensors"
+        assert self.load(twice) == 2 and not caplog.messages
+
+    @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "gone"])
+    def test_is_taken_with_a_note_where_the_newest_is_damaged(self, twice, harm, caplog):
+        path = twice[0]
+        damage(path, harm)
+        assert self.load(twice) == 1
+        (said,) = caplog.messages
+        assert said.startswith("note: ") and f"'{path}' " in said and said.endswith(" Going on from the one before it.")
+
+    def test_is_not_replaced_by_the_damaged_one_at_the_next_save(self, twice):
+        path, first, optimiser = twice
+        damage(path, "flip")
+        assert self.load(twice) == 1
+        save_checkpoint(path, {"lesson": first}, optimiser, {"step": 3})
+        assert self.load(twice) == 3
+        damage(path, "flip")
+        assert self.load(twice) == 1
+
+    @pytest.mark.parametrize("harm", ["flip", "cut"])
+    def test_that_is_damaged_too_ends_it(self, twice, harm):
+        path, first, _ = twice
+        weights = {name: value.clone() for name, value in first.state_dict().items()}
+        for file in (path, previous(path)):
+            damage(file, harm)
+        with pytest.raises(
+            WeightsError, match=r"c\.safetensors' .* So is the one before it, .*another --out\."
+        ) as caught:
+            self.load(twice)
+        assert len(str(caught.value)) < 600
+        assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
+
+    def test_does_not_stand_in_for_one_of_another_run(self, twice):
+        path = twice[0]
+        write_json(path.parent / "environment.json", {}, run="mine")
+        with pytest.raises(RunError, match="and lies in the directory of the run mine"):
+            self.load(twice)
+
+
+def damage(path, harm):
+    content = path.read_bytes()
+    changed = {"flip": content[:-3] + bytes([content[-3] ^ 4]) + content[-2:], "cut": content[:-1], "empty": b""}
+    path.unlink()
+    if harm in changed:
+        path.write_bytes(changed[harm])

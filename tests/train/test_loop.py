@@ -126,6 +126,31 @@ class SpikeBudget(Objective):
         return {"spikes": (batch.student.spikes[self.path].mean() - self.share).relu()}
 
 
+class Steep(Direct):
+    """A term that is 0 and has an infinite slope there."""
+
+    def __call__(self, batch, modules):
+        away = (batch.student.logits - batch.student.logits.detach()).square().sum().sqrt()
+        return {**super().__call__(batch, modules), "steep": away}
+
+
+class Large(Direct):
+    """A term that is 0 and whose slopes are finite, but not the sum of their squares."""
+
+    def __call__(self, batch, modules):
+        away = 1e30 * (batch.student.logits - batch.student.logits.detach()).sum()
+        return {**super().__call__(batch, modules), "large": away}
+
+
+class Broken(MemoryFeed):
+    """Batches with one pixel that is no number."""
+
+    def batches(self, epoch, first=0):
+        for inputs in super().batches(epoch, first):
+            inputs.student[0, 0, 0, 0] = torch.nan
+            yield inputs
+
+
 @dataclass(frozen=True)
 class SourceOnly(Objective):
     """Cross-entropy of the answers to the second stream."""
@@ -226,6 +251,12 @@ class TestAveragedWeights:
         assert not same(result, snapshots[-1])
         assert line["validation_accuracy"] == self.accuracy_on_held(student, blobs)
 
+    def test_are_judged_where_they_are_far_behind_the_last_ones(self, blobs, tmp_path):
+        last, averaged = learner(convolutional(4)), learner(convolutional(4))
+        better = teach(last, Direct(), blobs, choices(), Run(tmp_path / "last"))["validation_accuracy"]
+        line = teach(averaged, Direct(), blobs, choices(ema=0.9999), Run(tmp_path / "averaged"))
+        assert line["validation_accuracy"] == self.accuracy_on_held(averaged, blobs) != better
+
     def test_without_them_the_last_weights_are_kept_and_judged(self, blobs, tmp_path):
         student = learner(convolutional(4))
         line = teach(student, Direct(), blobs, choices(), Run(tmp_path))
@@ -280,6 +311,73 @@ class TestRefusals:
             teach(learner(flat()), Direct(), blobs, choices(lr=1e30, checkpoint_minutes=0.0), Run(tmp_path))
         written = load_file(Run(tmp_path).checkpoint)
         assert not any(value.isnan().any() for value in written.values())
+
+    @pytest.mark.parametrize("clip", [0.0, 1.0])
+    @pytest.mark.parametrize(("steep", "norm"), [(Steep(), "nan"), (Large(), "inf")])
+    def test_a_gradient_that_is_not_finite_is_refused_before_the_step(self, steep, norm, clip, blobs, tmp_path):
+        student = learner(flat())
+        before = copy.deepcopy(student.state_dict())
+        message = (
+            rf"The norm of the gradient became {norm} at the loss .* in epoch 1, step 1: lower --lr \(=0\.1\), or set"
+            r" --clip 1.* Not finite: that alone; finite: weights, inputs, teacher's answer, student's logits\."
+        )
+        with pytest.raises(ConfigError, match=message):
+            teach(student, steep, blobs, choices(clip=clip), Run(tmp_path))
+        assert same(before, student.state_dict()) and not Run(tmp_path).checkpoint.exists()
+
+    def test_a_student_without_a_gradient_is_no_broken_one(self, blobs, tmp_path):
+        assert teach(learner(flat()), Direct(), blobs, choices(epochs=1), Run(tmp_path))["epoch"] == 1
+
+    @pytest.mark.parametrize(
+        "where, remedy",
+        [
+            ("teacher's answer", "check the teacher's weights and its normalisation"),
+            ("weights", "an earlier step broke the weights, or their file holds them so: lower --lr"),
+            ("inputs", "mend the images, the normalisation or the augmentation"),
+        ],
+    )
+    def test_a_loss_that_is_no_number_names_what_is_not_finite_and_what_to_do(self, where, remedy, blobs, tmp_path):
+        student, teacher = spiking(convolutional(4)), Teacher(convolutional(4), MEAN, STD)
+        feed = MemoryFeed(blobs, 16, 0, Augment(), 0.1, 0)
+        if where == "weights":
+            student.core.get_submodule("5").bias.data[0] = torch.nan
+        elif where == "inputs":
+            feed = Broken(blobs, 16, 0, Augment(), 0.1, 0)
+        else:
+            teacher.network[5].bias.data[0] = torch.inf
+        with pytest.raises(ConfigError, match=rf"The loss became .*nan.*step 1: {remedy}.*Not finite: .*{where}"):
+            fit(student, KDSNNResponse(), feed, choices(), Run(tmp_path), teacher=teacher)
+
+    def test_answers_that_are_not_finite_are_not_kept_on_disk(self, blobs, tmp_path):
+        teacher = Teacher(convolutional(4), MEAN, STD)
+        teacher.network[5].bias.data[0] = torch.nan
+        with pytest.raises(ConfigError, match="The teacher's answer holds NaN or infinity and is not kept"):
+            teach(spiking(convolutional(4)), KDSNNResponse(), blobs, choices(views=1), Run(tmp_path), teacher=teacher)
+
+    @pytest.mark.parametrize("part", ["weight", "momentum", "average"])
+    def test_what_is_not_finite_is_neither_saved_nor_judged(self, part, blobs, tmp_path, monkeypatch):
+        run, student, step = Run(tmp_path), learner(flat()), Course.step
+        teach(student, Direct(), blobs, choices(epochs=1, ema=0.5), run)
+        saved, lines = run.checkpoint.read_bytes(), run.lines("metrics")
+
+        def poisoned(self, inputs, epoch, number):
+            result = step(self, inputs, epoch, number)
+            if number != (0 if self.config.checkpoint_minutes == 0 else self.feed.steps - 1):
+                return result
+            weight = next(self.student.parameters())
+            held = {"weight": weight, "momentum": self.optimiser.state[weight]["momentum_buffer"]}
+            held["average"] = next(self.averaged.parameters())
+            held[part].data.flatten()[3] = torch.inf
+            return result
+
+        monkeypatch.setattr(Course, "step", poisoned)
+        for minutes in (0.0, 60.0):
+            config = choices(epochs=2, ema=0.5, checkpoint_minutes=minutes)
+            with pytest.raises(
+                ConfigError, match=r"After epoch \d, step \d+, .* hold NaN or infinity, .* --lr \(=0.1\)"
+            ):
+                teach(learner(flat()), Direct(), blobs, config, run)
+            assert run.checkpoint.read_bytes() == saved and run.lines("metrics") == lines
 
     def test_a_batch_larger_than_the_training_part_names_both(self, blobs, tmp_path):
         with pytest.raises(ConfigError, match=r"batch_size \(=87\) must be at most the 86 training samples"):
@@ -686,7 +784,12 @@ class TestViews:
         self.train(blobs, tmp_path, choices(views=1), objective=objective)
         (cache,) = (tmp_path / "answers").iterdir()
         kept = {f"features.{path}.npy" for path, _ in objective.needs.pairs}
-        assert {file.name for file in cache.iterdir()} == {"key.json", "samples.npy", "logits.npy"} | kept
+        assert {file.name for file in cache.iterdir()} == {
+            "key.json",
+            "samples.npy",
+            "checksums.npy",
+            "logits.npy",
+        } | kept
 
     @pytest.mark.parametrize("minutes", [0.0, 60.0], ids=["checkpoint-every-step", "checkpoint-every-epoch"])
     @pytest.mark.parametrize("steps", [3, 5, 7, 13])

@@ -94,3 +94,11 @@ class TestAveraged:
             layer.weight.data.fill_(value)
             averaged.update_parameters(layer)
         assert averaged.module.weight.item() == 0.75 * (0.75 * 4.0 + 0.25 * 8.0)
+
+    def test_running_statistics_follow_by_the_decay_too(self):
+        norm = nn.BatchNorm1d(1)
+        averaged = make_averaged(norm, Training(ema=0.75))
+        for value in (4.0, 8.0):
+            norm.running_mean.fill_(value)
+            averaged.update_parameters(norm)
+        assert averaged.module.running_mean.item() == 0.75 * 4.0 + 0.25 * 8.0

@@ -1,5 +1,7 @@
 import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -65,6 +67,104 @@ class TestStart:
         with pytest.raises(RunError, match=r"There is no run in '.*nothing' to resume"):
             Run(tmp_path / "nothing").start(RECIPE, resume=True)
         assert not (tmp_path / "nothing").exists()
+
+
+class TestPlace:
+    """A run is begun where nothing of anybody else's lies, and ends where it was begun."""
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {"recipe.json": '{"flour": 500, "eggs": 3}'},
+            {"recipe.json": "[]", "metrics.jsonl": "mine"},
+            {"recipe.json": "Two eggs, 500 g of flour."},
+            {"recipe.json": '{"kind": "cake"}'},
+            {"metrics.jsonl": "mine"},
+            {"model.safetensors": "weights"},
+            {"thesis.tex": "text"},
+            {"photos/cat/1.png": "cat"},
+            {".git/HEAD": "ref"},
+            {"results.json": "{}", "environment.json": "{}"},
+            {"recipe.json": '{"kind": "teach", "dish": "soup"}'},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("kind", ["teach", "distill", "immunity"])
+    def test_with_files_of_somebody_else_is_refused_untouched(self, files, kind, tmp_path):
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+        with pytest.raises(RunError, match=r"holds files \(.*\) and no run of spikedistill: choose an empty or a new"):
+            Run(tmp_path).start({"kind": kind}, resume=False)
+        found = {str(x.relative_to(tmp_path)): x.read_text() for x in tmp_path.rglob("*") if x.is_file()}
+        assert found == files
+
+    def test_with_a_recipe_of_somebody_else_is_not_resumed_either(self, tmp_path):
+        (tmp_path / "recipe.json").write_text('{"flour": 500}')
+        with pytest.raises(RunError, match="no run of spikedistill"):
+            Run(tmp_path).start(RECIPE, resume=True)
+        assert os.listdir(tmp_path) == ["recipe.json"]
+
+    def test_that_is_empty_or_holds_hidden_files_will_do(self, tmp_path):
+        (tmp_path / ".DS_Store").touch()
+        Run(tmp_path).start(RECIPE, resume=False)
+
+    @pytest.mark.parametrize("left", [["lock"], ["lock", "environment.json"], ["lock", "recipe.json.part"]])
+    def test_where_a_run_was_killed_at_its_beginning_will_do(self, run, left):
+        for file in run.path.iterdir():
+            if file.name not in left:
+                file.unlink()
+        (run.path / left[-1]).touch()
+        Run(run.path).start({**RECIPE, "kind": "teach"}, resume=False)
+
+    @pytest.mark.parametrize("kind", ["teach", "immunity"])
+    def test_of_another_command_is_refused_though_nothing_was_computed(self, run, kind):
+        with pytest.raises(RunError, match=r"already holds a run, of 'distill': choose another --out"):
+            run.start({"kind": kind}, resume=False)
+        run.start(RECIPE, resume=False)
+
+    def test_of_a_run_of_before_is_known_by_its_kind(self, run):
+        old = json.loads((run.path / "recipe.json").read_text())
+        (run.path / "recipe.json").write_text(json.dumps({name: old[name] for name in RECIPE}))
+        run.start(RECIPE, resume=False)
+
+    @pytest.mark.parametrize("out", ["photos", "photos/train", "photos/train/run", "photos/../photos/run"])
+    def test_among_the_images_is_refused(self, out, tmp_path):
+        (tmp_path / "photos").mkdir()
+        recipe = {**RECIPE, "data": {"name": str(tmp_path / "photos")}}
+        with pytest.raises(RunError, match=r"lies in the folder of the data, '.*photos': choose another --out"):
+            Run(tmp_path / out).start(recipe, resume=False)
+        assert os.listdir(tmp_path / "photos") == []
+        Run(tmp_path / "photos-run").start(recipe, resume=False)
+
+    @pytest.mark.parametrize("harm", ["removed", "replaced", "emptied", "another run"])
+    @pytest.mark.parametrize("use", ["write", "append", "read", "lines", "checkpoint", "model"])
+    def test_that_vanishes_is_noticed_at_the_next_use(self, run, harm, use, tmp_path):
+        shutil.move(run.path, tmp_path / "moved")
+        if harm != "removed":
+            run.path.mkdir()
+        if harm == "another run":
+            shutil.copytree(tmp_path / "moved", run.path, dirs_exist_ok=True)
+        uses = {
+            "write": lambda: run.write("results", {}),
+            "append": lambda: run.append("metrics", {"epoch": 1}),
+            "read": lambda: run.read("recipe"),
+            "lines": lambda: run.lines("metrics"),
+            "checkpoint": lambda: run.checkpoint,
+            "model": lambda: run.model,
+        }
+        with pytest.raises(RunError, match=r"run' was removed or replaced while this run worked in it.*begin anew"):
+            uses[use]()
+        assert run.path.exists() is (harm != "removed")
+
+    def test_is_named_alike_for_the_same_recipe_on_the_same_machine_alone(self, tmp_path):
+        names = []
+        often = {**RECIPE, "training": {**RECIPE["training"], "checkpoint_minutes": 0.0}}
+        other = {**RECIPE, "training": {**RECIPE["training"], "seed": 1}}
+        for number, recipe in enumerate((RECIPE, often, other)):
+            Run(tmp_path / str(number)).start(recipe, resume=False)
+            names.append(json.loads((tmp_path / str(number) / "environment.json").read_text())["run"])
+        assert names[0] == names[1] != names[2]
 
 
 WORKING = """
@@ -159,6 +259,108 @@ class TestLines:
         monkeypatch.setattr(Path, "open", full)
         with pytest.raises(RunError, match=r"metrics\.jsonl' could not be written.*No space left"):
             run.append("metrics", {"epoch": 1})
+
+
+class TestDamagedLines:
+    @pytest.mark.parametrize("damaged", [b'{"a": 2', b"[2]", b'"a"', b"", b"{'a': 2}", b'{"a": "\xff"}'])
+    @pytest.mark.parametrize("name", ["metrics", "scores"])
+    def test_are_named(self, run, name, damaged):
+        run.append(name, {"a": 1})
+        with (run.path / f"{name}.jsonl").open("ab") as file:
+            file.write(damaged + b"\n")
+        run.append(name, {"a": 3})
+        with pytest.raises(RunError, match=rf"Line 2 of '.*{name}\.jsonl' is damaged .*delete that line, --resume"):
+            run.lines(name)
+
+    def test_of_line_ends_as_git_writes_them_for_windows_are_none(self, run):
+        run.append("scores", {"a": 1})
+        run.append("scores", {"a": 2})
+        for file in (*run.path.glob("*.json"), run.path / "scores.jsonl"):
+            file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+        assert run.lines("scores") == [{"a": 1}, {"a": 2}] and run.read("recipe")
+
+    def test_of_scores_are_noticed_at_any_bit(self, run):
+        for score in (91.25, 90.0):
+            run.append("scores", {"accuracy": score})
+        content, taken = (run.path / "scores.jsonl").read_bytes(), []
+        for bit in range(8 * (len(content) - 1)):  # the last is the end of the line: without it the line is left out
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            (run.path / "scores.jsonl").write_bytes(damaged)
+            try:
+                taken.append(run.lines("scores"))
+            except RunError:
+                continue
+        assert taken == []
+
+    def test_of_scores_from_another_run_are_refused(self, run, tmp_path):
+        run.append("scores", {"accuracy": 1.0})
+        other = Run(tmp_path / "other")
+        other.start({**RECIPE, "seed": 1}, resume=False)
+        shutil.copy(run.path / "scores.jsonl", other.path)
+        with pytest.raises(RunError, match=r"Line 1 of .* is damaged \(it was written by another run"):
+            other.lines("scores")
+
+
+class TestMending:
+    LINES = tuple({"epoch": epoch, "loss": 1 / epoch, "lr": 1e-7} for epoch in (1, 2, 3))
+
+    @pytest.fixture
+    def logged(self, run):
+        for line in self.LINES:
+            run.append("metrics", line)
+        return run
+
+    def harm(self, run, harm):
+        file = run.path / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        changed = {
+            "gone": [],
+            "shorter": lines[:2],
+            "without its first": lines[1:],
+            "twice": [*lines, lines[2]],
+            "swapped": lines[::-1],
+            "of another run": [lines[0], lines[1].replace(b"0.5", b"0.7"), lines[2]],
+            "flipped": [lines[0].replace(b'"epoch": 1', b'"epoch": 3'), *lines[1:]],
+            "broken": [lines[0], b'{"epoch": 2, \n', lines[2]],
+            "no text": [lines[0], b"\xff\n", lines[2]],
+            "no line": [lines[0], b"[2]\n", lines[2]],
+        }
+        file.write_bytes(b"".join(changed[harm]))
+        if harm == "gone":
+            file.unlink()
+
+    HARMS = ("gone", "shorter", "without its first", "twice", "swapped", "flipped", "broken", "no text", "no line")
+
+    @pytest.mark.parametrize("harm", [*HARMS, "of another run"])
+    def test_gives_back_the_bytes_that_the_checkpoint_knows_and_says_so(self, logged, harm, caplog):
+        before = (logged.path / "metrics.jsonl").read_bytes()
+        self.harm(logged, harm)
+        logged.rewind(3, self.LINES)
+        assert (logged.path / "metrics.jsonl").read_bytes() == before
+        (said,) = caplog.messages
+        assert "metrics.jsonl' was shorter than the checkpoint, or damaged, and is mended from it." in said
+
+    def test_is_not_needed_after_a_kill_between_line_and_checkpoint(self, logged, caplog):
+        logged.rewind(2, self.LINES[:2])
+        assert logged.lines("metrics") == list(self.LINES[:2]) and not caplog.messages
+
+    @pytest.mark.parametrize("harm", HARMS)
+    def test_cannot_be_done_from_a_checkpoint_of_before(self, logged, harm):
+        self.harm(logged, harm)
+        with pytest.raises(RunError, match=r"metrics\.jsonl' holds epochs \[.*\], and 3 lie behind: .*put a copy back"):
+            logged.rewind(3)
+
+    @pytest.mark.parametrize("harm", HARMS)
+    def test_is_asked_for_where_a_checkpoint_is_to_be_written(self, logged, harm):
+        self.harm(logged, harm)
+        with pytest.raises(RunError, match=r"metrics\.jsonl'.* --resume"):
+            logged.history(3)
+
+    def test_leaves_damaged_lines_of_timing_out(self, run):
+        (run.path / "timing.jsonl").write_bytes(b'{"epoch": 1, "seconds": 2.0}\n{"ep\n{"epoch": 3, "seconds": 1.0}\n')
+        run.rewind(0, [])
+        assert run.lines("timing") == []
 
 
 class TestRewind:

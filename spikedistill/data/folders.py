@@ -1,0 +1,359 @@
+"""Folders of images by class: which folders are parts and which are classes, and images as bytes of three colours.
+
+What cannot be meant is refused with what was found; what was decided on the way is handed on as notes.
+"""
+
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+from PIL import ImageOps
+from torch import Tensor
+
+from spikedistill.data.parts import Parts, counted, listed
+from spikedistill.errors import DataError
+
+SUFFIXES = (
+    ".png",
+    ".apng",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".tga",
+)
+LARGEST = 16 * 2**30
+"""Bytes of pixels beyond which a folder is refused: this loader keeps everything in memory."""
+HIDDEN = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini")
+"""What systems leave behind, beside names that begin with a dot."""
+ROLES = {
+    **dict.fromkeys(("train", "trains", "training", "trainval"), "train"),
+    **dict.fromkeys(("test", "tests", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev", "eval", "evaluation"), "validation"),
+}
+"""Words that name a part."""
+FILLERS = (
+    "set",
+    "sets",
+    "data",
+    "dataset",
+    "datasets",
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "split",
+    "splits",
+    "part",
+    "folder",
+    "dir",
+    "files",
+)
+"""Words beside them that name nothing."""
+BARE = tuple((role, ()) for role in ("train", "test", "validation"))
+"""What names that mean a part and nothing else are taken as."""
+EXPECTED = "Expected train/CLASS/image.png and test/CLASS/image.png (or val), or CLASS/image.png alone."
+SAID = {
+    "linked": "linked folders were followed",
+    "turned": "images were turned as their EXIF says",
+    "transparent": "images have transparent parts, which became white",
+}
+"""What is counted while images are read, and how it is said."""
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held."""
+
+
+def read_folder(path: Path, size: int | None) -> Parts:
+    """Images by class: ``train/CLASS/image`` and ``test/CLASS/image``, or ``CLASS/image`` alone.
+
+    Parts go by their usual spellings (``Training`` and ``Testing``, ``seg_train`` and ``seg_test``, ``val``) and may
+    lie in a folder of their own. Without a test part that of validation stands in for it; beside one it is not used.
+    Linked folders are followed, hidden ones are not read. Images are turned as their EXIF says, and transparent parts
+    become white, as most viewers and pages show them: this project's choice.
+
+    Args:
+        path: the folder.
+        size: side to which images are resized; without it they must all have one size.
+
+    Raises:
+        DataError: if the folders are neither parts nor classes, or an image cannot be read.
+    """
+    root = _unwrapped(path)
+    names, tally = _names(_folders(root)), Counter[str]()
+    pair = _pair(root, names)
+    if pair is None:
+        _refuse_parts(path, root, names)
+        notes = [f"'{name}' is read as a class, not as a part" for name in names if _role(name) in BARE]
+        if deep := {name: _names(_folders(root / name)) for name in names if not _holds_images(root / name)}:
+            below = listed(dict.fromkeys(itertools.chain(*deep.values())))
+            notes.append(f"the images of {listed(deep)} lie in folders below ({below}): is each of them one class?")
+        return Parts(_read_classes(root, names, size, tally), None, tuple(names), (*notes, *_said(tally)))
+    train, test = (_unwrapped(root / name) for name in pair)
+    classes, tested = (_names(_folders(part)) for part in (train, test))
+    if strange := [name for name in tested if name not in classes]:
+        raise DataError(
+            f"'{test}' has classes that '{train.name}' has not: {listed(strange)}. Those of '{train.name}' are"
+            f" {listed(classes)}: name them alike, capitals too."
+        )
+    others = [name for name in names if name not in pair]
+    if beside := [name for name in others if name in classes]:
+        raise DataError(f"'{root}' has {listed(beside)} beside {' and '.join(pair)}: put these classes into the parts.")
+    tally.update(_kind(file) for file in _listing(root) if not file.is_dir())
+    parts = _read_classes(train, classes, size, tally), _read_classes(test, tested, size, tally, classes)
+    notes = [f"the folders {listed(others)} are passed over"] if others else []
+    return Parts(*parts, tuple(classes), (*notes, *_said(tally)))
+
+
+# --- which folders are what -------------------------------------------------------------------------------------------
+
+
+def _listing(folder: Path) -> list[Path]:
+    """What lies in a folder, by name; hidden things left out.
+
+    Raises:
+        DataError: if it cannot be read, or holds a link to nothing.
+    """
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"The folder '{folder}' cannot be read ({error}): check its permissions.") from error
+    seen = [child for child in found if child.name[0] != "." and child.name.lower() not in HIDDEN]
+    for child in seen:
+        if child.is_symlink() and not child.exists():
+            raise DataError(f"'{child}' is a link to '{os.readlink(child)}', which does not exist: mend or delete it.")
+    return seen
+
+
+def _folders(path: Path) -> list[Path]:
+    return [child for child in _listing(path) if child.is_dir()]
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.is_dir()
+
+
+def _kind(file: Path) -> str:
+    """What a file that is passed over is counted as."""
+    return file.suffix.lower() or "without suffix"
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether images lie directly in it."""
+    return any(_is_image(child) for child in _listing(folder))
+
+
+def _unwrapped(path: Path) -> Path:
+    """The folder below whose only content is another folder of folders."""
+    seen = {path.resolve()}
+    while len(inside := _folders(path)) == 1 and not _holds_images(path):
+        if _holds_images(inside[0]) or not _folders(inside[0]):
+            break
+        path = inside[0]
+        if path.resolve() in seen:
+            raise DataError(f"The link '{path}' leads back to a folder that it lies in: delete it.")
+        seen.add(path.resolve())
+    return path
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def _role(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """Which part a folder's name means, if any, and what else the name says.
+
+    >>> _role("seg_train"), _role("TestImages"), _role("valid-2"), _role("trainer")
+    (('train', ('seg',)), ('test', ()), ('validation', ()), (None, ('trainer',)))
+    """
+    known = "|".join(sorted((*ROLES, *FILLERS), key=len, reverse=True))
+    words = re.findall("[^\\W\\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+    split = [part for word in words for part in _split(word.lower(), known)]
+    roles = {ROLES[word] for word in split if word in ROLES}
+    rest = tuple(word for word in split if word not in ROLES and word not in FILLERS)
+    return (roles.pop() if len(roles) == 1 else None), rest
+
+
+def _split(word: str, known: str) -> list[str]:
+    """A word of known words written together, taken apart."""
+    return re.findall(known, word) if re.fullmatch(f"(?:{known})+", word) else [word]
+
+
+def _pair(root: Path, names: Sequence[str]) -> tuple[str, str] | None:
+    """The names of the training and of the test part; None where no folder of folders is named as a part.
+
+    Raises:
+        DataError: if names mean parts that are no pair.
+    """
+    groups = _groups([name for name in names if _folders(root / name)])
+    whole = [(group["train"], group.get("test") or group["validation"]) for group in groups if _paired(group)]
+    if len(whole) == 1 and all(len(found) == 1 for found in whole[0]):
+        return whole[0][0][0], whole[0][1][0]
+    if whole or not all(_holds_images(root / name) for group in groups for found in group.values() for name in found):
+        raise DataError(f"{_found(root, names)} These are not one training and one test part. {EXPECTED}")
+    return None
+
+
+def _groups(names: Sequence[str]) -> list[dict[str, list[str]]]:
+    """The names that mean parts, by part; those together that say the same beside it."""
+    groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for name in names:
+        role, rest = _role(name)
+        if role is not None:
+            groups.setdefault(rest, {}).setdefault(role, []).append(name)
+    return list(groups.values())
+
+
+def _paired(group: Mapping[str, Sequence[str]]) -> bool:
+    return "train" in group and len(group) > 1
+
+
+def _found(root: Path, names: Sequence[str]) -> str:
+    """What lies in a folder, as a sentence."""
+    shown = []
+    for name in names:
+        below = _listing(root / name)
+        images, folders = (sum(map(kind, below)) for kind in (_is_image, Path.is_dir))
+        shown.append(f"'{name}' ({f'{folders} folders' if folders else f'{images} images'})")
+    return f"'{root}' holds {listed(shown) or 'no folders'}."
+
+
+def _refuse_parts(path: Path, root: Path, names: Sequence[str]) -> None:
+    """Refuse folders that are to be classes and cannot be.
+
+    Raises:
+        DataError: if they lie in a single part, two are named as parts, or several are made of the same folders.
+    """
+    if alone := [name for name in root.relative_to(path).parts if _role(name) in BARE]:
+        wanted = "'test' or 'val'" if _role(alone[-1])[0] == "train" else "'train'"
+        raise DataError(f"'{path}' has a folder '{alone[-1]}' but no {wanted} beside it. {EXPECTED}")
+    if sum(_role(name) in BARE for name in names) > 1:
+        raise DataError(f"{_found(root, names)} These are names of parts, without a folder for each class. {EXPECTED}")
+    if held := [name for name in names if any(map(_paired, _groups(_names(_folders(root / name)))))]:
+        raise DataError(
+            f"{_found(root, names)} In '{held[0]}' lie a training and a test part: give '{root / held[0]}', or bring"
+            f" the parts above the classes. {EXPECTED}"
+        )
+    inside = [() if _holds_images(root / name) else tuple(_names(_folders(root / name))) for name in names]
+    (below, times), *_ = Counter(found for found in inside if len(found) > 1).most_common(1) or [((), 0)]
+    if times > 1:
+        raise DataError(
+            f"{_found(root, names)} {times} of them hold the same folders ({listed(below)}): are these classes, and"
+            f" those parts? {EXPECTED}"
+        )
+
+
+def _said(tally: Counter[str]) -> list[str]:
+    """What was decided on the way, as sentences."""
+    said = [f"{tally.pop(kind)} {text}" for kind, text in SAID.items() if tally[kind]]
+    others = Counter({kind: count for kind, count in tally.items() if count and kind not in SAID})
+    return said + ([f"files that are no images of a class are passed over ({counted(others)})"] if others else [])
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _read_classes(
+    path: Path, names: Sequence[str], size: int | None, tally: Counter[str], classes: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The images of some classes, bytes ``[N, 3, H, W]``, and their numbers among all classes."""
+    numbers = {name: number for number, name in enumerate(classes or names)}
+    files = [(file, numbers[name]) for name in names for file in _class_files(path / name, tally)]
+    tally.update(_kind(file) for file in _listing(path) if not file.is_dir())
+    if not files:
+        lying = "; images lie in it, but in no class" if _holds_images(path) else ""
+        raise DataError(
+            f"The folder '{path}' holds no images{lying}: expected {path}/CLASS/image.png ({', '.join(SUFFIXES)})."
+        )
+    first = _read_image(files[0][0], size, Counter())
+    needed = len(files) * first.nbytes
+    if needed > LARGEST:
+        raise DataError(
+            f"'{path}' needs {needed / 2**30:.0f} GiB in memory, more than {LARGEST / 2**30:.0f}: give a smaller "
+            "--image-size, or fewer images."
+        )
+    pixels = np.empty((len(files), *first.shape), np.uint8)
+    for row, (file, _) in enumerate(files):
+        image = _read_image(file, size, tally)
+        if image.shape != first.shape:
+            raise DataError(f"'{file}' has shape {image.shape}, '{files[0][0]}' has {first.shape}: give --image-size.")
+        pixels[row] = image
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    return images, torch.tensor([number for _, number in files])
+
+
+def _class_files(folder: Path, tally: Counter[str]) -> list[Path]:
+    """All images of a class, in the order of their paths.
+
+    Raises:
+        DataError: if there are none.
+    """
+    files = list(_below(folder, (), tally))
+    images = [file for file in files if _is_image(file)]
+    others = Counter(_kind(file) for file in files if not _is_image(file))
+    tally.update(others)
+    if not images:
+        raise DataError(
+            f"The class folder '{folder}' holds no images{f', but {counted(others)}' if others else ''}: expected"
+            f" {', '.join(SUFFIXES)}. Add some, or delete it."
+        )
+    return images
+
+
+def _below(folder: Path, above: tuple[Path, ...], tally: Counter[str]) -> Iterator[Path]:
+    """Every file below a folder, through links too."""
+    here = folder.resolve()
+    if here in above:
+        raise DataError(f"The link '{folder}' leads back to a folder that it lies in: delete it.")
+    tally["linked"] += folder.is_symlink()
+    for child in _listing(folder):
+        if child.is_dir():
+            yield from _below(child, (*above, here), tally)
+        else:
+            yield child
+
+
+def _read_image(file: Path, size: int | None, tally: Counter[str]) -> NDArray[np.uint8]:
+    """An image ``[H, W, 3]``, as its EXIF says it is to be held, transparent parts white.
+
+    Raises:
+        DataError: if it is damaged, has pixels of more than 8 bits, or holds several images.
+    """
+    try:
+        with Pillow.open(file) as opened:
+            if opened.mode[0] in "IF":
+                raise ValueError(f"its pixels are of mode {opened.mode}, not of 8 bits")
+            frames = getattr(opened, "n_frames", 1)
+            if frames > 1 and opened.format != "MPO":  # cameras put a preview behind the picture
+                raise ValueError(f"it holds {frames} images, and which is meant is not known")
+            tally["turned"] += opened.getexif().get(ORIENTATION, 1) in range(2, 9)
+            image = _on_white(ImageOps.exif_transpose(opened), tally)
+        return np.asarray(image.resize((size, size), Pillow.Resampling.BILINEAR) if size else image)
+    except Exception as error:  # damaged bytes raise anything in Pillow
+        reason = str(error) or type(error).__name__
+        raise DataError(f"The image '{file}' cannot be read ({reason}): replace, convert or delete it.") from error
+
+
+def _on_white(image: Pillow.Image, tally: Counter[str]) -> Pillow.Image:
+    """An image in three colours; where it is transparent, on white."""
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+        return image.convert("RGB")
+    whole = image.convert("RGBA")
+    tally["transparent"] += min(whole.getchannel("A").tobytes()) < 255
+    return Pillow.alpha_composite(Pillow.new("RGBA", whole.size, "white"), whole).convert("RGB")

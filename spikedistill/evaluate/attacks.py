@@ -1,0 +1,177 @@
+"""Attacks: images changed within a reach so that a network errs, by its own gradient and by its teacher's.
+
+A spiking network has no gradient of its own, only that of a surrogate, and a narrow one is zero nearly everywhere: the
+network then looks immune, though it is only hidden. So it is attacked through several surrogates and by what fools its
+teacher (a transfer), and an image counts as fooled where any of them fools it or the network errs without. Which
+surrogates is this project's choice.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from spikedistill.errors import ConfigError
+from spikedistill.evaluate.accuracy import in_batches
+from spikedistill.neuron.layer import Spiking
+from spikedistill.neuron.surrogate import ATan, Sigmoid, Surrogate, Triangle
+from spikedistill.shapes import Image, Labels
+from spikedistill.student.build import Student
+from spikedistill.student.coding import Latency, Rate
+
+AT_ONCE = 100
+"""Images of a batch under attack, at most."""
+ATTACKS: dict[str, tuple[int, tuple[float, float, float, float, float]]] = {
+    "fgsm": (1, (0.5, 1.0, 2.0, 4.0, 8.0)),
+    "pgd": (10, (0.5, 1.0, 2.0, 4.0, 8.0)),
+}
+"""Attack -> gradient steps, and the largest change of a value in 255ths (l-infinity) at the five severities."""
+SURROGATES: dict[str, Surrogate] = {
+    "atan 1": ATan(1.0),
+    "sigmoid 4": Sigmoid(4.0),
+    "triangle 1": Triangle(1.0),
+    "triangle 2": Triangle(2.0),
+}
+"""Besides a network's own, by name and alpha or width: of eleven those that fooled the shipped example most."""
+OWN, TEACHER = "own", "teacher"
+
+
+def attack(
+    network: nn.Module, images: Image, labels: Labels, *, reach: float, steps: int, generator: Generator
+) -> Image:
+    """Images changed by at most ``reach`` a value so that the network errs, through the surrogate gradient that it has.
+
+    One step is FGSM (Goodfellow et al., arXiv 1412.6572); more are PGD from a random start, each of 2.5 reach / steps
+    (Madry et al., arXiv 1706.06083).
+    """
+    start = images
+    if steps > 1:
+        start = (images + reach * (2 * torch.rand(images.shape, generator=generator).to(images) - 1)).clamp(0, 1)
+    size = reach if steps == 1 else 2.5 * reach / steps
+    changed = start
+    for _ in range(steps):
+        changed = changed.detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(F.cross_entropy(_mean_logits(network, changed), labels), changed)
+        moved = changed.detach() + size * slope.sign()
+        changed = torch.minimum(torch.maximum(moved, images - reach), images + reach).clamp(0, 1)
+    return changed.detach()
+
+
+def gradients(network: nn.Module, teacher: nn.Module | None) -> list[str]:
+    """By whose gradient a network is attacked: its own, and through each surrogate if it spikes, and its teacher's.
+
+    A student that sees pixels only as spikes has no gradient to them: its own would be zero and every image withstood.
+
+    Raises:
+        ConfigError: if there is none at all.
+    """
+    if isinstance(network, Student) and isinstance(network.coding, Rate | Latency):
+        if teacher is None:
+            raise ConfigError(
+                f"No gradient reaches the pixels of a student with coding={network.coding}, so it cannot be attacked by"
+                " its own: give its teacher, or leave the kind 'attack' away."
+            )
+        return [TEACHER]
+    owns = [layer.neuron.surrogate for layer in network.modules() if isinstance(layer, Spiking)]
+    others = [name for name, surrogate in SURROGATES.items() if any(own != surrogate for own in owns)]
+    return [OWN, *others, *([] if teacher is None else [TEACHER])]
+
+
+class Target:
+    """A network under attack, and which images it still answers rightly.
+
+    Args:
+        network: from images in 0..1 to logits; left as it was.
+        teacher: the network whose gradient is tried on this one too, on the same device; None for no transfer.
+        images: bytes ``[N, C, H, W]``.
+        labels: ``[N]``.
+        dtype: number format of the large operations.
+        seed: of the start of PGD.
+
+    Attributes:
+        gradients: those that it is attacked by: of ``OWN``, ``SURROGATES`` and ``TEACHER``.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        teacher: nn.Module | None,
+        images: Tensor,
+        labels: Labels,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        self.network, self.teacher = network, teacher
+        self.images, self.labels, self.dtype, self.seed = images, labels, dtype, seed
+        self.gradients = gradients(network, teacher)
+        self._right: dict[tuple[str, int, str], Tensor] = {}
+
+    def clean(self) -> float:
+        """Accuracy (percent) on the images as they are."""
+        return self.accuracy("", 0, OWN)
+
+    def accuracy(self, name: str, severity: int, gradient: str) -> float:
+        """Accuracy (percent) under an attack by one gradient."""
+        return 100.0 * float(self.right(name, severity, gradient).double().mean())
+
+    def worst(self, name: str, severity: int) -> float:
+        """Accuracy (percent) on images that none of the gradients fools, and that are answered rightly without."""
+        masks = [self.right("", 0, OWN), *(self.right(name, severity, gradient) for gradient in self.gradients)]
+        return 100.0 * float(torch.stack(masks).all(0).double().mean())
+
+    def right(self, name: str, severity: int, gradient: str) -> Tensor:
+        """Which images are answered rightly under an attack, ``[N]`` booleans; severity 0 is none. Found once."""
+        if (name, severity, gradient) not in self._right:
+            self._right[name, severity, gradient] = self._withstands(name, severity, gradient)
+        return self._right[name, severity, gradient]
+
+    def _withstands(self, name: str, severity: int, gradient: str) -> Tensor:
+        at_once = min(AT_ONCE, self.network.at_once) if isinstance(self.network, Student) else AT_ONCE
+        generator, truths = Generator().manual_seed(self.seed), iter(self.labels.split(at_once))
+        source = self.teacher if gradient == TEACHER and self.teacher is not None else self.network
+
+        def work(batch: Tensor) -> Tensor:
+            truth = next(truths).to(batch.device)
+            if severity:
+                steps, levels = ATTACKS[name]
+                with torch.enable_grad(), _through(source, SURROGATES.get(gradient)):
+                    reach = levels[severity - 1] / 255
+                    batch = attack(source, batch, truth, reach=reach, steps=steps, generator=generator)
+            return (_mean_logits(self.network, batch).argmax(-1) == truth).cpu()
+
+        with _evaluating(source):
+            return torch.cat(in_batches(self.network, work, self.images, self.dtype, at_once))
+
+
+def _mean_logits(network: nn.Module, images: Image) -> Tensor:
+    """Logits ``[B, K]`` of a network with time or without."""
+    logits = network(images).float()
+    return logits.mean(0) if logits.ndim == 3 else logits
+
+
+@contextmanager
+def _through(network: nn.Module, surrogate: Surrogate | None) -> Iterator[None]:
+    """The network with that surrogate in all its neurons; as it is where None."""
+    neurons = [(layer, layer.neuron) for layer in network.modules() if isinstance(layer, Spiking)]
+    try:
+        for layer, own in neurons:
+            layer.neuron = own if surrogate is None else dataclasses.replace(own, surrogate=surrogate)
+        yield
+    finally:
+        for layer, own in neurons:
+            layer.neuron = own
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

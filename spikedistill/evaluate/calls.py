@@ -1,0 +1,129 @@
+"""The calls that a network makes, whoever makes them: a module, a function, a method or an operator.
+
+A layer and the function behind it are one call here, so what is counted does not depend on how a network is written.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spikedistill.compute.winograd import WinogradConv2d, applies
+from spikedistill.errors import ConfigError
+from spikedistill.neuron.layer import Spiking
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: where it was made, of what, with what, and what it returned."""
+
+    where: str
+    name: str
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+    result: Any
+
+    def of(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument, by position or by name."""
+        return self.arguments[position] if len(self.arguments) > position else self.options.get(name, default)
+
+
+class Listener(TorchFunctionMode):
+    """Tells of every function of torch that is called while it is active.
+
+    Args:
+        hear: told each call; what it computes itself is heard by no one.
+
+    Attributes:
+        where: what runs now, the innermost last; a name that ends with a dot gets that of the function behind it.
+    """
+
+    def __init__(self, hear: Callable[[Call], None]) -> None:
+        super().__init__()
+        self.hear = hear
+        self.where: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._tell(str(getattr(func, "__name__", func)).split(".")[0], args, kwargs or {}, result)
+        return result
+
+    def tell_convolution(self, layer: nn.Module, x: Any, result: Any) -> None:
+        """Tell of a convolution that our own code computed, if it did: that is no function of torch's."""
+        if isinstance(layer, WinogradConv2d) and applies(x, layer.weight):
+            rest = (layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+            self._tell("conv2d", (x, layer.weight, *rest), {}, result)
+
+    def _tell(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        where = self.where[-1] if self.where else ""
+        with torch._C.DisableTorchFunction():
+            self.hear(Call(where + name if where[-1:] in ("", ".") else where, name, args, kwargs, result))
+
+
+@contextmanager
+def calls_of(
+    network: nn.Module, hear: Callable[[Call], None], began: Callable[[Tensor], None] = lambda given: None
+) -> Iterator[None]:
+    """Tell of the calls of an ANN while the context is open.
+
+    Each is told under the path of the module that makes it; that of a module that holds others as ``PATH.FUNCTION``.
+
+    Args:
+        network: the ANN.
+        hear: told each call.
+        began: told the first tensor that the network is given, before its calls.
+
+    Raises:
+        ConfigError: if the network's calls cannot be heard.
+    """
+    _refuse_deaf(network)
+    listener = Listener(hear)
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if given is None:
+            raise ConfigError(f"{type(network).__name__} was given no tensor: give it a batch of images, [B, ...].")
+        began(given)
+        listener.__enter__()
+
+    with ExitStack() as stack:
+        stack.callback(network.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for path, module in network.named_modules():
+            _name_calls(stack, listener, path, module)
+        leave = network.register_forward_hook(lambda *_: listener.__exit__(None, None, None), always_call=True)
+        stack.callback(leave.remove)
+        yield
+
+
+def _name_calls(stack: ExitStack, listener: Listener, path: str, module: nn.Module) -> None:
+    """Let the listener know that a module runs."""
+    holds = any(True for _ in module.children())
+
+    def begin(_: nn.Module, __: Any) -> None:
+        listener.where.append(f"{path}." if path and holds else path)
+
+    def end(_: nn.Module, given: Any, result: Any) -> None:
+        if given:
+            listener.tell_convolution(module, given[0], result)
+        listener.where.pop()
+
+    stack.callback(module.register_forward_pre_hook(begin).remove)
+    stack.callback(module.register_forward_hook(end, always_call=True).remove)
+
+
+def _refuse_deaf(network: nn.Module) -> None:
+    for path, module in network.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, Spiking):
+            raise ConfigError(
+                f"{type(network).__name__} holds neurons at '{path}' and is no Student, so nobody knows which of its"
+                " rows are time and which are samples: make it by to_spiking, or measure the student inside it."
+            )
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            raise ConfigError(
+                f"{kind} at '{path}' is compiled, so its calls cannot be heard: give the network as it was before."
+            )

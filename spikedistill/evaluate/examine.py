@@ -1,0 +1,160 @@
+"""Whether a teacher can teach: its accuracy on images held out of the training part, and what speaks against it.
+
+Every doubt is a test at one percent on the same images, so that few images raise none that they cannot carry. Which
+doubts there are is this project's choice.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikedistill.compute.place import Place
+from spikedistill.data.images import ImageSet, evenly, split
+from spikedistill.errors import ConfigError
+from spikedistill.evaluate.accuracy import predict
+from spikedistill.shapes import ClassLogits, Labels
+
+MOST = 1000
+"""So many images, evenly spaced, are looked at."""
+VALUES = 4096
+"""About so many values of an image are compared with class means."""
+LEVEL = 0.01
+"""What a test finds by chance at most this often is no doubt; what a guess reaches more often is no knowledge."""
+
+
+def examine_teacher(
+    teacher: nn.Module, images: ImageSet, validation: float, place: Place, stored: float | None = None
+) -> dict[str, Any]:
+    """The accuracy of a teacher before it teaches, and doubts about it.
+
+    Args:
+        teacher: ANN or student.
+        images: what it sees.
+        validation: the share of the training part that is held out; of 0, training images are looked at.
+        place: where it computes.
+        stored: the test accuracy in percent that its file tells of.
+
+    Returns:
+        ``accuracy`` (percent), ``images`` (how many), ``held_out`` (whether they are held out of training) and
+        ``doubts`` (sentences).
+
+    Raises:
+        ConfigError: if its logits are not finite.
+    """
+    train, held = split(images.train_labels, validation, seed=0)
+    some = held[evenly(len(held), MOST)] if len(held) else train[evenly(len(train), MOST)]
+    pixels, labels = images.train_images[some], images.train_labels[some]
+    place.prepare(teacher)
+    with torch.random.fork_rng(devices=[]):  # what is trained afterwards is to draw what it drew without
+        logits = predict(teacher, pixels, place.dtype).mean(0)
+    if not logits.isfinite().all():
+        raise ConfigError(
+            f"The teacher's logits of {len(labels)} images of '{images.name}' hold NaN or infinity: check its weights,"
+            " and --teacher-mean and --teacher-std."
+        )
+    right = logits.argmax(1) == labels
+    doubts = [*_as_a_guess(right, labels), *_below_class_means(right, pixels, labels, images, train)]
+    doubts += [*_in_another_order(logits, labels, images.class_names), *_within_one(logits)]
+    accuracy = 100.0 * float(right.double().mean())
+    doubts += _below_its_file(right, stored, len(images.test_labels))
+    return {"accuracy": accuracy, "images": len(labels), "held_out": len(held) > 0, "doubts": doubts}
+
+
+def _as_a_guess(right: Tensor, labels: Labels) -> list[str]:
+    """Whether naming the most frequent class is as good, as far as so many images can tell."""
+    share, hits = float(labels.bincount().max()) / len(labels), int(right.sum())
+    if 1 - _at_most(hits - 1, len(right), share) <= LEVEL:
+        return []
+    return [f"this cannot be told from a guess, which has {100 * share:.2f} %"]
+
+
+def _below_its_file(right: Tensor, stored: float | None, count: int) -> list[str]:
+    """Whether it is worse than its file says, which may rest on few test images too."""
+    if stored is None or _at_most(int(right.sum()), len(right), (stored / 100 * count + 1) / (count + 2)) >= LEVEL:
+        return []
+    return [
+        f"its file tells of {stored:.2f} % on its test images: were those like these, and its inputs normalised so?"
+    ]
+
+
+def _below_class_means(right: Tensor, pixels: Tensor, labels: Labels, images: ImageSet, train: Tensor) -> list[str]:
+    """Whether the nearest mean image of a class is the better answer."""
+    found = _nearest(pixels, _class_means(images, train[evenly(len(train), 10 * MOST)])) == labels
+    if not _better(found, right):
+        return []
+    return [f"to name the class whose mean image is nearest has {100 * float(found.double().mean()):.2f} %"]
+
+
+def _class_means(images: ImageSet, places: Tensor) -> Tensor:
+    """The mean image of each class ``[K, n]``; far away where it has none."""
+    sums = torch.zeros(images.classes, _thinned(images.train_images[:1]).shape[1])
+    for part in places.split(256):
+        sums.index_add_(0, images.train_labels[part], _thinned(images.train_images[part]))
+    means = sums / images.train_labels[places].bincount(minlength=images.classes)[:, None]
+    return means.nan_to_num(nan=1e6)
+
+
+def _nearest(pixels: Tensor, means: Tensor) -> Tensor:
+    """The class of the nearest mean image ``[N]``."""
+    own = means.square().sum(1)
+    return torch.cat([(own - 2 * _thinned(part) @ means.T).argmin(1) for part in pixels.split(256)])
+
+
+def _thinned(pixels: Tensor) -> Tensor:
+    """Samples as rows ``[N, n]``; of large ones some of the values, evenly spaced."""
+    rows = pixels.flatten(1)
+    return rows[:, :: max(1, rows.shape[1] // VALUES)].float()
+
+
+def _in_another_order(logits: ClassLogits, labels: Labels, names: Sequence[str]) -> list[str]:
+    """Whether the outputs mean the classes in another order: matched on half of the images, tested on the others."""
+    from scipy.optimize import linear_sum_assignment
+
+    answers = logits.argmax(1)
+    order = torch.arange(len(labels)) % 2 == 0
+    table = 0.5 * torch.eye(logits.shape[1])  # where others are no better, an output means its own class
+    table.index_put_((answers[order], labels[order]), torch.ones(()), accumulate=True)
+    matched = torch.from_numpy(linear_sum_assignment(table.numpy(), maximize=True)[1])
+    found, right = matched[answers[~order]] == labels[~order], (answers == labels)[~order]
+    if not _better(found, right):
+        return []
+    moved = [place for place in range(len(matched)) if matched[place] != place and (answers == place).any()]
+    shown = ", ".join(f"'{names[int(matched[place])]}' at {place}" for place in moved[:4])
+    return [
+        f"with its classes in another order it has {100 * float(found.double().mean()):.2f} %, for instance {shown}:"
+        " name the classes of the data as it was trained on them"
+    ]
+
+
+def _within_one(logits: ClassLogits) -> list[str]:
+    """Whether logits look like probabilities of single classes."""
+    low, high = float(logits.min()), float(logits.max())
+    if low < 0 or high > 1 or low == high:
+        return []
+    return [f"all its logits are {low:.2f} to {high:.2f}, as after a sigmoid or softmax: return what comes before"]
+
+
+def _better(ours: Tensor, theirs: Tensor) -> bool:
+    """The sign test: whether of the images that one alone has right, too many are ours for chance."""
+    won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    return won > lost and _at_most(lost, won + lost, 0.5) < LEVEL
+
+
+def _at_most(hits: int, count: int, share: float) -> float:
+    """The probability of at most so many hits, where each has this share.
+
+    >>> round(_at_most(1, 3, 0.5), 9), _at_most(-1, 3, 0.5)
+    (0.5, 0.0)
+    """
+    if not 0 < share < 1:
+        return float(share <= 0 or hits >= count) if hits >= 0 else 0.0
+    odds, whole = math.log(share), math.log1p(-share)
+
+    def term(k: int) -> float:
+        chosen = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        return math.exp(chosen + k * odds + (count - k) * whole)
+
+    return min(1.0, math.fsum(term(k) for k in range(hits + 1)))

@@ -1,0 +1,84 @@
+"""What goes into a network: raw pixels, normalised per channel, in any order of memory; and refusal of all else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from spikedistill.errors import ShapeError
+
+LARGEST = 32.0
+"""Pixels lie in 0..1, noise may lead somewhat outside; bytes reach 255."""
+POLARITIES = 2
+"""Channels of event frames, whose values are counts of events and have no bound."""
+IN_ANY_ORDER: dict[Any, Any] = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
+NAMES = {"size": "shape"}
+"""What arguments of a view are called by a reshape."""
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """``(images - mean) / std``, one value per channel.
+
+    Args:
+        images: ``[B, C, ...]`` or features ``[B, F]``; pixels in 0..1, or counts of events with two channels.
+        mean: one value, or one per channel.
+        std: likewise, above 0.
+
+    Raises:
+        ShapeError: if the images are integers, far above 1, or of another number of channels.
+    """
+    check_pixels(images)
+    own = mean.numel()
+    if images.ndim < 2 or (own > 1 and images.shape[1] not in (1, own)):
+        raise ShapeError(
+            f"Images of shape {tuple(images.shape)} were given to a network with a mean for {own} channels: expected"
+            f" [B, {own}, ...]."
+        )
+    shape = (own, *[1] * (images.ndim - 2))
+    return (images - mean.view(shape)) / std.view(shape)
+
+
+def check_pixels(images: Tensor) -> None:
+    """Refuse integers and bytes for pixels in 0..1; on a graphics card only where no gradient is wanted, to be fast.
+
+    Raises:
+        ShapeError: if the images are no floats, or far above 1.
+    """
+    if not images.is_floating_point():
+        raise ShapeError(
+            f"Images of {str(images.dtype).removeprefix('torch.')} were given: expected floats in 0..1; divide bytes by"
+            " 255, and give event counts as floats."
+        )
+    valueless = images.is_meta or isinstance(images, FakeTensor) or torch.compiler.is_compiling()
+    if valueless or not images.numel() or (images.is_cuda and torch.is_grad_enabled()):
+        return
+    far = (images > LARGEST) & (images < torch.inf)  # what is not finite comes out as NaN, and is refused there
+    if images.ndim > 3 and images.shape[1] != POLARITIES and bool(far.any()):
+        raise ShapeError(
+            f"Images with values up to {float(images[far].max()):.4g} were given: expected pixels in 0..1; divide bytes"
+            " by 255."
+        )
+
+
+class AnyLayout(TorchFunctionMode):
+    """While it is open, a view of a tensor whose memory lies in another order is a copy instead of an error.
+
+    With channels last ``x.view(x.size(0), -1)`` behind a convolution would fail, the commonest flatten there is.
+
+    >>> image = torch.zeros(1, 2, 3, 3).to(memory_format=torch.channels_last)
+    >>> with AnyLayout():
+    ...     image.view(1, -1).shape
+    torch.Size([1, 18])
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The call itself, or for a view its counterpart that works in any order."""
+        given = kwargs or {}
+        if func not in IN_ANY_ORDER or any(isinstance(value, torch.dtype) for value in (*args, *given.values())):
+            return func(*args, **given)
+        return IN_ANY_ORDER[func](*args, **{NAMES.get(name, name): value for name, value in given.items()})

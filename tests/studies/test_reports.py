@@ -1,0 +1,195 @@
+"""What a report says is computed from the rows of the study's CSV file: closed forms, and the published files."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from spikedistill.evaluate.immunity import perturbations
+from spikedistill.studies.reports import NOISE_KINDS, Row, read_rows, report_noise, report_pairs, report_timesteps
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+MADE_BEFORE = " †"
+"""Marks rows that were measured with a definition that was corrected since."""
+
+
+def row(method, value, seed=0, setting="", student="vgg9", timesteps=4):
+    return Row("study", "resnet18", student, method, setting, seed, timesteps, "accuracy", value)
+
+
+def cells(report, first):
+    (line,) = [line for line in report.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    "name, report",
+    [
+        ("kdsnn-pairs", report_pairs),
+        ("kdsnn-mnist", report_pairs),
+        ("kdsnn-timesteps", report_timesteps),
+        ("kdsnn-noise", report_noise),
+    ],
+)
+def test_published_reports_are_what_their_csv_says(name, report):
+    page = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    assert report(read_rows(RESULTS / f"{name}.csv")) in page.replace(MADE_BEFORE, "")
+
+
+def test_what_is_said_of_the_corruptions_that_stand_is_computed_from_the_others():
+    page = (RESULTS / "kdsnn-noise.md").read_text(encoding="utf-8")
+    marked = [line.split(MADE_BEFORE)[0].strip("| ") for line in page.splitlines() if f"{MADE_BEFORE} |" in line]
+    stand = ("defocus-blur", "brightness", "contrast", "jpeg")
+    assert marked == ["all natural", *(name for kind, name in perturbations(["natural"]) if name not in stand)]
+    rows = read_rows(RESULTS / "kdsnn-noise.csv")
+    report = report_noise([found for found in rows if found.setting.split(":")[0] not in marked])
+    said = dict(zip(cells(report, "network"), cells(report, "kdsnn")))
+    more, further = cells(report, "all natural")[-2:]
+    told = " ".join(page.split())
+    for expected in (
+        f"relative mCE of {said['relative mCE, natural (direct = 100)']} and an mCE of {said['mCE (direct = 100)']},",
+        f"falls less under {said['falls less than direct'].split(', ')[1]}",
+        f"higher mean under {said['higher mean than direct'].split(', ')[1]}",
+        f"gains {more} points and falls {further} points further",
+    ):
+        assert expected.removesuffix(" natural") in told, expected
+
+
+def test_published_energies_are_those_of_their_csv():
+    page = (RESULTS / "kdsnn-energy.md").read_text(encoding="utf-8")
+    for found in read_rows(RESULTS / "kdsnn-energy.csv"):
+        shown = {"accuracy": f"{found.value:.2f} %", "spikes": f"{found.value:.0f}"}
+        expected = shown.get(found.metric, f"{found.value:.0f}")
+        assert found.metric == "synops" or f"| {expected}" in page, found
+
+
+def test_the_page_of_results_joins_the_reports():
+    page = (RESULTS.parent / "results.md").read_text(encoding="utf-8")
+    for file in RESULTS.glob("kdsnn-*.md"):
+        assert file.read_text(encoding="utf-8").replace("](", "](results/") in page, file
+
+
+def test_gains_have_the_p_of_a_paired_test():
+    """Gains of 1, 2 and 3 points: mean 2, deviation 1, t = 2 sqrt(3) with two degrees, p = 1 - t / sqrt(2 + t^2)."""
+    direct = [row("direct", value, seed) for seed, value in enumerate((60.0, 70.0, 80.0))]
+    taught = [row("kdsnn", value, seed) for seed, value in enumerate((61.0, 72.0, 83.0))]
+    report = report_pairs([row("teacher", 90.0, student="resnet18"), *direct, *taught])
+    assert cells(report, "resnet18 -> vgg9")[1:] == [
+        *("90.00", "70.00 ± 10.00", "72.00 ± 11.00", "+2.00 ± 1.00 (p = 0.074)")
+    ]
+    assert "0 of 1 (none). Not significant: kdsnn of resnet18 -> vgg9." in report
+
+
+def test_one_seed_is_not_tested():
+    report = report_pairs([row("teacher", 90.0, student="resnet18"), row("direct", 60.0), row("kdsnn", 61.5)])
+    assert cells(report, "resnet18 -> vgg9")[1:] == ["90.00", "60.00", "61.50", "+1.50"]
+    assert "ignificant" not in report
+
+
+def test_conversion_catches_up_where_it_is_as_good():
+    steps = [row("kdsnn", 70.0, timesteps=2), row("kdsnn", 80.0, timesteps=4)]
+    steps += [row("conversion-max", 10.0 * T, timesteps=T) for T in (1, 2, 4, 7)]
+    report = report_timesteps([row("teacher", 90.0, student="resnet18"), *steps])
+    assert "- conversion-max reaches the T=2 student (70.00 %): first at T=7.\n" in report
+    assert "- conversion-max reaches the T=4 student (80.00 %): not up to T=7.\n" in report
+    assert cells(report, "kdsnn") == ["kdsnn", "", "70.00", "80.00", ""]
+
+
+def noisy(method, clean, slope, seed):
+    """A student that loses so many points a severity under each perturbation."""
+    names = [name for _, name in perturbations(NOISE_KINDS)]
+    disturbed = [row(method, clean - slope * s, seed, f"{name}:{s}") for name in names for s in range(1, 6)]
+    return [row(method, clean, seed, "clean"), *disturbed]
+
+
+def test_noise_says_first_what_it_costs():
+    """Direct falls by 3 x 2 = 6 points on average, KDSNN, ten points ahead, by 3 x 3 = 9: it wins all but this."""
+    rows = [line for seed in range(3) for line in noisy("direct", 70.0 + seed, 2.0, seed)]
+    rows += [
+        line for seed, lead in enumerate((9.0, 10.0, 11.0)) for line in noisy("kdsnn", 70.0 + seed + lead, 3.0, seed)
+    ]
+    report = report_noise(rows)
+    columns, kdsnn = cells(report, "network"), cells(report, "kdsnn")
+    said = dict(zip(columns, kdsnn))
+    assert said["relative mCE, noise (direct = 100)"] == said["relative mCE, natural (direct = 100)"] == "150.00"
+    assert columns.index("relative mCE, natural (direct = 100)") < columns.index("mCE (direct = 100)")
+    assert said["mCE (direct = 100)"] == f"{100 * (19 + 9) / (29 + 6):.2f}"
+    assert said["falls less than direct"] == "0 of 7 noise, 0 of 14 natural"
+    assert said["higher mean than direct"] == "7 of 7 noise, 14 of 14 natural"
+    assert cells(report, "clean")[-2:] == ["+10.00 ± 1.00 (p = 0.003)", ""]
+    for title in ("all noise", "all natural", "fog"):
+        assert cells(report, title)[-2:] == ["+7.00 ± 1.00 (p = 0.007)", "+3.00 ± 0.00"]
+
+
+def test_noise_is_reported_without_kdsnn_too():
+    report = report_noise(noisy("direct", 70.0, 2.0, 0))
+    assert cells(report, "fog")[1:] == ["64.00", "", ""]
+
+
+ROOT = RESULTS.parents[1]
+README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_the_readme_has_the_figures_of_the_pairs():
+    report = report_pairs(read_rows(RESULTS / "kdsnn-pairs.csv"))
+    for pair, named in (("resnet18", "ResNet-18"), ("vgg9", "VGG-9"), ("wrn16-2", "WRN-16-2")):
+        _, _, *accuracies, _, _, gain = cells(report, f"resnet18 -> {pair}")
+        gain, p = gain.strip("+)").split(" (p = ")
+        (line,) = re.findall(
+            rf"\| {named}, width 8, \w+ \| ([^|]* \| [^|]* \| [^|]* \| [^|]* \| [^|]* \| [^|]*) \|", README
+        )
+        assert line.replace("*", "").split(" | ") == [*accuracies, gain, p]
+    p = [
+        found
+        for pair in ("resnet18", "vgg9", "wrn16-2")
+        for found in re.findall(r"p = ([\d.]+)", " ".join(cells(report, f"resnet18 -> {pair}")))
+    ]
+    assert f"VGG-9 (p = {p[3]}, {p[4]}), and all three for WRN-16-2 (p = {', '.join(p[6:])})" in README
+    assert f"of ResNet-18 (p = {', '.join(p[:3])}) and both together for VGG-9 (p = {p[5]})" in README
+    assert sum(float(found) >= 0.05 for found in p) == 5 and "5 of the 9 gains are not significant at 5 %" in README
+    assert "so many tests: 0." in report and "Holm's correction for nine tests none is" in README
+
+
+def test_the_readme_has_the_figures_of_mnist_and_time_steps():
+    *_, direct, kdsnn, gain = cells(report_pairs(read_rows(RESULTS / "kdsnn-mnist.csv")), "vgg9 -> vgg9")
+    assert f"{kdsnn} % with KDSNN, {direct} % with labels alone" in README and gain[gain.index("(") :] in README
+    report = report_timesteps(read_rows(RESULTS / "kdsnn-timesteps.csv"))
+    kdsnn, percentile, qcfs = (
+        cells(report, f"{name}")[1:] for name in ("kdsnn", "conversion-percentile", "conversion-qcfs")
+    )
+    assert f"has {', '.join(kdsnn[:3])} and {kdsnn[3]} %" in README
+    assert f"have {percentile[4]} at T=16, {percentile[5]} at 32" in README
+    assert f"{qcfs[2]} at T=4, {qcfs[3]} at 8 and {qcfs[4]} at 16" in README
+
+
+def test_the_readme_leads_with_what_noise_costs():
+    report = report_noise(read_rows(RESULTS / "kdsnn-noise.csv"))
+    said = dict(zip(cells(report, "network"), cells(report, "kdsnn")))
+    relative = [float(said[f"relative mCE, {kind} (direct = 100)"]) for kind in NOISE_KINDS]
+    assert [f"{value:.1f}" for value in relative] == ["105.9", "101.7"]
+    assert "error is 105.9 under noises and 101.7 under corruptions**" in README
+    assert said["falls less than direct"] == "0 of 7 noise, 4 of 14 natural"
+    assert "falls less under 0 of 7 noises and 4 of 14 corruptions" in README
+    assert said["higher mean than direct"] == "3 of 7 noise, 11 of 14 natural"
+    assert "the higher one under 3 noises and 11 corruptions" in README
+    for title, column in (
+        ("clean", -2),
+        ("all noise", -2),
+        ("all natural †", -2),
+        ("all noise", -1),
+        ("all natural †", -1),
+    ):
+        gain, p = cells(report, title.removesuffix(MADE_BEFORE))[column].strip("+)").split(" (p = ")
+        assert gain in README and p in README, (title, gain, p)
+    paragraph = README[README.index("Under noise (`spikedistill") :]
+    assert paragraph.index("relative corruption error") < paragraph.index("higher on clean images")
+
+
+def test_every_figure_of_the_readmes_results_has_a_record():
+    records = (ROOT / "LOG.md").read_text(encoding="utf-8") + (RESULTS.parent / "results.md").read_text(
+        encoding="utf-8"
+    )
+    told = README[README.index("## Results") : README.index("## The package")]
+    without = {"2.00", "2.12", "2.06", "2.33"}  # seconds of inference, marked as such
+    missing = [found for found in re.findall(r"(?<![\d.])\d+\.\d\d+(?![\d.])", told) if found not in records]
+    assert set(missing) <= without, missing
