@@ -1,10 +1,8 @@
-import sys
-
 import numpy as np
 import pytest
 import torch
+from commands import run_command
 
-from spikedistill.cli import main
 from spikedistill.data.images import ImageSet
 from spikedistill.neuron import fused
 
@@ -58,14 +56,4 @@ def write_blobs():
 @pytest.fixture(scope="session")
 def call():
     """Runs the command line in this process; its exit code."""
-
-    def run(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["spikedistill", *map(str, arguments)])
-            try:
-                main()
-            except SystemExit as end:
-                return end.code or 0
-        return 0
-
-    return run
+    return run_command

@@ -8,9 +8,10 @@ from typing import get_type_hints
 
 import pytest
 import torch
+from commands import run_command as call
 from safetensors.torch import load_file
 
-from spikedistill.cli import COMMANDS, main
+from spikedistill.cli import COMMANDS
 from spikedistill.objective.direct import TET
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes import STUDENTS, TEACHERS, demo, digits, distill, teach
@@ -33,17 +34,6 @@ def options_of(part):
     hints = get_type_hints(type(part), include_extras=True)
     marks = {name: [mark.name for mark in getattr(hint, "__metadata__", ())] for name, hint in hints.items()}
     return [(marks[each.name] or [each.name])[0].replace("_", "-") for each in dataclasses.fields(part)]
-
-
-def call(*arguments):
-    """Run the command line in this process; return its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["spikedistill", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as end:
-            return end.code or 0
-    return 0
 
 
 @pytest.fixture(scope="module")

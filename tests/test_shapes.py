@@ -1,5 +1,6 @@
 import pytest
 import torch
+from features import draw_feature
 
 from spikedistill.shapes import over_time, time_mean
 
@@ -16,18 +17,6 @@ def test_the_mean_over_three_steps_is_not_biased_in_bfloat16():
     rows = torch.rand(3, 20_000).bfloat16()
     bias = float((time_mean(rows).double() / rows.double().mean(0)).mean() - 1)
     assert abs(bias) < 2e-4
-
-
-def draw_feature(name, dtype):
-    """A feature ``[T, B, ...]`` of three steps, in one of the orders of memory that networks hand on."""
-    rows = torch.randn(3 * 2, 4, 6, 5).to(dtype)
-    return {
-        "channels first": lambda: rows.unflatten(0, (3, 2)),
-        "channels last": lambda: rows.contiguous(memory_format=torch.channels_last).unflatten(0, (3, 2)),
-        "vectors": lambda: rows[:, :, 0, 0].contiguous().unflatten(0, (3, 2)),
-        "cut out of a larger map": lambda: rows.unflatten(0, (3, 2))[..., 1:4, ::2],
-        "time behind the batch": lambda: rows.unflatten(0, (2, 3)).transpose(0, 1),
-    }[name]()
 
 
 class TestOverTime:

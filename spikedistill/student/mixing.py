@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConversionError
+from spikedistill.student.graph import Walk
 from spikedistill.student.trace import source_of
 
 ALONG: dict[str, tuple[int, str, int | None]] = {
@@ -90,12 +91,11 @@ def _of_index(module: fx.GraphModule, node: fx.Node) -> str:
     return "" if first is Ellipsis or first in whole else f"takes a part of the batch ({first})"
 
 
-class _Sums(fx.Interpreter):
+class _Sums(Walk):
     """Runs a network and keeps of each node's signal the sum of every sample, and that of its magnitudes."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.extra_traceback = False
         self.sums: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -16,16 +16,27 @@ from spikedistill.train.run import Run
 TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="cpu")
 
 
+@pytest.fixture(scope="session")
+def train_home(tmp_path_factory, write_blobs):
+    """Makes a folder with data, a teacher, and students by name, each of a choice and a method."""
+
+    def train(**students):
+        folder = tmp_path_factory.mktemp("runs")
+        write_blobs(folder, 48, 24)
+        data = Data(str(folder / "blobs.npz"))
+        teach(Teach("vgg9", width=4, data=data, training=TRAINING), folder / "teacher")
+        teacher = TeacherChoice(str(folder / "teacher"))
+        for name, (choice, method) in students.items():
+            distill(Distill(teacher, choice, method, data, TRAINING), folder / name)
+        return folder
+
+    return train
+
+
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, write_blobs):
+def home(train_home):
     """A folder with data, a teacher, and a student of two steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_blobs(folder, 48, 24)
-    data = Data(str(folder / "blobs.npz"))
-    teach(Teach("vgg9", width=4, data=data, training=TRAINING), folder / "teacher")
-    choice = TeacherChoice(str(folder / "teacher"))
-    distill(Distill(choice, StudentChoice(timesteps=2), Direct(), data, TRAINING), folder / "student")
-    return folder
+    return train_home(student=(StudentChoice(timesteps=2), Direct()))
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from spikedistill.objective.direct import Direct
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill, distill
-from spikedistill.recipes.teach import Teach, teach
 from spikedistill.student.build import Student
 from spikedistill.student.save import load_student
 from spikedistill.teacher.load import Architecture, Teacher, load_teacher
@@ -31,17 +30,10 @@ pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, write_blobs):
+def home(train_home):
     """A folder with data, a teacher, and students of two and of three steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_blobs(folder, 48, 24)
-    data = Data(str(folder / "blobs.npz"))
-    teach(Teach("vgg9", width=4, data=data, training=TRAINING), folder / "teacher")
-    choice = TeacherChoice(str(folder / "teacher"))
-    distill(Distill(choice, StudentChoice(timesteps=2), Direct(), data, TRAINING), folder / "two")
-    student = StudentChoice("resnet20", 4, timesteps=3, neuron="plif", learn_threshold=True, max_pool="average")
-    distill(Distill(choice, student, KDSNN(), data, TRAINING), folder / "three")
-    return folder
+    three = StudentChoice("resnet20", 4, timesteps=3, neuron="plif", learn_threshold=True, max_pool="average")
+    return train_home(two=(StudentChoice(timesteps=2), Direct()), three=(three, KDSNN()))
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ from spikedistill.deliver.tables import compare, markdown
 from spikedistill.errors import RunError
 from spikedistill.objective.direct import Direct
 from spikedistill.objective.kdsnn import KDSNN
-from spikedistill.recipes.choices import StudentChoice, TeacherChoice
-from spikedistill.recipes.distill import Distill, distill
-from spikedistill.recipes.teach import Teach, teach
-from spikedistill.train.recipe import Data, Training
+from spikedistill.recipes.choices import StudentChoice
+from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
 TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="cpu")
@@ -19,16 +17,10 @@ pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, write_blobs):
+def home(train_home):
     """A folder with data, a teacher, and students of two and of three steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_blobs(folder, 48, 24)
-    data = Data(str(folder / "blobs.npz"))
-    teach(Teach("vgg9", width=4, data=data, training=TRAINING), folder / "teacher")
-    choice = TeacherChoice(str(folder / "teacher"))
-    distill(Distill(choice, StudentChoice(timesteps=2), Direct(), data, TRAINING), folder / "two")
-    distill(Distill(choice, StudentChoice("resnet20", 4, timesteps=3), KDSNN(), data, TRAINING), folder / "three")
-    return folder
+    three = StudentChoice("resnet20", 4, timesteps=3)
+    return train_home(two=(StudentChoice(timesteps=2), Direct()), three=(three, KDSNN()))
 
 
 class TestCompare:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from features import draw_feature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -72,18 +73,6 @@ class TestMarginReLU:
     def test_leaves_what_is_not_negative(self):
         teacher = drawn(0, 3, 2, 2, 2).abs()
         torch.testing.assert_close(margin_relu(teacher), teacher, rtol=0, atol=0)
-
-
-def draw_feature(name, dtype):
-    """A feature ``[T, B, ...]`` of three steps, in one of the orders of memory that networks hand on."""
-    rows = torch.randn(3 * 2, 4, 6, 5).to(dtype)
-    return {
-        "channels first": lambda: rows.unflatten(0, (3, 2)),
-        "channels last": lambda: rows.contiguous(memory_format=torch.channels_last).unflatten(0, (3, 2)),
-        "vectors": lambda: rows[:, :, 0, 0].contiguous().unflatten(0, (3, 2)),
-        "cut out of a larger map": lambda: rows.unflatten(0, (3, 2))[..., 1:4, ::2],
-        "time behind the batch": lambda: rows.unflatten(0, (2, 3)).transpose(0, 1),
-    }[name]()
 
 
 def compared(student, teacher):

@@ -4,49 +4,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from students import Sized, can_learn, convert, line
 from torch import Tensor, nn
 
 from spikedistill.errors import ConversionError
-from spikedistill.student.build import Student, to_spiking
-from spikedistill.student.conversion import Conversion
-from spikedistill.student.report import Report
 from spikedistill.student.rules import LARGEST_SLOPE
 
 HERE = Path(__file__)
 
 
-def line(marker: str) -> str:
-    """``file:line`` of the one line of this file that ends with a marker."""
-    numbers = [n for n, text in enumerate(HERE.read_text().splitlines(), 1) if text.endswith(f"# {marker}")]
-    assert len(numbers) == 1
-    return f"{HERE}:{numbers[0]}"
-
-
-def convert(network: nn.Module, images: Tensor, timesteps: int = 2, **options) -> tuple[Student, Report]:
-    """A student whose neurons run step by step, so that nothing is compiled."""
-    student, report = to_spiking(network, Conversion(timesteps=timesteps, **options), calibrate=images)
-    for layer in student.neurons.values():
-        layer.backend = "reference"
-    return student, report
-
-
-def can_learn(student: Student, images: Tensor) -> None:
-    student.train()
-    student(images).square().mean().backward()
-    for name, parameter in student.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-    assert any(parameter.grad.abs().max() > 0 for parameter in student.parameters())
-
-
-class Sized(nn.Module):
-    """A convolution, an activation, a classifier; how they are joined is up to the subclass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(64, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.conv(x)).flatten(1))
+def place(marker: str) -> str:
+    """A pattern for the line of this file that ends with a marker."""
+    return re.escape(line(marker, HERE))
 
 
 class Around(nn.Module):
@@ -112,7 +81,7 @@ class TestOtherActivations:
 
     @pytest.mark.parametrize("slope", [0.5, -0.5])
     def test_too_steep_a_slope_is_refused(self, slope):
-        said = rf"'part' at {re.escape(line('the part'))} has a negative slope of {slope}.*train the ANN with ReLU"
+        said = rf"'part' at {place('the part')} has a negative slope of {slope}.*train the ANN with ReLU"
         with pytest.raises(ConversionError, match=said):
             convert(Around(nn.LeakyReLU(slope)), torch.rand(2, 1, 4, 4))
         assert LARGEST_SLOPE == 0.3
@@ -149,7 +118,7 @@ class TestRefusals:
         ids=lambda value: type(value).__name__,
     )
     def test_of_a_layer_name_it_its_line_and_a_remedy(self, part, remedy):
-        said = rf"'part' \({type(part).__name__}\) at {re.escape(line('the part'))} has no spiking meaning: .*{remedy}"
+        said = rf"'part' \({type(part).__name__}\) at {place('the part')} has no spiking meaning: .*{remedy}"
         with pytest.raises(ConversionError, match=said):
             convert(Around(part), torch.rand(2, 1, 4, 4))
 
@@ -190,7 +159,7 @@ class TestRefusals:
                 x, _ = self.part(x, x, x)  # attended
                 return self.fc(x.flatten(1))
 
-        said = rf"'part' \(MultiheadAttention\) at {re.escape(line('attended'))} has no spiking .*{ATTENTION}"
+        said = rf"'part' \(MultiheadAttention\) at {place('attended')} has no spiking .*{ATTENTION}"
         with pytest.raises(ConversionError, match=said):
             convert(Attending(), torch.rand(2, 1, 4, 4))
 
@@ -203,9 +172,7 @@ class TestRefusals:
                 x = F.relu(self.conv(x))
                 return self.fc(self.part(x, x).flatten(1))  # squared
 
-        with pytest.raises(
-            ConversionError, match=rf"'part' \(Bilinear\) at {re.escape(line('squared'))} has no spiking"
-        ):
+        with pytest.raises(ConversionError, match=rf"'part' \(Bilinear\) at {place('squared')} has no spiking"):
             convert(Squaring(), torch.rand(2, 1, 4, 4))
 
     def test_in_a_bare_sequence_do_not_point_into_torch(self):

@@ -9,38 +9,20 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from students import Own, Sized, can_learn, convert, line
 from torch import Tensor, nn
 
 from spikedistill.errors import ConversionError
-from spikedistill.student.build import Student, to_spiking
-from spikedistill.student.conversion import Conversion
+from spikedistill.student.build import Student
 from spikedistill.student.report import Report
 from spikedistill.teacher.zoo import ZOO
 
 HERE = Path(__file__)
 
 
-def line(marker: str) -> str:
-    """``file:line`` of the one line of this file that ends with a marker."""
-    numbers = [n for n, text in enumerate(HERE.read_text().splitlines(), 1) if text.endswith(f"# {marker}")]
-    assert len(numbers) == 1
-    return f"{HERE}:{numbers[0]}"
-
-
-def convert(network: nn.Module, images: Tensor, timesteps: int = 2, **options) -> tuple[Student, Report]:
-    """A student whose neurons run step by step, so that nothing is compiled."""
-    student, report = to_spiking(network, Conversion(timesteps=timesteps, **options), calibrate=images)
-    for layer in student.neurons.values():
-        layer.backend = "reference"
-    return student, report
-
-
-def can_learn(student: Student, images: Tensor) -> None:
-    student.train()
-    student(images).square().mean().backward()
-    for name, parameter in student.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-    assert any(parameter.grad.abs().max() > 0 for parameter in student.parameters())
+def place(marker: str) -> str:
+    """A pattern for the line of this file that ends with a marker."""
+    return re.escape(line(marker, HERE))
 
 
 class Accumulate(nn.Module):
@@ -122,26 +104,6 @@ class TestNetworksOfOthers:
         can_learn(student, torch.rand(2, 3, 32, 32))
 
 
-class Own(nn.Module):
-    """What users write: functions, methods, one module called twice, a skip, pooling, dropout, a view."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
-        self.act, self.pool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
-        self.fc1, self.fc2 = nn.Linear(16, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.conv1(x)))  # first
-        x = torch.add(self.act(self.conv2(x)), x)  # second
-        x = self.pool(self.act(x))
-        x = F.max_pool2d(torch.relu(x), 2)
-        x = F.dropout(x, 0.5, self.training)
-        x = x.view(x.size(0), -1)
-        return self.fc2(self.fc1(x).relu())  # last
-
-
 class TestCallSites:
     def test_each_becomes_a_neuron_of_its_own(self):
         student, report = convert(Own(), torch.rand(4, 1, 8, 8))
@@ -192,17 +154,6 @@ class TestCallSites:
         network = Named()
         student, _ = convert(network, images, timesteps=64)
         torch.testing.assert_close(student(images).mean(0), network(images), rtol=0, atol=0.05)
-
-
-class Sized(nn.Module):
-    """A convolution, an activation, a classifier; how they are joined is up to the subclass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(64, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.conv(x)).flatten(1))
 
 
 class TestMaxPooling:
@@ -258,9 +209,7 @@ class TestMaxPooling:
                 x = F.max_pool2d(x, x.size()[2:])  # whole
                 return self.fc(x.expand(-1, -1, 4, 4).flatten(1))
 
-        message = (
-            rf"max pooling at {re.escape(line('whole'))} takes its size from the input: write nn.AdaptiveMaxPool2d"
-        )
+        message = rf"max pooling at {place('whole')} takes its size from the input: write nn.AdaptiveMaxPool2d"
         for how in ("cumulative", "average"):
             with pytest.raises(ConversionError, match=message):
                 convert(Whole(), torch.rand(2, 1, 4, 4), max_pool=how)
