@@ -2,17 +2,23 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := $(VENV)/lowest
+# Where torch comes from; TORCH_INDEX=https://download.pytorch.org/whl/cpu spares the libraries of a GPU, some 5 GB.
+TORCH_INDEX ?=
 
-.PHONY: demo test check fix clean
+# A file of tests stays in one process, for its tests share trained networks.
+PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test quick lowest check fix clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip<26"
-	$(BIN)/python -m pip install --quiet torch torchvision
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-demo: $(VENV)/ready      ## a teacher and three students on the embedded digits, one table
+demo: $(VENV)/ready      ## what a student gains from its teacher, on the embedded digits, one table
 	$(BIN)/spikedistill demo
 
 check: $(VENV)/ready     ## style and types
@@ -21,7 +27,20 @@ check: $(VENV)/ready     ## style and types
 	$(BIN)/mypy
 
 test: check              ## style, types, tests, examples in README and docstrings
-	$(BIN)/pytest
+	$(BIN)/$(PYTEST)
+
+quick: $(VENV)/ready     ## tests that are not marked slow: about a minute
+	$(BIN)/$(PYTEST) -m "not slow"
+
+lowest: $(LOWEST)/ready  ## the quick tests with the oldest dependencies that pyproject.toml allows
+	$(LOWEST)/bin/$(PYTEST) -m "not slow"
+
+$(LOWEST)/ready: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade "pip<26"
+	sed -n 's/^  "\([a-z-]*\)>=\(.*\)",/\1==\2/p' pyproject.toml | sort -u > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable ".[dev]"
+	touch $@
 
 fix: $(VENV)/ready       ## what can be put right by a machine
 	$(BIN)/ruff check --fix .

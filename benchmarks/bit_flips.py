@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from spikedistill.deliver.tables import compare
+from spikedistill.deliver.compare import compare
 from spikedistill.errors import SpikeDistillError
 from spikedistill.files import read_tensors, write_tensors
 from spikedistill.recipes import digits
@@ -68,7 +68,7 @@ def cases(folder: Path) -> list[tuple[str, list[Path], Callable[[], dict[str, to
         return read_tensors(taught / "model.safetensors")[0]
 
     def table() -> dict[str, torch.Tensor]:
-        return {text: torch.zeros(0) for text in compare([made])[1][0]}
+        return {text: torch.zeros(0) for text in compare([made]).rows[0]}
 
     json = [made / f"{name}.json" for name in ("recipe", "results", "conversion", "environment")]
     return [

@@ -23,9 +23,9 @@ from spikedistill.deliver.immunity import measure_immunity
 from spikedistill.deliver.record import read_records, some_of
 from spikedistill.evaluate.accuracy import predict
 from spikedistill.evaluate.immunity import Score
+from spikedistill.evaluate.paired import gaps, with_test
 from spikedistill.recipes.teach import teach
 from spikedistill.studies.kdsnn import Cell, kdsnn_pairs
-from spikedistill.studies.paired import gaps, with_test
 from spikedistill.studies.reproduce import side_by_side
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run, unless_done
@@ -114,7 +114,7 @@ def main() -> None:
             images=given.images,
             data_dir=given.data_dir,
             resume=(out / "recipe.json").exists(),
-            say=print,
+            progress=Progress.plain("immunity"),
         )
         scores += [Score(**line) for line in Run(out).lines("scores")]
     shares = repeats(cells, given.images, given.data_dir)

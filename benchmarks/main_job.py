@@ -1,4 +1,4 @@
-"""The main job on CIFAR-10, with what it is compared to: every figure of the README's table, from training to test.
+"""The main job on CIFAR-10, with what it is compared to: every figure of docs/results/cifar10.csv.
 
     python benchmarks/main_job.py --data-dir DATA --third-party resnet20.npz     # all runs, one after another: hours
     python benchmarks/main_job.py --only teacher kdsnn ...                    # some of them
@@ -17,7 +17,18 @@ from spikedistill.train.run import Run
 
 HERE = Path(__file__).resolve().parent.parent
 FRESH = ["--inherit", "False", "--lr", "0.1", "--weight-decay", "5e-4"]
-UNLIKE = ["--student", "vgg9", "--student-width", "32", "--epochs", "12", "--lr", "0.1", "--weight-decay", "5e-4"]
+HETEROGENEOUS = [
+    "--student",
+    "vgg9",
+    "--student-width",
+    "32",
+    "--epochs",
+    "12",
+    "--lr",
+    "0.1",
+    "--weight-decay",
+    "5e-4",
+]
 THIRD_PARTY = [
     *("--teacher-network", f"{HERE}/examples/resnet20_cifar.py:resnet20"),
     *("--teacher-mean", "0.485", "0.456", "0.406", "--teacher-std", "0.229", "0.224", "0.225"),
@@ -31,9 +42,9 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "third-party": ("distill", [*THIRD_PARTY, "--lr", "0.05", "--epochs", "24"]),
     "third-party-2": ("distill", [*THIRD_PARTY, "--lr", "0.03", "--epochs", "12"]),
     "third-party-3": ("distill", [*THIRD_PARTY, "--lr", "0.03", "--epochs", "10", "--learn-threshold"]),
-    "unlike-direct": ("distill", ["--method", "direct", *UNLIKE]),
-    "unlike-feature": ("distill", ["--method", "kdsnn-feature", *UNLIKE]),
-    "unlike-kdsnn": ("distill", ["--method", "kdsnn", *UNLIKE]),
+    "heterogeneous-direct": ("distill", ["--method", "direct", *HETEROGENEOUS]),
+    "heterogeneous-feature": ("distill", ["--method", "kdsnn-feature", *HETEROGENEOUS]),
+    "heterogeneous-kdsnn": ("distill", ["--method", "kdsnn", *HETEROGENEOUS]),
 }
 """Name -> command of spikedistill and what differs from the recipe 'cifar10'. All: seed 0, recipe of the package."""
 START = {"third-party-2": "third-party", "third-party-3": "third-party-2"}

@@ -191,13 +191,13 @@ evaluate/scores.py  evaluate/test_scores.py
 deliver/immunity.py  deliver/test_immunity.py
 - sum(fall(scores, name, what) < fall(scores, baseline, what)
 + sum(fall(scores, name, what) <= fall(scores, baseline, what)
-studies/paired.py  studies/test_deviation.py studies/test_paired.py
+evaluate/paired.py  evaluate/test_deviation.py evaluate/test_paired.py
 - statistics.stdev(values) if
 + statistics.pstdev(values) if
-studies/paired.py  studies/test_paired.py
+evaluate/paired.py  evaluate/test_paired.py
 - math.sqrt(len(gains))), len(gains) - 1)
 + math.sqrt(len(gains))), len(gains))
-studies/paired.py  studies/test_paired.py
+evaluate/paired.py  evaluate/test_paired.py
 - chance * (len(chances) - passed) >= level
 + chance * len(chances) >= level
 """

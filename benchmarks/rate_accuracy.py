@@ -16,10 +16,10 @@ from pathlib import Path
 
 from rivals import Figures, Row, finish
 
+from spikedistill.evaluate.paired import gaps, with_deviation, with_test
 from spikedistill.recipes.teach import teach
 from spikedistill.student.build import Gradient
 from spikedistill.studies.kdsnn import Cell, kdsnn_pairs
-from spikedistill.studies.paired import gaps, with_deviation, with_test
 from spikedistill.studies.reproduce import side_by_side
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run, unless_done

@@ -1,51 +1,60 @@
 """Deep spiking neural networks from trained artificial networks, by knowledge distillation.
 
 A trained teacher becomes a spiking student, is taught by an objective, is trained, measured and delivered.
+Names are imported when they are first asked for, so that ``import spikedistill`` costs nothing.
 """
 
-from spikedistill.answer import Answer, Learner
-from spikedistill.compute.place import Place, choose_place
-from spikedistill.compute.winograd import use_winograd
-from spikedistill.data.augment import Augment
-from spikedistill.data.events import Recording, read_nmnist, to_frames
-from spikedistill.data.feed import Feed, Inputs, MemoryFeed, PairFeed
-from spikedistill.data.images import ImageSet, load_images, split
-from spikedistill.deliver.record import Record
-from spikedistill.errors import (
-    ConfigError,
-    ConversionError,
-    DataError,
-    RunError,
-    ShapeError,
-    SpikeDistillError,
-    WeightsError,
-)
-from spikedistill.evaluate.accuracy import accuracy_by_step, predict
-from spikedistill.evaluate.activity import firing_rates, operations
-from spikedistill.evaluate.agreement import agreement, divergence
-from spikedistill.evaluate.early_exit import EarlyExit, early_exit
-from spikedistill.evaluate.immunity import immunity
-from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset
-from spikedistill.neuron.layer import Spiking
-from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid, Triangle
-from spikedistill.objective.direct import TET, Direct
-from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
-from spikedistill.objective.qcfs import QCFS
-from spikedistill.objective.schedule import Constant, Ramp, Schedule, Switch
-from spikedistill.objective.terms import Batch, Needs, Objective, Sum
-from spikedistill.recipes.choices import StudentChoice, TeacherChoice
-from spikedistill.recipes.distill import Distill, distill
-from spikedistill.recipes.teach import Teach, teach
-from spikedistill.student.build import Student, to_spiking
-from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
-from spikedistill.student.conversion import Conversion
-from spikedistill.student.fold import fold
-from spikedistill.student.report import Report
-from spikedistill.student.save import load_student, save_student
-from spikedistill.teacher.load import Architecture, Teacher, load_teacher
-from spikedistill.train.loop import fit
-from spikedistill.train.recipe import Data, Training
-from spikedistill.train.run import Run
+import difflib
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spikedistill.answer import Answer, Learner
+    from spikedistill.compute.place import Place, choose_place
+    from spikedistill.compute.winograd import use_winograd
+    from spikedistill.data.augment import Augment
+    from spikedistill.data.events import Recording, read_nmnist, to_frames
+    from spikedistill.data.feed import Feed, Inputs, MemoryFeed, PairFeed
+    from spikedistill.data.images import ImageSet, load_images, split
+    from spikedistill.deliver.record import Record
+    from spikedistill.errors import (
+        ConfigError,
+        ConversionError,
+        DataError,
+        RunError,
+        ShapeError,
+        SpikeDistillError,
+        WeightsError,
+    )
+    from spikedistill.evaluate.accuracy import accuracy_by_step, predict
+    from spikedistill.evaluate.activity import firing_rates, operations
+    from spikedistill.evaluate.agreement import agreement, divergence
+    from spikedistill.evaluate.early_exit import EarlyExit, early_exit
+    from spikedistill.evaluate.immunity import immunity
+    from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset
+    from spikedistill.neuron.layer import Spiking
+    from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid, Triangle
+    from spikedistill.objective.direct import TET, Direct
+    from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
+    from spikedistill.objective.qcfs import QCFS
+    from spikedistill.objective.schedule import Constant, Ramp, Schedule, Switch
+    from spikedistill.objective.terms import Batch, Needs, Objective, Sum
+    from spikedistill.recipes.choices import StudentChoice, TeacherChoice
+    from spikedistill.recipes.distill import Distill, distill
+    from spikedistill.recipes.teach import Teach, teach
+    from spikedistill.student.build import Student, to_spiking
+    from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
+    from spikedistill.student.conversion import Conversion
+    from spikedistill.student.fold import fold
+    from spikedistill.student.report import Report
+    from spikedistill.student.save import load_student, save_student
+    from spikedistill.teacher.load import Architecture, Teacher, load_teacher
+    from spikedistill.train.loop import fit
+    from spikedistill.train.recipe import Data, Training
+    from spikedistill.train.run import Run
+
+__version__ = "0.1.0"
 
 __all__ = [
     "IF",
@@ -130,3 +139,63 @@ __all__ = [
     "to_spiking",
     "use_winograd",
 ]
+
+_NAMES = {
+    "answer": "Answer Learner",
+    "compute.place": "Place choose_place",
+    "compute.winograd": "use_winograd",
+    "data.augment": "Augment",
+    "data.events": "Recording read_nmnist to_frames",
+    "data.feed": "Feed Inputs MemoryFeed PairFeed",
+    "data.images": "ImageSet load_images split",
+    "deliver.record": "Record",
+    "errors": "ConfigError ConversionError DataError RunError ShapeError SpikeDistillError WeightsError",
+    "evaluate.accuracy": "accuracy_by_step predict",
+    "evaluate.activity": "firing_rates operations",
+    "evaluate.agreement": "agreement divergence",
+    "evaluate.early_exit": "EarlyExit early_exit",
+    "evaluate.immunity": "immunity",
+    "neuron.dynamics": "IF LIF PLIF Neuron Reset",
+    "neuron.layer": "Spiking",
+    "neuron.surrogate": "ATan Rectangle Sigmoid Triangle",
+    "objective.direct": "TET Direct",
+    "objective.kdsnn": "KDSNN KDSNNFeature KDSNNResponse",
+    "objective.qcfs": "QCFS",
+    "objective.schedule": "Constant Ramp Schedule Switch",
+    "objective.terms": "Batch Needs Objective Sum",
+    "recipes.choices": "StudentChoice TeacherChoice",
+    "recipes.distill": "Distill distill",
+    "recipes.teach": "Teach teach",
+    "student.build": "Student to_spiking",
+    "student.coding": "DirectCoding Frames Latency Rate",
+    "student.conversion": "Conversion",
+    "student.fold": "fold",
+    "student.report": "Report",
+    "student.save": "load_student save_student",
+    "teacher.load": "Architecture Teacher load_teacher",
+    "train.loop": "fit",
+    "train.recipe": "Data Training",
+    "train.run": "Run",
+}
+"""What each module holds of ``__all__``."""
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+if not TYPE_CHECKING:  # else type checkers would find every name, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a part of the package, imported now."""
+        if name in _MODULES:
+            value = getattr(importlib.import_module(f"spikedistill.{_MODULES[name]}"), name)
+            globals()[name] = value
+            return value
+        if name.isidentifier() and name[0] != "_" and importlib.util.find_spec(f"spikedistill.{name}") is not None:
+            return importlib.import_module(f"spikedistill.{name}")
+        near = difflib.get_close_matches(name, _MODULES, n=1)
+        raise AttributeError(
+            f"module 'spikedistill' has no attribute '{name}'" + (f": did you mean '{near[0]}'?" if near else "")
+        )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

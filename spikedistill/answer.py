@@ -1,6 +1,6 @@
-"""What a network says to one batch, and who can say it: teacher and student alike.
+"""What a network returns for one batch, the same for teacher and student.
 
-An ANN is a network of one time step, so everything here has time first and T = 1 for an ANN.
+Time comes first in every tensor. An ANN counts as a network of one time step, T = 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,15 @@ from spikedistill.shapes import Logits, over_time
 
 @dataclass(frozen=True)
 class Answer:
-    """What a network said to one batch.
+    """What a network returns for one batch.
 
     Args:
         logits: class scores at each time step, ``[T, B, K]``; T = 1 for an ANN.
         features: outputs of modules by module path of the ANN, ``[T, B, ...]`` each.
-        spikes: counts of spikes by path of the layer of neurons, ``[T, B, ...]`` each, with gradient. The count is the
-            layer's output over its threshold, so a learned threshold gets no gradient through a spike's height.
-        potentials: potentials after charging and before the reset, in thresholds, ``[T, B, ...]`` each.
+        spikes: counts of spikes by path of the layer of neurons, ``[T, B, ...]`` each, with gradient. A count is the
+            layer's output divided by its threshold, so a learned threshold gets no gradient through a spike's height.
+        potentials: membrane potentials by path of the layer, after charging and before the reset, ``[T, B, ...]`` each,
+            in units of the threshold.
 
     A mapping is empty unless it was asked for.
     """
@@ -32,7 +33,7 @@ class Answer:
     potentials: Mapping[str, Tensor] = field(default_factory=dict)
 
     def averaged(self) -> "Answer":
-        """The same with every tensor averaged over time, T = 1; what has one time step already is not copied."""
+        """The same with every tensor averaged over time, T = 1. With T = 1 already, it is returned as it is."""
         if len(self.logits) == 1:
             return self
         inner = (self.features, self.spikes, self.potentials)
@@ -42,19 +43,25 @@ class Answer:
 
 @runtime_checkable
 class Learner(Protocol):
-    """A network that can be asked, trained, or both: a student, an ANN in training, a teacher."""
+    """A network whose outputs can be observed: a student, an ANN in training, a teacher."""
 
     def observe(
         self, inputs: Tensor, paths: Sequence[str] = (), *, spikes: Sequence[str] = (), potentials: Sequence[str] = ()
     ) -> Answer:
-        """The answer to a batch, with the features, spikes and potentials at these paths.
+        """Logits of a batch, and the features, spikes and potentials at these paths.
+
+        Args:
+            inputs: images ``[B, C, H, W]`` in 0..1, or frames ``[T, B, C, H, W]`` for a student that takes them.
+            paths: module paths whose features are returned.
+            spikes: paths of layers of neurons whose spike counts are returned.
+            potentials: paths of layers of neurons whose membrane potentials are returned.
 
         Raises:
-            ConfigError: if there is nothing at a path, or the network has no such thing.
+            ConfigError: if a path does not exist, or the network has no spikes or potentials.
         """
 
     def paths(self) -> list[str]:
-        """The module paths at which there is a feature."""
+        """The module paths that have a feature."""
 
     def layers(self) -> list[str]:
-        """The paths of the layers of neurons, in order of execution; none for an ANN."""
+        """The paths of the layers of neurons, in order of execution. Empty for an ANN."""

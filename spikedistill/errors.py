@@ -5,7 +5,7 @@ SpikeDistillError
  ├── DataError          a data set is missing, empty, broken or of the wrong shape
  ├── WeightsError       a weights file is missing, truncated, unsafe, or does not fit its network
  ├── ConversionError    a network has a part with no spiking meaning
- ├── ShapeError         a tensor has not the shape that the call needs
+ ├── ShapeError         a tensor does not have the shape that the call needs
  └── RunError           a run directory cannot be read, resumed or written
 
 Every message says what happened (with the values), what was expected, and what to do.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 class SpikeDistillError(Exception):
-    """Anything that a user can put right; the command line prints it as one message and ends with code 2."""
+    """An error that the user can mend. The command line prints it as one message and exits with code 2."""
 
 
 class ConfigError(SpikeDistillError):
@@ -39,19 +39,29 @@ class ConversionError(SpikeDistillError):
 
 
 class ShapeError(SpikeDistillError):
-    """A tensor has not the shape that the call needs."""
+    """A tensor does not have the shape that the call needs."""
 
 
 class RunError(SpikeDistillError):
     """A run directory cannot be read, resumed or written."""
 
 
+class Heard(Exception):
+    """The ``__cause__`` of an error that process 0 raises too and prints, so that no other process has to."""
+
+
+def is_heard(error: BaseException) -> bool:
+    """Whether another process prints this error."""
+    cause = error.__cause__
+    return cause is not None and (isinstance(cause, Heard) or is_heard(cause))
+
+
 MANY = 60
-"""More names than this are counted in a message, not listed."""
+"""If there are more names than this, a message says how many and does not list them."""
 
 
 def unknown(kind: str, name: object, options: Iterable[str]) -> str:
-    """The message for a name that is not among the options, with the nearest one.
+    """The message for a name that is not among the options. It suggests the most similar option.
 
     >>> unknown("surrogate", "triangel", ["sigmoid", "triangle"])
     "There is no surrogate 'triangel'. Did you mean 'triangle'? Known: sigmoid, triangle."
@@ -76,14 +86,14 @@ def one_of(kind: str, value: str, options: Iterable[str]) -> None:
 
 
 def ended_by(error: BaseException, parser: str) -> str | None:
-    """File and line of code that ends the process from below ours, as a network of the user's that calls ``sys.exit``.
+    """Where code outside this package ended the process, for instance a user's network that calls ``sys.exit``.
 
     Args:
-        error: what was caught.
-        parser: a file of the package that reads options, which may end the process.
+        error: the exception that was caught.
+        parser: path of a file of the library that parses options. That library may end the process.
 
     Returns:
-        Words for a message; None where that package or we ourselves raised it.
+        File and line, as words for a message. None if that library or this package raised the error.
     """
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     ours = [number for number, (file, _) in enumerate(frames) if file.startswith(str(Path(__file__).parent))]

@@ -1,11 +1,15 @@
 """Files written whole or not at all: tensors as safetensors with facts as JSON in the header, JSON, and text.
 
-A file is written beside its place and moved there whole, so that a kill at any moment leaves the old one or the new.
-Nothing is ever pickled.
+Each file is written under a temporary name and then moved to its place. A kill at any moment leaves the old file or the
+new one, never a part. Nothing is pickled.
 
-Files of tensors and of JSON are sealed. ``checksum`` is the SHA-256 of everything in the file but itself: the header,
-names and shapes too. ``run`` is the run in whose directory the file was written, empty elsewhere. A file that has one
-of the two must have both, so no single damaged bit makes a sealed file look like one of before, which has neither.
+Files of tensors and of JSON are sealed by two entries:
+
+checksum   the SHA-256 of everything else in the file, including the header, names and shapes
+run        the run in whose directory the file was written; empty elsewhere
+
+A file with one of these entries must have both. So a single damaged bit cannot make a sealed file look like one from an
+earlier version, which has neither.
 """
 
 import contextlib
@@ -32,15 +36,15 @@ FACTS = "spikedistill"
 CHECKSUM, RUN = "checksum", "run"
 """The entries that seal a file."""
 ENVIRONMENT = "environment.json"
-"""Says to which run a directory belongs."""
+"""The file that says which run a directory belongs to."""
 SEALED = re.compile(rb'"checksum":"([0-9a-f]{64})"')
-"""The checksum in the header of a safetensors file; inside of facts its quotation marks would have backslashes."""
+"""Finds the checksum in the header of a safetensors file. Quotation marks inside the facts have backslashes."""
 BLANK = "0" * 64
-"""What stands in its place while it is computed."""
+"""The placeholder for the checksum while it is computed."""
 
 
 def note(text: str) -> None:
-    """Say something that is no error; the command line prints it to standard error."""
+    """Log a note, which is not an error. The command line prints it to standard error."""
     logging.getLogger("spikedistill").warning("note: %s", text)
 
 
@@ -52,8 +56,11 @@ def write_tensors(
     Args:
         path: the file.
         tensors: by name.
-        facts: what to know of them.
+        facts: what a reader has to know of the tensors.
         previous: where to keep the file that was there before.
+
+    Raises:
+        RunError: if it cannot be written.
     """
     dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {FACTS: json.dumps(facts), "format": "pt", RUN: run_of(path.parent), CHECKSUM: BLANK}
@@ -74,10 +81,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Iterable[str], lines: Iterable[Iterable[Any]]) -> None:
-    """Write a table as comma-separated values, its columns named in the first line, atomically.
+    """Write a table as comma-separated values, atomically. The first line names the columns.
 
     Raises:
-        RunError: if it cannot be written, or would replace anything but such a table.
+        RunError: if it cannot be written, or would replace a file that is not such a table.
     """
     columns = list(columns)
     check_replaceable(path, f"{columns[0]},")
@@ -92,14 +99,14 @@ def check_replaceable(path: Path, mark: str) -> None:
     """Refuse to replace a file that we did not write.
 
     Raises:
-        RunError: if it exists, and no line at its beginning starts with the mark.
+        RunError: if it exists and ``has_mark`` does not find the mark.
     """
     if path.exists() and not has_mark(path, mark):
-        raise RunError(f"'{path}' exists and is nothing that this command wrote: choose another --out.")
+        raise RunError(f"'{path}' exists and was not written by this command: name another file.")
 
 
 def has_mark(path: Path, mark: str) -> bool:
-    """Whether one of the first lines of a file begins so."""
+    """Whether a line in the first 4096 bytes of a file starts with the mark."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -107,7 +114,7 @@ def has_mark(path: Path, mark: str) -> bool:
 
 
 def write_bytes(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` write a file of any other kind, atomically."""
+    """Write a file of any other kind, atomically: ``write`` gets the path to write to."""
     _replace(path, write)
 
 
@@ -125,13 +132,13 @@ def _replace(path: Path, write: Callable[[Path], object], previous: Path | None 
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise RunError(
-            f"'{path}' could not be written ({error}); what was there before is untouched: free some disk space or"
-            " choose another directory, then go on with --resume."
+            f"'{path}' could not be written ({error}); the file that was there before is untouched: free some disk"
+            " space or choose another directory, then go on with --resume."
         ) from error
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Give a file a second name, so that at every moment it lies in its place too."""
+    """Give a file a second name. It stays in its place at every moment."""
     previous.unlink(missing_ok=True)
     try:
         os.link(path, previous)
@@ -140,12 +147,12 @@ def _keep(path: Path, previous: Path) -> None:
 
 
 def weights_file(path: str | Path) -> Path:
-    """A weights file, or that of a run directory."""
+    """The path of a weights file; for a run directory, of its ``model.safetensors``."""
     return Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts alone, unchecked; none where the file is missing, broken, or not this project's."""
+    """The facts alone, unchecked. Empty if the file is missing, broken, or not written by this project."""
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
@@ -155,13 +162,13 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and facts; facts are empty in a file that this project did not write.
+    """Read tensors and facts of a safetensors file. Facts are empty if this project did not write it.
 
-    A file that an earlier version wrote has no checksum, and is read with a note.
+    A file from an earlier version has no checksum. It is read with a note.
 
     Raises:
-        WeightsError: if the file is missing, truncated, not safetensors, or not as it was written.
-        RunError: if it was written by another run than the one in whose directory it lies.
+        WeightsError: if the file is missing, truncated, not safetensors, or changed since it was written.
+        RunError: if it lies in a run directory and another run wrote it.
     """
     if not path.is_file():
         raise WeightsError(f"The weights file '{path}' does not exist: check the path.")
@@ -182,16 +189,16 @@ def _check_file(path: Path, entries: Mapping[str, str]) -> None:
     if CHECKSUM in entries or RUN in entries:
         if entries.get(CHECKSUM) != _checksum(path)[0]:
             raise WeightsError(
-                f"'{path}' is damaged (its content has another SHA-256 than was written into it): put a copy of it"
-                " back, or make it again."
+                f"'{path}' is damaged (its SHA-256 is not the checksum written into it): put a copy of it back, or"
+                " make it again."
             )
     elif FACTS in entries:
-        note(f"'{path}' has no checksum, an earlier version wrote it: damage to it would not be noticed.")
+        note(f"'{path}' has no checksum, because an earlier version wrote it: damage cannot be noticed.")
     _check_run(path, entries.get(RUN, ""))
 
 
 def _check_run(path: Path, run: str) -> None:
-    """Refuse a file that another run wrote than that of its directory."""
+    """Refuse a file in a run directory that another run wrote."""
     if run != (home := run_of(path.parent)) and home:
         whose = f"another run ({run})" if run else "no run, or by an earlier version,"
         raise RunError(
@@ -201,7 +208,7 @@ def _check_run(path: Path, run: str) -> None:
 
 
 def _checksum(path: Path) -> tuple[str, int]:
-    """The SHA-256 of a safetensors file with its checksum left blank, and where that stands; -1 if there is none."""
+    """The SHA-256 of a safetensors file with a blank checksum, and the checksum's position in bytes (-1: none)."""
     with path.open("rb") as file:
         size = file.read(8)
         header = file.read(int.from_bytes(size, "little"))
@@ -214,10 +221,10 @@ def _checksum(path: Path) -> tuple[str, int]:
 
 
 def run_of(folder: Path) -> str:
-    """The name of the run whose directory this is; empty where there is none, or it was begun by an earlier version.
+    """The name of the run that a directory belongs to. Empty if there is none, or an earlier version began the run.
 
     Raises:
-        RunError: if the file that says so is damaged.
+        RunError: if ``environment.json`` is damaged.
     """
     return str(_read_json(folder / ENVIRONMENT).get(RUN, "")) if (folder / ENVIRONMENT).exists() else ""
 
@@ -227,17 +234,20 @@ def write_json(path: Path, content: Mapping[str, Any], run: str | None = None) -
 
     Args:
         path: the file.
-        content: what JSON holds, without an entry ``run`` or ``checksum``.
-        run: which run writes; by default that of the directory.
+        content: any JSON values, without an entry ``run`` or ``checksum``.
+        run: the run that writes (default: the run of the directory).
+
+    Raises:
+        RunError: if it cannot be written.
     """
     write_text(path, seal(content, run_of(path.parent) if run is None else run, indent=2))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read names and values; a file of before, without checksum, is read as it is.
+    """Read names and values from JSON. A file from an earlier version has no checksum and is read as it is.
 
     Raises:
-        RunError: if the file is missing, broken, not as it was written, or another run's than its directory.
+        RunError: if the file is missing, broken, changed since it was written, or lies in another run's directory.
     """
     content = _read_json(path)
     if RUN in content:
@@ -256,7 +266,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def seal(content: Mapping[str, Any], run: str, indent: int | None = None) -> str:
-    """Names and values as lines of JSON, with the run that wrote them and their checksum.
+    """Names and values as JSON text, with the run that wrote them and their checksum.
 
     >>> seal({"loss": 0.5}, "mine")[:35]
     '{"loss": 0.5, "run": "mine", "check'
@@ -266,10 +276,10 @@ def seal(content: Mapping[str, Any], run: str, indent: int | None = None) -> str
 
 
 def unseal(text: str, indent: int | None = None) -> dict[str, Any]:
-    """Names and values from lines of JSON, with their seal if they have one.
+    """Names and values from JSON text, with their seal if they have one.
 
     Raises:
-        ValueError: if they are none, or not as they were sealed.
+        ValueError: if the text is not a JSON object, or was changed since it was sealed.
     """
     content = json.loads(text)
     if not isinstance(content, dict):
@@ -283,12 +293,12 @@ def unseal(text: str, indent: int | None = None) -> dict[str, Any]:
 
 
 def without_seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and values alone."""
+    """Names and values without the seal."""
     return {name: value for name, value in content.items() if name not in (RUN, CHECKSUM)}
 
 
 def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """A digest of names, shapes, number formats and bits; devices and orders of memory do not matter.
+    """A digest of names, shapes, number formats and bits. Device and memory order do not matter.
 
     >>> ones = torch.ones(2, 3)
     >>> fingerprint({"a": ones}) == fingerprint({"a": ones.T.contiguous().T}) != fingerprint({"a": -ones})
@@ -302,5 +312,5 @@ def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def fingerprint_of(network: nn.Module) -> str:
-    """A digest of a network's modules, parameters and buffers, those too that no file of weights holds."""
+    """A digest of a network's modules, parameters and buffers, including buffers that weights files leave out."""
     return fingerprint({**dict(network.named_parameters()), **dict(network.named_buffers())}, str(network))

@@ -1,4 +1,4 @@
-"""What goes into a network: raw pixels, normalised per channel, in any order of memory; and refusal of all else."""
+"""Inputs of a network: raw pixels are checked, normalised per channel, and accepted in any memory order."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ from torch.overrides import TorchFunctionMode
 from spikedistill.errors import ShapeError
 
 LARGEST = 32.0
-"""Pixels lie in 0..1, noise may lead somewhat outside; bytes reach 255."""
+"""Above this, values are not pixels in 0..1, even with noise. Bytes reach 255."""
 POLARITIES = 2
-"""Channels of event frames, whose values are counts of events and have no bound."""
+"""Channels of event frames. Their values are counts of events and have no upper bound."""
 IN_ANY_ORDER: dict[Any, Any] = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
 NAMES = {"size": "shape"}
-"""What arguments of a view are called by a reshape."""
+"""Argument names of a view, and their names in a reshape."""
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         std: likewise, above 0.
 
     Raises:
-        ShapeError: if the images are integers, far above 1, or of another number of channels.
+        ShapeError: if the images are integers, far above 1, or have another number of channels.
     """
     check_pixels(images)
     own = mean.numel()
@@ -42,10 +42,12 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def check_pixels(images: Tensor) -> None:
-    """Refuse integers and bytes for pixels in 0..1; on a graphics card only where no gradient is wanted, to be fast.
+    """Refuse images that are not pixels in 0..1.
+
+    On a GPU the values are checked only without gradients, because the check would slow training down.
 
     Raises:
-        ShapeError: if the images are no floats, or far above 1.
+        ShapeError: if the images are not floats, or are far above 1.
     """
     if not images.is_floating_point():
         raise ShapeError(
@@ -55,7 +57,7 @@ def check_pixels(images: Tensor) -> None:
     valueless = images.is_meta or isinstance(images, FakeTensor) or torch.compiler.is_compiling()
     if valueless or not images.numel() or (images.is_cuda and torch.is_grad_enabled()):
         return
-    far = (images > LARGEST) & (images < torch.inf)  # what is not finite comes out as NaN, and is refused there
+    far = (images > LARGEST) & (images < torch.inf)  # NaN and infinity give NaN logits, which are refused later
     if images.ndim > 3 and images.shape[1] != POLARITIES and bool(far.any()):
         raise ShapeError(
             f"Images with values up to {float(images[far].max()):.4g} were given: expected pixels in 0..1; divide bytes"
@@ -64,9 +66,9 @@ def check_pixels(images: Tensor) -> None:
 
 
 class AnyLayout(TorchFunctionMode):
-    """While it is open, a view of a tensor whose memory lies in another order is a copy instead of an error.
+    """A context in which ``view`` copies a tensor where its memory order would make the call fail.
 
-    With channels last ``x.view(x.size(0), -1)`` behind a convolution would fail, the commonest flatten there is.
+    The common ``x.view(x.size(0), -1)`` after a convolution fails with channels last.
 
     >>> image = torch.zeros(1, 2, 3, 3).to(memory_format=torch.channels_last)
     >>> with AnyLayout():
@@ -77,7 +79,7 @@ class AnyLayout(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The call itself, or for a view its counterpart that works in any order."""
+        """The call itself. A view becomes a reshape, which works in any memory order."""
         given = kwargs or {}
         if func not in IN_ANY_ORDER or any(isinstance(value, torch.dtype) for value in (*args, *given.values())):
             return func(*args, **given)

@@ -1,4 +1,4 @@
-"""The axes of every tensor, the names that signatures use for their shapes, and the mean over the first axis, time.
+"""Tensor shapes: the axes, the names that signatures use for them, and the mean over time.
 
 T  time steps            B  samples in the batch     C  channels
 H  rows                  W  columns                  K  classes
@@ -18,35 +18,36 @@ Pixels = UInt8[Tensor, "B C H W"]
 Frames = Float[Tensor, "T B C H W"]
 """A sequence of frames, for instance binned events."""
 Current = Float[Tensor, "_ *n"]
-"""What flows into a layer of neurons, time first: T rows, or one row that is the same at every step."""
+"""Input current of a layer of neurons, time first: T rows, or one row for a constant current."""
 Spikes = Float[Tensor, "T *n"]
-"""What a layer of neurons emits, time first: 0 or the layer's amplitude."""
+"""Output of a layer of neurons, time first: 0 or the layer's threshold."""
 Logits = Float[Tensor, "T B K"]
-"""The student's answer at each time step."""
+"""Class scores at each time step."""
 ClassLogits = Float[Tensor, "B K"]
-"""An answer without time: the teacher's, or the student's mean over time."""
+"""Class scores without time: an ANN's, or the student's mean over time."""
 Labels = Int[Tensor, " B"]
 """Class numbers, 0..K-1."""
 StepCounts = Int[Tensor, " B"]
-"""How many time steps a sample took."""
+"""Number of time steps per sample."""
 Mask = Bool[Tensor, " B"]
-"""One truth value a sample."""
+"""One truth value per sample."""
 
 
 @torch.no_grad()
 def time_mean(rows: Tensor) -> Tensor:
-    """The mean over time of ``[T, N]``: a product of matrix and vector, one pass over memory.
+    """The mean over time of ``[T, N]``, as ``[N]``.
 
-    ``mean(0)`` takes several times as long on a CPU. In bfloat16 a third, as a weight, would be 0.2 percent too large.
+    A matrix-vector product is several times faster here than ``mean(0)`` on a CPU. The sum is divided at the end,
+    because 1/3 rounds to 0.334 in bfloat16.
     """
     with torch.autocast(rows.device.type, enabled=False):
         return torch.mv(rows.t(), rows.new_ones(len(rows))).div_(len(rows))
 
 
 def over_time(feature: Tensor) -> Tensor:
-    """The mean over time of ``[T, B, ...]`` in the order of memory that ``[B, ...]`` has.
+    """The mean over time of ``[T, B, ...]``, in the memory order of one step ``[B, ...]``.
 
-    What is the same at every step (a view with stride 0) is not summed.
+    With T = 1, or one step seen T times (a view with stride 0), it is that step, without a sum.
     """
     if feature.stride(0) == 0 or len(feature) == 1:
         return feature[0]
@@ -54,7 +55,7 @@ def over_time(feature: Tensor) -> Tensor:
 
 
 class _Mean(torch.autograd.Function):
-    """``time_mean`` of any shape, with a gradient; what it is given and what comes out have one order of memory."""
+    """``time_mean`` for any shape, with a gradient. The result has the memory order of one step."""
 
     @staticmethod
     def forward(ctx, feature: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -1,10 +1,43 @@
+import inspect
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from commands import run_command
+from hypothesis import HealthCheck, settings
 
 from spikedistill.data.images import ImageSet
 from spikedistill.neuron import fused
+
+# The same examples in every run; a busy machine fails no test.
+settings.register_profile(
+    "repeatable", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+SLOW = [
+    *("train/test_resume", "studies/test_reproduce", "student/test_recompute", "test_readme"),
+    *("recipes/test_distill", "train/test_loop", "student/test_save", "compute/test_place", "neuron/test_fused"),
+    *("evaluate/test_immunity", "test_cli", "test_wrong_inputs", "teacher/test_cache", "test_own_code"),
+    *("test_processes", "recipes/test_demo", "deliver/test_immunity", "recipes/test_several", "test_old_runs"),
+    *("recipes/test_config", "test_lazy", "neuron/test_compiling", "deliver/test_compare", "train/test_extend"),
+    "recipes/test_preview",
+]
+"""Files of more than ten seconds; they start first, so that processes that share the files end together."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(SLOW)}
+    for item in items:
+        if item.path in places:
+            item.add_marker("slow")
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+torch.set_num_threads(1)  # from the first fixture of a module on
+fused.slope_step = inspect.unwrap(fused.slope_step)  # torch 2.6 compiles nothing that jaxtyping wraps
+fused.SAID.set()  # whichever test compiles first, its output is its own
 
 
 @pytest.fixture(autouse=True)

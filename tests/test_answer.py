@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -28,7 +28,6 @@ def network():
 
 
 class TestAveraged:
-    @settings(deadline=None)
     @given(timesteps=st.integers(1, 6), seed=st.integers(0, 10**6))
     def test_every_tensor_becomes_its_mean_with_one_step(self, timesteps, seed):
         answer = drawn(timesteps, seed)

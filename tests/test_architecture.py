@@ -27,7 +27,7 @@ def imported(path, package=PACKAGE):
         else:
             continue
         for name in names:
-            if name.split(".")[0] == "spikedistill":
+            if name.split(".")[0] == "spikedistill" and name != "spikedistill.__version__":
                 yield (*name.split("."), "__init__")[1], node.lineno
 
 

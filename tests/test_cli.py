@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,15 +13,17 @@ from commands import run_command as call
 from safetensors.torch import load_file
 
 from spikedistill.cli import COMMANDS
+from spikedistill.cli.parse import FEW
+from spikedistill.deliver.tables import Table
 from spikedistill.objective.direct import TET
 from spikedistill.objective.kdsnn import KDSNN
-from spikedistill.recipes import STUDENTS, TEACHERS, demo, digits, distill, teach
-from spikedistill.recipes.choices import TeacherChoice
+from spikedistill.recipes import STUDENTS, TEACHERS, digits, teach
+from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.methods import CONVERSIONS, METHODS
 from spikedistill.recipes.teach import Teach
 from spikedistill.train.loop import Course
-from spikedistill.train.recipe import Training
+from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run
 
 QUICK = "--epochs 1 --batch-size 16 --lr 0.05 --device cpu --precision fp32"
@@ -57,9 +60,9 @@ def asked(monkeypatch):
         seen.append((recipe, out, resume))
         return {"test_accuracy": 12.5}
 
-    monkeypatch.setattr(teach, "teach", remember)
-    monkeypatch.setattr(distill, "distill", remember)
-    monkeypatch.setattr("spikedistill.cli._print_table", lambda paths: None)
+    monkeypatch.setattr("spikedistill.cli.teach.teach", remember)
+    monkeypatch.setattr("spikedistill.cli.distill.distill", remember)
+    monkeypatch.setattr("spikedistill.cli.distill.print_table", lambda paths: None)
     return seen
 
 
@@ -69,19 +72,21 @@ class TestHelp:
         assert call(*arguments) == 0
         shown = capsys.readouterr().out
         assert all(f"\n  {name} " in shown for name in COMMANDS)
+        assert max(map(len, shown.splitlines())) <= 80
 
     @pytest.mark.parametrize(
         "command, options",
         [
             ("teach", {"--network", "--width", "--data", "--epochs", "--lr", "--resume", "--out", "--seed"}),
             ("distill", {"--timesteps", "--method", "--temperature", "--resume", "--teacher", "--neuron", "--pairs"}),
-            ("evaluate", {"run directory", "--timesteps", "--data-dir", "--confidence"}),
-            ("compare", {"run directories"}),
-            ("demo", {"--out"}),
-            ("energy", {"run directories", "--images", "--out"}),
-            ("immunity", {"run directories", "--kinds", "--images", "--baseline", "--resume", "--out"}),
+            ("evaluate", {"Run directory", "--timesteps", "--data-dir", "--confidence"}),
+            ("compare", {"Run directories"}),
+            ("demo", {"--out", "--seeds", "--csv"}),
+            ("energy", {"Run directories", "--images", "--out"}),
+            ("immunity", {"Run directories", "--kinds", "--images", "--baseline", "--resume", "--out"}),
             ("reproduce", {"--budget", "--runs", "--seeds", "--out"}),
             ("recipes", {"ready recipes"}),
+            ("check", {"--data", "--timesteps", "--image-size", "NETWORK"}),
         ],
     )
     def test_of_a_command_names_its_options(self, command, options, capsys):
@@ -95,18 +100,67 @@ class TestHelp:
         assert {command for command, _ in mark.args[1]} == set(COMMANDS)
 
     @pytest.mark.parametrize("command, kind", [("teach", Teach), ("distill", Distill)])
-    def test_has_an_option_for_every_field_of_a_recipe(self, command, kind, capsys):
-        call(command, "--help")
+    def test_of_all_has_an_option_for_every_field_of_a_recipe(self, command, kind, capsys):
+        call(command, "--help-all")
         shown = capsys.readouterr().out
         for field in dataclasses.fields(kind):
             part = getattr(kind(), field.name)
             names = options_of(part) if dataclasses.is_dataclass(part) else [field.name.replace("_", "-")]
-            assert names and all(f"--{name} " in shown or f"--{name}," in shown for name in names)
+            assert names and all(re.search(rf"--(no-)?{name} ", shown) for name in names)
+
+    @pytest.mark.parametrize("command", ["teach", "distill"])
+    def test_is_short_readable_and_fits_eighty_columns(self, command, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        assert call(command, "--help") == 0
+        short = capsys.readouterr().out
+        assert call(command, "--help-all") == 0
+        whole = capsys.readouterr().out
+        words = {text: set(re.findall(r"--[a-z][a-z-]*", text)) for text in (short, whole)}
+        assert words[short] < words[whole] and len(words[short]) < 0.7 * len(words[whole])
+        for shown in (short, whole):
+            assert max(map(len, shown.splitlines())) <= 80
+            assert "None" not in shown and "[" not in shown.replace("[RECIPE] [-h] [OPTIONS]", "")
+            assert f"\n  spikedistill {command} digits" in shown.partition("examples:")[2]
+        groups = re.findall(r"(?m)^\W+([a-z]+) options\W*$", short)
+        assert groups[:3] == ["data", "training", "method" if command == "distill" else "network"]
+
+    def test_has_one_column_on_a_wide_terminal_and_leaves_its_width_alone(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "300")
+        assert call("distill", "--help-all") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert 100 < max(map(len, lines)) <= 120 and os.environ["COLUMNS"] == "300"
+        assert not any(line.count(" options ") > 1 for line in lines)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_fits_eighty_columns_and_says_no_none(self, command, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        assert call(command, "--help") == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        assert "None}" not in shown and "(default: None)" not in shown and "``" not in shown
 
     def test_of_a_recipe_shows_its_values(self, capsys):
         call("distill", "cifar10", "--help")
         shown = capsys.readouterr().out
-        assert "runs/cifar10-teacher" in shown and "(default: 0.02)" in shown
+        assert (
+            "runs/cifar10-teacher" in shown
+            and "--no-flip" in shown
+            and "(on by default; this turns it off)" in " ".join(shown.split())
+        )
+
+    def test_names_only_fields_that_there_are_as_those_that_most_people_need(self):
+        kinds = {"data": Data, "training": Training, "teacher": TeacherChoice, "student": StudentChoice}
+        assert kinds.keys() == FEW.keys()
+        for title, names in FEW.items():
+            assert set(names) < {field.name for field in dataclasses.fields(kinds[title])}
+
+    def test_says_defaults_in_words_where_the_recipe_leaves_them_open(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        call("teach", "digits", "--help")
+        assert "else 0.1)." in " ".join(capsys.readouterr().out.replace("│", " ").split())
+        call("teach", "cifar10", "--help")
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "Peak learning rate. (default: 0.15)" in shown and "else 0.1)" not in shown
 
 
 class TestOptions:
@@ -207,6 +261,83 @@ class TestMethod:
         assert caught.err.startswith(f"spikedistill: {message}") and not caught.out and not asked
 
 
+class TestSeveral:
+    """Several methods or seeds in one command."""
+
+    @pytest.fixture
+    def many(self, monkeypatch, asked):
+        """What is asked for several students, instead of training them."""
+        seen = []
+        monkeypatch.setattr("spikedistill.recipes.several.several", lambda *given: seen.append(given) or [Path("x")])
+        return seen
+
+    def test_methods_share_the_recipe_and_a_folder(self, many, asked):
+        methods = ("direct", "kdsnn", "conversion-max")
+        assert call("distill", "digits", "--method", *methods, "--seeds", 3, "--timesteps", 2, "--resume") == 0
+        ((recipe, named, seeds, out, resume, *_),) = many
+        base = digits.student()
+        assert recipe == dataclasses.replace(base, student=dataclasses.replace(base.student, timesteps=2))
+        assert (list(named), seeds, out, resume) == (list(methods), 3, Path("runs/digits-students"), True)
+        assert not asked
+
+    def test_methods_need_no_seeds(self, many):
+        assert call("distill", "--method", "direct", "tet", "--out", "x") == 0
+        assert many[0][1:4] == (("direct", "tet"), 1, Path("x"))
+
+    def test_seeds_of_one_method_keep_its_fields(self, many):
+        assert call("distill", "--method", "kdsnn-response", "--temperature", 3, "--seeds", 1) == 0
+        ((recipe, named, seeds, *_),) = many
+        assert (recipe.method.temperature, list(named), seeds) == (3.0, ["kdsnn-response"], 1)
+
+    def test_methods_have_no_options_of_their_own(self, many, capsys):
+        assert call("distill", "--method", "direct", "kdsnn", "--temperature=3") == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "--temperature=3 is an option of one method, and 2 are given (direct, kdsnn)" in said and not many
+
+    def test_no_method_is_an_error(self, many, asked, capsys):
+        assert call("distill", "--timesteps", 2, "--method") == 2
+        assert "No method was given: name one or more after --method." in capsys.readouterr().err
+        assert not many and not asked
+
+    def test_methods_are_checked_by_name(self, many, capsys):
+        assert call("distill", "--method", "direct", "kdsn") == 2
+        assert "Did you mean 'kdsnn'" in capsys.readouterr().err and not many
+
+    def test_train_a_run_each(self, home, tmp_path, capsys):
+        options = ("--data", home / "blobs.npz", "--teacher", home / "teacher", "--timesteps", 1, "--out", tmp_path)
+        assert call("distill", *options, *QUICK.split(), "--method", "direct", "conversion-max", "--seeds", 2) == 0
+        caught = capsys.readouterr()
+        names = [f"{method}-t1-s{seed}" for method in ("direct", "conversion-max") for seed in (0, 1)]
+        assert all(Run(tmp_path / name).finished for name in names)
+        assert caught.out.splitlines()[-1] == f"the students are in {tmp_path}"
+
+    @pytest.mark.parametrize("command, name", [("teach", "digits-teacher"), ("distill", "digits-kdsnn-t4")])
+    def test_a_seed_of_its_own_stands_in_the_name_of_the_directory(self, command, name, asked):
+        assert call(command, "digits", "--seed", 0) == call(command, "digits", "--seed", 7) == 0
+        assert [str(out) for _, out, _ in asked] == [f"runs/{name}", f"runs/{name}-s7"]
+
+
+class TestTruthValues:
+    """Only the option that changes a default is listed; both are understood, and the last one counts."""
+
+    @pytest.mark.parametrize(
+        "words, expected",
+        [
+            ("", (False, True)),
+            ("--flip --no-channels-last", (True, False)),
+            ("--no-flip --channels-last", (False, True)),
+            ("--flip --no-flip", (False, True)),
+            ("--no-flip --flip", (True, True)),
+            ("--no-channels-last --channels-last", (False, True)),
+            ("--channels-last --no-channels-last", (False, False)),
+        ],
+    )
+    def test_are_set_by_either_option(self, words, expected, asked):
+        assert call("teach", "digits", *words.split()) == 0
+        recipe = asked[0][0]
+        assert (recipe.data.flip, recipe.training.channels_last) == expected
+
+
 class TestWhatIsUnknown:
     @pytest.mark.parametrize(
         "arguments, hint",
@@ -219,7 +350,7 @@ class TestWhatIsUnknown:
             ("distill --neuron liff", "plif"),
             ("teach --optimizer adam", "adamw"),
             ("distill --timesteps four", "four"),
-            ("evaluate", "run directory"),
+            ("evaluate", "Run directory"),
             ("compare --run x", "--run"),
             ("recipes extra", "extra"),
         ],
@@ -234,34 +365,42 @@ class TestWhatIsUnknown:
 class TestOutput:
     def test_recipes_lists_all_with_the_commands_that_take_them(self, capsys):
         assert call("recipes") == 0
-        shown = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-        assert shown == [["teach", name] for name in TEACHERS] + [["distill", name] for name in STUDENTS]
+        lines = capsys.readouterr().out.splitlines()
+        commands = [f"spikedistill teach {name}" for name in TEACHERS]
+        assert lines[::2] == commands + [f"spikedistill distill {name}" for name in STUDENTS]
+        assert all(re.fullmatch(r"    [A-Z][^`]*\.", line) for line in lines[1::2])
 
     def test_compare_prints_the_table_and_nothing_else(self, home, capsys):
         assert call("compare", home / "teacher", home / "student") == 0
         caught = capsys.readouterr()
-        head, teacher, student = caught.out.splitlines()
-        assert head.split()[:2] == ["run", "network"] and "t=2" in head
+        head, teacher, student, *_ = caught.out.splitlines()
+        assert head.split()[:4] == ["run", "accuracy", "(%)", "method"] and "t=2" in head
         accuracy = Run(home / "teacher").read("results")["test_accuracy"]
         results = Run(home / "student").read("results")
-        assert teacher.split()[:2] == ["teacher", "vgg9"] and f"{accuracy:.2f} %" in teacher
-        assert f"{results['test_accuracy']:.2f} %" in student and f"{results['firing_rate']:.2f} %" in student
+        assert teacher.split()[:2] == ["teacher", f"{accuracy:.2f}"]
+        assert student.split()[:2] == ["student", f"{results['test_accuracy']:.2f}"]
+        assert f"{results['firing_rate']:.2f}" in student.split()
         assert not caught.err
 
     def test_evaluate_prints_every_measure(self, home, capsys):
         assert call("evaluate", home / "student", "--timesteps", 3) == 0
-        lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+        caught = capsys.readouterr()
         results = Run(home / "student").read("results")
-        assert lines["teacher_accuracy"] == [f"{results['teacher_accuracy']:.2f}", "%"]
-        assert len(lines["accuracy_by_step"]) == 3
-        assert lines.keys() >= results.keys() - {"firing_rate_by_layer", "method", "teacher"}
+        layers = list(results["firing_rate_by_layer"])
+        lines = [re.split(r"  +", line.strip()) for line in caught.out.splitlines()]
+        assert [line[0] for line in lines] == [
+            *("test accuracy", "accuracy at t=1..3, %", "teacher's test accuracy", "agreement with teacher"),
+            *("divergence from teacher", "firing rate", "firing rate by layer", *layers),
+        ]
+        assert lines[2][1] == f"{results['teacher_accuracy']:.2f} %" and len(lines[1][1].split()) == 3
+        assert "evaluate: measuring on" in caught.err and "thresholds were trained" in caught.err
 
     def test_evaluate_prints_the_accuracy_of_a_teacher(self, home, capsys):
         assert call("evaluate", home / "teacher") == 0
         caught = capsys.readouterr()
         accuracy = Run(home / "teacher").read("results")["test_accuracy"]
-        assert caught.out.split() == ["measure", "value", "test_accuracy", f"{accuracy:.2f}", "%"]
-        assert not caught.err
+        assert caught.out == f"test accuracy  {accuracy:.2f} %\n"
+        assert "measuring on" in caught.err and "note" not in caught.err
 
     def test_evaluate_says_where_the_teacher_is_gone(self, home, tmp_path, capsys):
         shutil.copytree(home / "student", tmp_path / "student")
@@ -273,9 +412,9 @@ class TestOutput:
 
     def test_evaluate_prints_early_exit_where_it_is_asked_for(self, home, capsys):
         assert call("evaluate", home / "student", "--confidence", 0) == 0
-        lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+        lines = dict(re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines() if "  " in line)
         first = Run(home / "student").read("results")["accuracy_by_step"][0]
-        assert lines["early_exit_accuracy"] == [f"{first:.2f}", "%"] and lines["early_exit_steps"] == ["1.00"]
+        assert lines["early exit accuracy"] == f"{first:.2f} %" and lines["early exit steps"] == "1.00 (mean)"
 
     def test_results_go_to_standard_output_and_the_work_to_standard_error(self, home, tmp_path, capsys):
         out = tmp_path / "run"
@@ -283,7 +422,8 @@ class TestOutput:
         assert call("distill", *options, "--method", "direct", "--out", out) == 0
         caught = capsys.readouterr()
         assert caught.out.splitlines()[-1] == f"the student is in {out}"
-        assert "epoch 1: " not in caught.out and "direct: epoch 1: " in caught.err
+        assert "epoch 1" not in caught.out and "direct: epoch 1 of 1: " in caught.err
+        assert "direct: test accuracy " in caught.err and f"next:\n  spikedistill evaluate {out}\n" in caught.err
         assert "direct: cpu, float32, channels_last, torch convolutions: float32 was asked for" in caught.err
         assert "rate-based" not in caught.err
 
@@ -294,12 +434,17 @@ class TestOutput:
             assert call("distill", *options, "--method", "direct", *fresh, "--out", tmp_path / neuron) == 0
             assert ("consider --neuron lif" in capsys.readouterr().err) is said
 
-    def test_demo_compares_what_it_made(self, home, monkeypatch, capsys):
-        asked = []
-        monkeypatch.setattr(demo, "demo", lambda out: asked.append(out) or [home / "teacher", home / "student"])
-        assert call("demo", "--out", "somewhere") == 0
-        assert asked == [Path("somewhere")]
-        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "teacher", "student"]
+    def test_demo_shows_what_it_made(self, home, tmp_path, monkeypatch, capsys):
+        asked, out = [], tmp_path / "demo.csv"
+        monkeypatch.setattr("spikedistill.cli.demo.run_demo", lambda *given: asked.append(given) or [home / "student"])
+        monkeypatch.setattr("spikedistill.cli.demo.shown", lambda paths: Table(["run"], [[p.name] for p in paths]))
+        monkeypatch.setattr("spikedistill.cli.demo.figures", lambda paths: Table(["method", "seed"], [["kdsnn", 7]]))
+        assert call("demo", "--out", "somewhere", "--seeds", 3, "--csv", out) == 0
+        assert asked == [(Path("somewhere"), 3)]
+        assert capsys.readouterr().out.split() == ["run", "student"]
+        assert out.read_text() == "method,seed\nkdsnn,7\n"
+        out.write_text("mine")
+        assert call("demo", "--csv", out) == 2 and len(asked) == 1 and out.read_text() == "mine"
 
 
 class TestControlC:
@@ -394,8 +539,8 @@ class TestWhileItRuns:
         capsys.readouterr()
         assert self.train(home, out, "--checkpoint-minutes", 0, "--resume") == 0
         said = capsys.readouterr().err
-        assert f"note: '{newest}' is damaged" in said and "Going on from the one before it." in said
-        assert f"note: '{log}' was shorter than the checkpoint, or damaged, and is mended from it." in said
+        assert f"note: '{newest}' is damaged" in said and "Going on from the previous one." in said
+        assert f"note: '{log}' was shorter than the checkpoint, or damaged, and is repaired from it." in said
         for name in ("metrics.jsonl", "results.json"):
             assert (whole / name).read_bytes() == (out / name).read_bytes()
         first, second = (load_file(path / "model.safetensors") for path in (whole, out))
@@ -409,7 +554,7 @@ class TestWhileItRuns:
         assert self.train(home, out, "--checkpoint-minutes", 0) == 2  # it still holds a run
         assert self.train(home, out, "--checkpoint-minutes", 0, "--resume") == 0
         said = capsys.readouterr().err
-        assert "checkpoint.safetensors' is gone: going on from the one before it." in said
+        assert "checkpoint.safetensors' is missing: going on from the previous checkpoint." in said
         assert "going on after epoch 1, step" in said
 
     def test_the_checkpoint_of_another_run_is_refused(self, home, tmp_path, capsys):
@@ -432,12 +577,21 @@ def test_a_process_of_its_own_behaves_the_same(home, tmp_path):
     assert accuracy == Run(home / "teacher").read("results")["test_accuracy"]
 
 
-def test_it_ends_without_a_word_where_nobody_reads_its_output():
+BY_RICH = """
+import sys, rich.console, spikedistill.cli
+spikedistill.cli.run = lambda command: rich.console.Console().print("x" * 99999)
+sys.argv = ["spikedistill", "recipes"]
+spikedistill.cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "spikedistill", "--help"], ["-m", "spikedistill", "distill", "--help"], ["-c", BY_RICH]]
+)
+def test_it_ends_without_a_word_where_nobody_reads_its_output(words):
     reads, writes = os.pipe()
     os.close(reads)
-    done = subprocess.run(
-        [sys.executable, "-m", "spikedistill", "distill", "--help"], stdout=writes, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([sys.executable, *words], stdout=writes, stderr=subprocess.PIPE, text=True)
     os.close(writes)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -445,6 +599,8 @@ def test_it_ends_without_a_word_where_nobody_reads_its_output():
 @pytest.mark.parametrize("given", ["photos", "photos/", "elsewhere/photos.npz"])
 def test_a_teacher_goes_below_runs_under_the_name_of_its_data(given, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(teach, "teach", lambda recipe, out, *_: asked.append(out) or {"test_accuracy": 1.0})
+    monkeypatch.setattr(
+        "spikedistill.cli.teach.teach", lambda recipe, out, *_: asked.append(out) or {"test_accuracy": 1.0}
+    )
     assert call("teach", "--data", f"{tmp_path}/{given}") == 0
     assert asked == [Path("runs/photos-teacher")]

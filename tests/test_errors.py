@@ -10,6 +10,7 @@ CLASSES = {
     name: kind
     for name, kind in vars(errors).items()
     if inspect.isclass(kind) and issubclass(kind, Exception) and kind.__module__ == errors.__name__
+    if kind is not errors.Heard  # a mark on an error, never raised itself
 }
 
 

@@ -115,7 +115,7 @@ class TestAtomic:
     def test_a_full_disk_leaves_the_old_text(self, tmp_path, monkeypatch, step):
         write_text(tmp_path / "a.txt", "old")
         monkeypatch.setattr(f"spikedistill.files.{step}", full)
-        with pytest.raises(RunError, match="what was there before is untouched"):
+        with pytest.raises(RunError, match="the file that was there before is untouched"):
             write_text(tmp_path / "a.txt", "new")
         assert (tmp_path / "a.txt").read_text() == "old"
         assert os.listdir(tmp_path) == ["a.txt"]
@@ -249,7 +249,9 @@ class TestDamage:
     def test_is_named_with_what_to_do(self, small, tmp_path):
         content = small.read_bytes()
         small.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(WeightsError, match=r"a\.safetensors' is damaged \(its content has another SHA-256"):
+        with pytest.raises(
+            WeightsError, match=r"a\.safetensors' is damaged \(its SHA-256 is not the checksum written into it"
+        ):
             read_tensors(small)
         write_json(tmp_path / "recipe.json", {"lr": 0.1})
         write_text(tmp_path / "recipe.json", (tmp_path / "recipe.json").read_text().replace("0.1", "0.3"))
@@ -279,7 +281,7 @@ class TestSeal:
         save_file(old, tmp_path / "a.safetensors", metadata={files.FACTS: json.dumps(FACTS), "format": "pt"})
         assert read_tensors(tmp_path / "a.safetensors")[1] == FACTS
         (said,) = caplog.messages
-        assert re.fullmatch(r"note: '.*a\.safetensors' has no checksum, an earlier version wrote it: .*", said)
+        assert re.fullmatch(r"note: '.*a\.safetensors' has no checksum, because an earlier version wrote it: .*", said)
         write_text(tmp_path / "a.json", json.dumps(FACTS))
         assert read_json(tmp_path / "a.json") == FACTS
 
@@ -346,7 +348,7 @@ class TestWhatOthersWrote:
         assert path.read_text() == "network,value,more\nx,1,2\n"
         for text in ("", "my network,value\n", "%PDF", "value,network\n1,x\n"):
             path.write_text(text)
-            with pytest.raises(RunError, match=r"a\.csv' exists and is nothing that this command wrote: choose"):
+            with pytest.raises(RunError, match=r"a\.csv' exists and was not written by this command: name another"):
                 write_csv(path, ("network", "value"), [])
             assert path.read_text() == text
 

@@ -135,13 +135,13 @@ class TestObjective:
     @pytest.mark.parametrize(
         "kind, message",
         [
-            ("NoObjective", r"wrong.py:NoObjective' is no objective: expected a class @dataclass(frozen=True)"),
+            ("NoObjective", r"wrong.py:NoObjective' is not an objective: expected a class @dataclass(frozen=True)"),
             ("Nobody", "wrong.py' 'Nobody'. Known: "),
             ("NoObjectiv", "Did you mean 'NoObjective'?"),
-            ("Needy", "wrong.py:Needy' cannot be made (Needy.__init__() missing"),
+            ("Needy", "wrong.py:Needy' cannot be created (Needy.__init__() missing"),
             ("Needy", "give each of its fields a default"),
             *(
-                (f"Takes_{name}", f"A field of wrong.py:Takes_{name} (label_smoothing, {name}) is an option already")
+                (f"Takes_{name}", f"The field '{name}' of wrong.py:Takes_{name} is an option already, --")
                 for name in ("timesteps", "teacher", "teacher_width", "data", "method", "out", "trust_code")
             ),
         ],
@@ -223,7 +223,7 @@ class TestNetworkOfAFile:
     def test_of_a_teacher_alone_leaves_the_teacher_out_unasked(self, named, executed, call, capsys):
         assert call("evaluate", named / "zoo-student") == 0
         caught = capsys.readouterr()
-        assert "firing_rate" in caught.out and "agreement" not in caught.out
+        assert "firing rate" in caught.out and "agreement" not in caught.out
         assert "agreement with it is left out" in caught.err
 
     def test_of_a_teacher_is_compared_with_where_it_is_trusted(self, named, call, capsys):

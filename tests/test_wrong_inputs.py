@@ -88,7 +88,7 @@ TABLE = {
     ),
     "width of a student that is its teacher's": (
         f"{SAME} --student-width 16",
-        r"student_width \(=16\) needs a student of its own",
+        r"student_width \(=16\) needs a network other than 'same'",
     ),
     "threshold of inherited weights": (f"{SAME} --threshold 2", r"threshold \(=2\.0\) is for fresh weights"),
     "image size of 0": (f"{TEACH} --data {{home}}/sizes --image-size 0", r"image_size \(=0\)"),
@@ -121,8 +121,8 @@ TABLE = {
         r"method \(=conversion-max\) keeps the teacher's weights",
     ),
     "stand-in of a leaky neuron": (f"{SAME} --gradient quantised --neuron lif", r"the quantised stand-in is for"),
-    "teacher of other classes": (f"{DISTILL} --data {{home}}/four.npz", r"knows 3 classes, 'four' has 4"),
-    "teacher of other channels": (f"{DISTILL} --data {{home}}/grey.npz", r"normalises 3 channels, 'grey' has 1"),
+    "teacher of other classes": (f"{DISTILL} --data {{home}}/four.npz", r"knows 3 classes, but 'four' has 4"),
+    "teacher of other channels": (f"{DISTILL} --data {{home}}/grey.npz", r"normalises 3 channels, but 'grey' has 1"),
     "teacher that is missing": (f"{DISTILL} --teacher {{home}}/nobody", r"no teacher at '.*nobody'"),
     "teacher without weights": (f"{DISTILL} --teacher {{home}}/empty", r"empty/model\.safetensors' does not exist"),
     "weights cut short": (
@@ -159,7 +159,7 @@ TABLE = {
     ),
     "deviation of bytes": (
         f"{DISTILL} --teacher {{home}}/bare.safetensors {BARE.replace('0.2 0.2 0.2', '51 51 51')}",
-        r"std \(51\.0, 51\.0, 51\.0\) are not those of images in 0\.\.1.* Divide values for bytes by 255",
+        r"std \(51\.0, 51\.0, 51\.0\) do not fit images in 0\.\.1.* Divide values for bytes by 255",
     ),
     "mean of bytes": (
         f"{DISTILL} --teacher {{home}}/bare.safetensors {BARE.replace('0.4 0.4 0.4', '102 102 102')}",
@@ -167,7 +167,7 @@ TABLE = {
     ),
     "network that returns probabilities": (
         f"{TEACH} --network {{home}}/own.py:probabilities",
-        r"probabilities' returns probabilities, not logits.* Leave the softmax at its end away",
+        r"probabilities' returns probabilities, not logits.* Remove the softmax at its end",
     ),
     "teacher that returns probabilities": (
         f"{DISTILL} --method direct --teacher {{home}}/probabilities.safetensors --trust-code",
@@ -178,7 +178,7 @@ TABLE = {
         r"in another order: 'b' is 0 and 1",
     ),
     "npz with labels from 1": (f"{TEACH} --data {{home}}/from1.npz", r"'from1' run from 1 to 3 .* Subtract 1"),
-    "npz with a label to be ignored": (f"{TEACH} --data {{home}}/ignore.npz", r"Leave the images labelled 255 away"),
+    "npz with a label to be ignored": (f"{TEACH} --data {{home}}/ignore.npz", r"Remove the images labelled 255, or"),
     "npz with one huge label": (
         f"{TEACH} --data {{home}}/huge.npz",
         r"run from 0 to 1000000000 .* labelled 1000000000",
@@ -253,13 +253,13 @@ TABLE = {
     **{
         f"no teacher for {name}": (
             f"{DISTILL} --teacher none --method {name}",
-            rf"method \(={name}\) needs a teacher: name one by teacher, or take direct or tet",
+            rf"method \(={name}\) needs a teacher: name one by teacher, or use direct or tet",
         )
         for name in ("kdsnn", "kdsnn-feature", "kdsnn-response")
     },
     "no teacher whose network the student could take": (
         f"{SAME} --teacher none --method direct",
-        r"that of 'none' is not known: name one by --student",
+        r"the network of 'none' is not known: name the student's network by --student",
     ),
     "method that is unknown": (f"{DISTILL} --method kdsn", r"'kdsn'. Did you mean 'kdsnn'.*FILE\.py:CLASS"),
     "run that exists": (FINISHED, r"run' already holds a run"),
@@ -280,16 +280,16 @@ TABLE = {
         r"teacher' holds files .* choose an empty",
     ),
     "out that is the data's": (
-        TEACH.replace("blobs.npz", "photos").replace("{out}", "{home}/photos"),
-        r"photos' lies in the folder of the data",
+        TEACH.replace("blobs.npz", "photos").replace("{out}", "{home}/photos --validation 0 --batch-size 4"),
+        r"photos' is inside the folder of the data",
     ),
     "out among the images": (
-        TEACH.replace("blobs.npz", "photos").replace("{out}", "{home}/photos/run"),
-        r"photos/run' lies in the folder of the data",
+        TEACH.replace("blobs.npz", "photos").replace("{out}", "{home}/photos/run --validation 0 --batch-size 4"),
+        r"photos/run' is inside the folder of the data",
     ),
     "out that is somebody else's": (
         TEACH.replace("{out}", "{home}/else"),
-        r"else' holds files \(notes\.md, notes\.txt, recipe\.json\) and no run of spikedistill",
+        r"else' holds files \(notes\.md, notes\.txt, recipe\.json\) but no run of spikedistill",
     ),
     "immunity into somebody else's folder": (
         "immunity {home}/run --kinds noise --images 3 --out {home}/else",
@@ -301,11 +301,11 @@ TABLE = {
     ),
     "energy over another file": (
         "energy {home}/run --images 3 --out {home}/else/recipe.json",
-        r"else/recipe\.json' exists and is nothing that this command wrote",
+        r"else/recipe\.json' exists and was not written by this command",
     ),
     "study over another file": (
         "reproduce kdsnn-mnist --runs {out} --out {home}/else/notes",
-        r"else/notes\.md' exists and is nothing that this command wrote",
+        r"else/notes\.md' exists and was not written by this command",
     ),
     "demo in somebody else's folder": ("demo --out {home}/demo", r"demo/teacher' holds files \(thesis\.tex\)"),
     "out that cannot be made": (
@@ -316,10 +316,10 @@ TABLE = {
         "evaluate {home}/teacher",
         r"teacher/recipe\.json' cannot be read .*the directory of a run\?",
     ),
-    "evaluating nothing": ("evaluate {home}/nobody", r"nobody/recipe\.json' cannot be read"),
+    "evaluating nothing": ("evaluate {home}/nobody", "nobody' does not exist: give a run directory"),
     "evaluating an unfinished run": (
         "evaluate {home}/unfinished",
-        r"unfinished' holds no finished run: end it by .* --resume",
+        r"unfinished' holds no finished run: finish it by .* --resume",
     ),
     "evaluating broken weights": ("evaluate {home}/cut-run", r"cut-run/model\.safetensors' cannot be read"),
     "evaluating a weights file": (
@@ -337,9 +337,9 @@ TABLE = {
         "evaluate {home}/run --confidence nan",
         r"confidence \(=nan\)",
     ),
-    "comparing an unfinished run": (
-        "compare {home}/run {home}/unfinished",
-        r"unfinished/results\.json' cannot be read",
+    "comparing nothing but an unfinished run": (
+        "compare {home}/unfinished",
+        r"unfinished' is unfinished",
     ),
     "comparing a broken run": ("compare {home}/broken", r"broken/recipe\.json' cannot be read"),
     "comparing an empty recipe": ("compare {home}/hollow", r"hollow"),
@@ -416,8 +416,11 @@ def make_folders(folder):
 
 
 class Evil:
+    def __init__(self, trace):
+        self.trace = trace
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/spikedistill-was-here",)
+        return Path.touch, (self.trace,)
 
 
 def make_weights(folder):
@@ -435,9 +438,9 @@ def make_weights(folder):
     write_tensors(folder / "wide.safetensors", Architecture("vgg9", 3, 3, 8).build().state_dict(), facts(small))
     content = (folder / "teacher" / "model.safetensors").read_bytes()
     (folder / "truncated.safetensors").write_bytes(content[: len(content) // 2])
-    torch.save({"weight": Evil()}, folder / "evil.pt")
+    torch.save({"weight": Evil(folder / "was-here")}, folder / "evil.pt")
     for name in ("evil.pkl", "evil.safetensors"):
-        (folder / name).write_bytes(pickle.dumps(Evil()))
+        (folder / name).write_bytes(pickle.dumps(Evil(folder / "was-here")))
     for name, function in (("gelu", "gelu"), ("large", "too_large"), ("probabilities", "probabilities")):
         own = Architecture(f"{folder / 'own.py'}:{function}", 3, 3)
         write_tensors(folder / f"{name}.safetensors", own.build().state_dict(), facts(own))
@@ -485,19 +488,18 @@ def test_a_wrong_input_ends_with_code_2_and_a_message_that_names_it(command, exp
     assert len(message) < 600 and message.endswith((".", "?", ")"))
 
 
-def test_the_table_is_long_enough_and_its_good_commands_are_good(home, tmp_path):
-    assert len(TABLE) >= 20
+def test_the_commands_that_the_table_spoils_are_good(home, tmp_path):
     for number, command in enumerate((TEACH, DISTILL, SAME)):
         assert call(command, home, tmp_path / str(number)) == 0
     assert call("evaluate {home}/run", home, None) == call("compare {home}/run", home, None) == 0
 
 
 def test_nothing_that_was_pickled_was_ever_run(home, tmp_path, capsys):
-    trace = Path("/tmp/spikedistill-was-here")
-    trace.unlink(missing_ok=True)
     for name in ("evil.pt", "evil.pkl", "evil.safetensors"):
         assert call(f"{DISTILL} --teacher {{home}}/{name} {BARE}", home, tmp_path / "out") == 2
-    assert not trace.exists()
+    assert not (home / "was-here").exists()
+    pickle.loads((home / "evil.pkl").read_bytes())  # so it would be seen
+    assert (home / "was-here").exists()
 
 
 def test_what_is_somebody_else_s_is_left_as_it_was(home):

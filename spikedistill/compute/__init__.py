@@ -1,1 +1,1 @@
-"""Where and how numbers are computed: the place of a run, and convolutions of our own."""
+"""Where and how numbers are computed: device and number format, and our own convolutions."""

@@ -1,4 +1,4 @@
-"""Where and in which number format networks compute, chosen once, with the reason, so that it can be said."""
+"""The device, number format and memory order of a run, chosen once and kept with the reason."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ from spikedistill.errors import ConfigError, one_of
 Precision = Literal["auto", "bf16", "fp32"]
 Convolutions = Literal["auto", "torch", "winograd"]
 FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
-"""Processor flags (x86, then ARM) under which bfloat16 convolutions beat float32."""
+"""Processor flags (x86, then ARM) with which bfloat16 convolutions are faster than float32."""
 ONLY_THERE = "they are for a CPU, channels last, and a step that is not compiled"
 
 
@@ -25,12 +25,12 @@ class Place:
     """Where a network computes.
 
     Args:
-        device: of weights and batches.
+        device: device of weights and batches.
         dtype: number format of the large operations.
         layout: memory order of images and kernels.
         reason: why this number format was chosen.
-        torch_convolutions: why convolutions stay PyTorch's; empty where ours may take over (``compute/winograd.py``).
-        keep_memory: on a Linux CPU hold freed memory instead of returning it to the system.
+        torch_convolutions: why PyTorch's convolutions are used; empty if ours may be used (``compute/winograd.py``).
+        keep_memory: whether to keep freed memory on a Linux CPU (``keep_freed_memory``).
     """
 
     device: torch.device
@@ -45,12 +45,12 @@ class Place:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def prepare(self, network: nn.Module) -> str:
-        """Move a network to its device and memory order, and let Winograd's algorithm compute its convolutions.
+        """Move a network to the device and memory order, in place, and use our convolutions where they are allowed.
 
-        On a CPU freed memory is kept from here on, unless that is not wanted (``keep_freed_memory``).
+        With ``keep_memory``, the process keeps freed CPU memory from here on.
 
         Returns:
-            Why its convolutions stay PyTorch's; empty where they do not.
+            Why all convolutions are PyTorch's; empty if some are ours.
         """
         if self.device.type == "cpu" and self.keep_memory:
             keep_freed_memory()
@@ -60,11 +60,11 @@ class Place:
         return self.torch_convolutions or use_winograd(network)
 
     def for_training(self, network: nn.Module) -> "Place":
-        """The same place, without channels last where a network has no such order or would learn wrongly with it.
+        """The same place, without channels last where training this network does not allow it.
 
-        Kernels of three dimensions have no order with channels last.
-        With channels last oneDNN writes past its workspace in the gradient of the weights of a strided 1 x 1
-        convolution whose input channels do not fill a vector of the processor: wrong values, or the process dies
+        There are two cases. Kernels of 3D convolutions have no channels-last order here. And oneDNN computes one
+        gradient wrongly with channels last: that of the weights of a strided 1 x 1 convolution whose input channels do
+        not fill a vector of the processor. It writes past its workspace, so values are wrong or the process dies
         (oneDNN issue 6035; seen here with torch 2.14.1).
         """
         broken = self.device.type == "cpu" and _has_broken_gradient(network)
@@ -81,18 +81,19 @@ def choose_place(
     compiled: bool = False,
     keep_memory: bool = True,
 ) -> Place:
-    """The place that these wishes come to on this machine.
+    """Choose where and how to compute on this machine.
 
     Args:
         device: cpu, cuda, mps ...; ``auto`` takes CUDA, then Apple's MPS, then the CPU.
-        precision: bfloat16 or float32; ``auto`` takes bfloat16 where there is hardware for it.
+        precision: bfloat16 or float32; ``auto`` takes bfloat16 if the hardware computes it.
         channels_last: whether images have their channels last in memory.
-        convolutions: PyTorch's, or ours by Winograd's algorithm; ``auto`` takes ours where they were found faster.
+        convolutions: PyTorch's, or ours by Winograd's algorithm; ``auto`` takes ours on processors where we measured
+            them to be faster.
         compiled: whether the whole training step is compiled.
         keep_memory: see ``Place``.
 
     Raises:
-        ConfigError: if the device does not exist here, or there is no such precision or choice of convolutions.
+        ConfigError: if the device cannot be used, or ``precision`` or ``convolutions`` is not a known choice.
     """
     one_of("precision", precision, get_args(Precision))
     one_of("choice of convolutions", convolutions, get_args(Convolutions))
@@ -132,7 +133,7 @@ def _precision(asked: Precision, device: torch.device) -> tuple[torch.dtype, str
 def _torch_convolutions(
     asked: Convolutions, device: torch.device, layout: torch.memory_format, dtype: torch.dtype, compiled: bool
 ) -> str:
-    """Why convolutions stay PyTorch's, whatever the network; empty where they need not."""
+    """Why every network uses PyTorch's convolutions; empty if ours may be used."""
     if asked == "torch":
         return "PyTorch's were asked for"
     if device.type != "cpu" or layout is not torch.channels_last or compiled:
@@ -145,12 +146,12 @@ def _torch_convolutions(
 
 
 def has_volumes(network: nn.Module) -> bool:
-    """Whether kernels have three dimensions, which have no memory order with channels last as images have."""
+    """Whether a network has 3D convolutions, whose kernels have no channels-last order here."""
     return any(parameter.ndim == 5 for parameter in network.parameters())
 
 
 def _has_broken_gradient(network: nn.Module) -> bool:
-    """Whether oneDNN's gradient of a layer's weights would be wrong with channels last."""
+    """Whether oneDNN's weight gradient of some layer is wrong with channels last: see ``Place.for_training``."""
     vector = 8 if _has_avx2_alone(_processor_flags()) else 16
     return any(
         set(layer.kernel_size) == {1} and max(layer.stride) > 1 and layer.in_channels // layer.groups < vector
@@ -178,20 +179,26 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, LARGEST_MAPS = -1, -3, -4
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library reuse freed memory instead of handing it back to the system; whether it understood.
+    """Make the C library (glibc) reuse freed memory instead of returning it to the system.
 
-    Without it glibc maps every tensor above 32 MiB anew, and the system clears its pages one by one: a third of a
-    student's training step on two cores, and up to half of the time of inference. The price is memory: before version
-    2.38 glibc leaves holes where it aligns (``benchmarks/memory.py`` shows how much).
+    By default glibc maps every tensor above 32 MiB anew, and the system clears its pages one by one. That takes a third
+    of a student's training step on two cores, and up to half of the time of inference. The price is memory: before
+    version 2.38, alignment leaves holes (``benchmarks/memory.py`` shows how much).
+
+    Returns:
+        Whether the C library accepted the options; False for any other than glibc.
     """
     return _tell_glibc({LARGEST_MAPS: 0, TRIM_THRESHOLD: -1})
 
 
 def return_freed_memory() -> bool:
-    """Have the C library hand every tensor from 1 MiB on back to the system at once; whether it understood.
+    """Make the C library (glibc) return every freed tensor of 1 MiB or more to the system at once.
 
-    PyTorch then asks for it in pages of 2 MiB, so that it comes back in a few of them. PyTorch looks at this once, so
-    call it before the first tensor. Left alone, glibc keeps freed tensors below 32 MiB, and holes among them.
+    Call it before the first tensor. PyTorch then asks for pages of 2 MiB, so that a new tensor needs few of them, and
+    it reads this setting once. By default glibc keeps freed tensors below 32 MiB, with holes between them.
+
+    Returns:
+        Whether the C library accepted the options; False for any other than glibc.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return _tell_glibc({MMAP_THRESHOLD: 2**20})

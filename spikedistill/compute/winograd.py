@@ -1,10 +1,13 @@
 """3 x 3 convolutions in float32 on a CPU, about twice as fast as PyTorch's: ``use_winograd(network)``.
 
-Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308) forms 4 x 4 results from 36 products instead of 144; its
-transforms are in ``winograd.c``, which the system's C compiler builds at the first use. Results differ from PyTorch's
-by some 1e-5 of their largest, as sums are formed in another order; the number of threads does not matter. PyTorch's own
-convolution takes over wherever this one does not apply: other shapes, devices and number formats, memory orders other
-than channels last, autocast, torch.compile, too few channels or pixels to be worth the transforms.
+Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308) computes 4 x 4 results with 36 products instead of 144. The
+transforms are in ``winograd.c``. The system's C compiler builds it at the first use.
+
+Sums are formed in another order, so results differ from PyTorch's by about 1e-5 of the largest one. They do not depend
+on the number of threads.
+
+PyTorch's convolution is used everywhere else: for other shapes, devices, number formats and memory orders, under
+autocast and torch.compile, and with too few channels or pixels for the transforms to pay.
 """
 
 import ctypes
@@ -20,18 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikedistill.files import note
+
 SOURCE = Path(__file__).with_suffix(".c")
 COMPILERS = ("cc", "gcc", "clang")
 BLOCK = 48
-"""Tiles that a core takes through all three stages at a time."""
+"""Tiles that one thread takes through all three stages at a time."""
 LANES, LEAST_CHANNELS = 8, 32
-"""Channels are a multiple of the first, and at least the second: below that the transforms take what they save."""
+"""Channels must be a multiple of the first and at least the second. With fewer, the transforms cost what they save."""
 LEAST_TILES = 32
-"""Tiles of 4 x 4 results in a batch from which on the transform of the weights pays."""
+"""With fewer tiles of 4 x 4 results per batch, the transform of the weights does not pay."""
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A ``Conv2d`` of 3 x 3, stride 1 and padding 1, computed by Winograd's algorithm where that applies."""
+    """A ``Conv2d`` of 3 x 3, stride 1 and padding 1, computed by Winograd's algorithm where it applies."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if applies(input, weight):
@@ -40,15 +45,15 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def use_winograd(network: nn.Module) -> str:
-    """Let a network's 3 x 3 convolutions be computed by Winograd's algorithm wherever that applies; in place.
+    """Use Winograd's algorithm for a network's 3 x 3 convolutions wherever it applies, in place.
 
-    Such a layer becomes a ``WinogradConv2d``, which is a ``Conv2d``; weights, names and ``state_dict`` stay.
+    Such a layer becomes a ``WinogradConv2d``, which is a ``Conv2d``. Weights, names and ``state_dict`` do not change.
 
     Args:
-        network: any, in any mode; its images should be in channels last.
+        network: any network, in any mode. The algorithm applies to images in channels-last order.
 
     Returns:
-        Why it has no such layer; empty where it has.
+        Why no layer was changed; empty if one was.
     """
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     fitting = [layer for layer in convolutions if type(layer) in (nn.Conv2d, WinogradConv2d) and _fits(layer)]
@@ -62,7 +67,7 @@ def use_winograd(network: nn.Module) -> str:
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether these tensors, ``[N, C, H, W]`` and ``[K, C, 3, 3]``, can be convolved here, and it pays."""
+    """Whether images ``[N, C, H, W]`` and kernels ``[K, C, 3, 3]`` can be convolved here, in less time."""
     if type(x) is not Tensor or x.ndim != 4 or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
@@ -75,7 +80,7 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 def winograd_backward(
     x: Tensor, weight: Tensor, grad: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients to input, weights and bias, those that are needed, where ``grad`` arrives at the results."""
+    """The needed gradients of input, weights and bias, from the gradient ``grad`` of the results."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     return (
         _convolved(grad, weight, None, turned=True) if needed[0] else None,
@@ -113,7 +118,7 @@ def _tiles(n: int, h: int, w: int) -> int:
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
-    """The convolution; or turned, from gradients at its results ``[N, K, H, W]`` to those at its input."""
+    """The convolution; or with ``turned`` the gradient of its input from that of its results ``[N, K, H, W]``."""
     library = _library()
     strides, first = list(weight.stride()), weight.data_ptr()
     if turned:
@@ -160,10 +165,11 @@ def _at(tensor: Tensor | None) -> ctypes.c_void_p:
 
 @functools.cache
 def _library() -> Any:
-    """The compiled functions of ``winograd.c``, or in words why there are none."""
+    """The compiled functions of ``winograd.c``, or a text that says why there are none."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
         return f"no C compiler ({', '.join(COMPILERS)}) was found"
+    note("building fast convolutions (winograd.c), about 2 s")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         built = Path(folder) / "winograd.so"
         flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]

@@ -1,6 +1,6 @@
 """Sets in one ``.npz`` file: arrays of images or event frames, or packs of WebP sheets.
 
-Nothing is guessed without a word: what can be meant in one way alone is read so and noted, all else is refused.
+An array that can be read in one way only is read that way, with a note. Everything ambiguous is refused.
 """
 
 import io
@@ -19,17 +19,17 @@ from spikedistill.data.parts import Parts, listed
 from spikedistill.errors import DataError, SpikeDistillError
 
 COLOURS = (1, 3)
-"""Channels that images usually have."""
+"""Usual numbers of channels."""
 NAMES = {f"{part}_{what}" for part in ("train", "test") for what in ("images", "labels", "sheets", "offsets")}
 NAMES |= {"class_names", "tile_hwc", "grid_rc"}
-"""Arrays that are read."""
+"""The arrays that are read. Others are ignored, with a note."""
 
 
 def read_npz(path: Path) -> Parts:
-    """A training and a test part out of a file; see ``load_images``.
+    """The training and the test part in a ``.npz`` file; see ``load_images`` for its arrays.
 
     Raises:
-        DataError: if it cannot be read, or what it holds is no set of images by class.
+        DataError: if the file cannot be read, or does not hold images with class labels.
     """
     if not path.is_file():
         raise DataError(f"The data file '{path}' does not exist: check the path.")
@@ -43,7 +43,7 @@ def read_npz(path: Path) -> Parts:
             labels = [_labels(pack[f"{part}_labels"], str(path)) for part in ("train", "test")]
             names = _class_names(pack["class_names"]) if "class_names" in pack.files else None
             if other := [name for name in pack.files if name not in NAMES]:
-                notes.append(f"the arrays {listed(other)} are passed over")
+                notes.append(f"the arrays {listed(other)} are ignored")
     except SpikeDistillError:
         raise
     except Exception as error:  # damaged bytes raise anything in numpy, zipfile and Pillow
@@ -56,10 +56,10 @@ def read_npz(path: Path) -> Parts:
 
 
 def _numbered(labels: Sequence[Tensor], name: str) -> list[str]:
-    """A name for every class of labels 0..K-1 that are all there.
+    """Class names "0" to "K-1" for labels that are all of 0..K-1.
 
     Raises:
-        DataError: if they are others.
+        DataError: if a label is missing or lies outside.
     """
     present = torch.cat(list(labels)).unique().tolist()
     if present and present != list(range(len(present))):
@@ -67,7 +67,7 @@ def _numbered(labels: Sequence[Tensor], name: str) -> list[str]:
         some = listed(present[:4] + present[-1:] if len(present) > 5 else present)
         raise DataError(
             f"The labels of '{name}' run from {low} to {high} and have {len(present)} values ({some}): expected all of"
-            f" 0 to {len(present) - 1}. {_remedy(present)} If classes are to be without images, give class_names."
+            f" 0 to {len(present) - 1}. {_remedy(present)} If some classes have no images, give class_names."
         )
     return [str(number) for number in present]
 
@@ -76,17 +76,17 @@ def _remedy(present: Sequence[int]) -> str:
     if present[0] > 0 and present == list(range(present[0], present[0] + len(present))):
         return f"Subtract {present[0]}."
     strange = present[-1] if present[:-1] == list(range(len(present) - 1)) else present[0]
-    return f"Leave the images labelled {strange} away, or number the classes anew (np.unique, return_inverse)."
+    return f"Remove the images labelled {strange}, or number the classes anew (np.unique, return_inverse)."
 
 
 def _class_names(array: NDArray[Any]) -> list[str]:
     if array.ndim != 1:
-        raise ValueError(f"class_names has shape {array.shape}, expected one name a class, [K]")
+        raise ValueError(f"class_names has shape {array.shape}, expected one name per class, [K]")
     return [name.decode() if isinstance(name, bytes) else str(name) for name in array]
 
 
 def _sheets(pack: Mapping[str, NDArray[Any]], part: str) -> Tensor:
-    """Tiles cut row by row from sheets of WebP; the format is described in the data folder's README."""
+    """Images cut row by row from sheets in WebP. The README of the data folder describes the format."""
     height, width, channels = (int(size) for size in pack["tile_hwc"])
     rows, columns = (int(size) for size in pack["grid_rc"])
     stored, ends = pack[f"{part}_sheets"].tobytes(), pack[f"{part}_offsets"]
@@ -99,10 +99,10 @@ def _sheets(pack: Mapping[str, NDArray[Any]], part: str) -> Tensor:
 
 
 def _labels(array: NDArray[Any], name: str) -> Tensor:
-    """Class numbers ``[N]``.
+    """Labels as class numbers ``[N]``.
 
     Raises:
-        DataError: if they are anything else.
+        DataError: if they are not whole numbers of this shape.
     """
     if array.dtype.kind in "iu" and array.ndim == 1 and not (array > np.iinfo(np.int64).max).any():
         return torch.from_numpy(array.astype(np.int64))
@@ -111,9 +111,7 @@ def _labels(array: NDArray[Any], name: str) -> Tensor:
         remedy = "Take labels[:, 0]."
     elif array.ndim == 2 and array.dtype.kind in "iufb" and ((array == 0) | (array == 1)).all():
         one = (array.sum(1) == 1).all()
-        remedy = (
-            "They are one-hot: take labels.argmax(1)." if one else "An image is to have one class, these have several."
-        )
+        remedy = "They are one-hot: take labels.argmax(1)." if one else "Give each image one class, these have several."
     elif array.ndim == 1 and array.dtype.kind == "f" and (array == np.round(array)).all():
         remedy = "Take labels.astype(int)."
     elif array.ndim == 1 and array.dtype.kind in "SU":
@@ -136,7 +134,7 @@ def _images(arrays: Sequence[NDArray[Any]], name: str, notes: list[str]) -> list
 
 
 def _check_range(array: NDArray[Any], part: str, name: str, notes: list[str]) -> None:
-    """Refuse images that are all but black, and note dark ones; counts of events may be small."""
+    """Refuse images without a value above 1, and note dark ones. Counts of events may be small."""
     brightest = int(array.max()) if array.size and array.ndim < 5 else 255
     if brightest <= 1:
         raise DataError(
@@ -158,7 +156,7 @@ def _check_images(array: NDArray[Any], name: str) -> None:
         if not (0 <= low <= high <= 255):  # NaN too
             remedy = f" Values run from {low:g} to {high:g}: bring them to 0 to 255 first."
     elif array.ndim == 2:
-        remedy = " Give rows and columns back to each image by reshape."
+        remedy = " Reshape each image to rows and columns."
     raise DataError(
         f"The images of '{name}' are {array.dtype} of shape {array.shape}: expected bytes (uint8, 0 to 255) of"
         f" shape [N, H, W] or [N, H, W, C], or event frames [N, T, 2, H, W].{remedy}"
@@ -166,7 +164,7 @@ def _check_images(array: NDArray[Any], name: str) -> None:
 
 
 def _channels_first(shape: Sequence[int]) -> bool:
-    """Whether ``[N, ?, ?, ?]`` has its channels before rows and columns, and can have them nowhere else.
+    """Whether an array ``[N, ?, ?, ?]`` can only be ``[N, C, H, W]``, not ``[N, H, W, C]``.
 
     >>> _channels_first((9, 3, 32, 32)), _channels_first((9, 32, 32, 3)), _channels_first((9, 3, 4, 3))
     (True, False, False)

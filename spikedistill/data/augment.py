@@ -1,8 +1,13 @@
-"""Batched, seeded augmentation: stored bytes in, images between 0 and 1 out."""
+"""Batched, seeded augmentation: stored bytes in, images in 0..1 out.
+
+Random numbers are drawn for the whole batch. Of several processes, each changes its own rows only. So the result does
+not depend on the number of processes, bit for bit. Policies are the exception: every process applies them to the whole
+batch (see ``apply_policy``).
+"""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,17 +19,32 @@ from spikedistill.shapes import Image, Pixels
 
 POLICIES = ("none", "trivial", "autoaugment")
 GROUPS = 8
-"""A policy draws one operation for each of so many random groups of a batch (torchvision's draw one a call)."""
+"""A policy draws one operation per random group of a batch, and a batch has this many groups (torchvision: one)."""
+WHOLE = slice(None)
+"""All rows of a batch."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some rows of a batch.
+
+    Args:
+        count: rows of the whole batch. Random numbers are drawn for all of them.
+        rows: the rows that are present.
+    """
+
+    count: int
+    rows: slice = field(default_factory=lambda: WHOLE)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes to a training batch; all off by default.
+    """Random changes to a training batch, all off by default.
 
     Args:
         crop: pixels of padding from which a window of the original size is cut (0: none).
-        border: what the padding is, zeros or the image mirrored about its outermost pixels.
-        flip: mirror half of the images left to right; where told whose turn it is, each every other time.
+        border: padding by zeros, or by the image mirrored about its outermost pixels.
+        flip: mirror half of the images left to right; in training each image every other epoch (``alternate``).
         cutout: side in pixels of a square set to zero (0: none; DeVries and Taylor, arXiv 1708.04552).
         policy: ``none``, ``trivial`` (TrivialAugment, arXiv 2103.10158) or ``autoaugment`` (arXiv 1805.09501).
         noise: largest standard deviation of Gaussian noise in units of the whole range, 0 to 1 (0: none).
@@ -47,34 +67,47 @@ class Augment:
             raise ConfigError(f"noise (={self.noise}) is a deviation of pixels in 0..1: give 0 to 1.")
         one_of("augmentation policy", self.policy, POLICIES)
 
-    def __call__(self, pixels: Pixels, seed: int, turned: Tensor | None = None) -> Image:
+    def __call__(self, pixels: Pixels, seed: int, turned: Tensor | None = None, rows: slice = WHOLE) -> Tensor:
         """Change a batch; the same pixels and seed give the same bits.
 
         Args:
             pixels: ``[B, C, H, W]``.
-            seed: of all that is drawn.
-            turned: ``[B]`` booleans, which images ``flip`` mirrors (see ``alternate``); drawn where None.
+            seed: seed of all random numbers.
+            turned: ``[B]`` booleans, which images ``flip`` mirrors (see ``alternate``); random if None.
+            rows: the rows to change and return. They have the same bits as when the whole batch is changed.
+
+        Returns:
+            Images ``[rows, C, H, W]`` in 0..1.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, share = torch.Generator().manual_seed(seed), Share(len(pixels), rows)
         if self.policy != "none":
             pixels = apply_policy(pixels, self.policy, generator)
+        pixels = pixels[rows]
         if self.crop:
-            pixels = random_crop(pixels, self.crop, generator, self.border == "mirror")
+            pixels = random_crop(pixels, self.crop, generator, self.border == "mirror", share)
         images = to_unit(pixels)
         if self.flip:
-            turned = torch.rand(len(images), generator=generator) < 0.5 if turned is None else turned
-            images = torch.where(turned[:, None, None, None], images.flip(-1), images)
+            turned = torch.rand(share.count, generator=generator) < 0.5 if turned is None else turned
+            images = torch.where(turned[rows][:, None, None, None], images.flip(-1), images)
         if self.cutout:
-            images = random_cutout(images, self.cutout, generator)
+            images = random_cutout(images, self.cutout, generator, share)
         if self.noise:
-            images = random_noise(images, self.noise, generator)
+            images = random_noise(images, self.noise, generator, share)
         return images
 
 
 def alternate(count: int, samples: Tensor, epoch: int) -> Tensor:
-    """Which of some samples out of ``count`` are mirrored in an epoch: half of them in the first, and so in turn.
+    """Which samples are mirrored in an epoch: a fixed random half in one epoch, the other half in the next.
 
-    In two epochs a network then sees every image both ways, not half of them twice the same (Jordan, arXiv 2404.00498).
+    So a network sees every image both ways within two epochs (Jordan, arXiv 2404.00498).
+
+    Args:
+        count: size of the training set.
+        samples: numbers of the batch's samples ``[B]``, 0..count-1.
+        epoch: 1, 2, ...
+
+    Returns:
+        Booleans ``[B]``.
     """
     return _turned_first(count)[samples] ^ bool(epoch % 2)
 
@@ -90,7 +123,7 @@ def to_unit(pixels: Pixels) -> Image:
 
 
 def to_inputs(stored: Tensor) -> Tensor:
-    """Samples as stored to what a network sees: the one place where time comes to the front.
+    """Stored samples as network inputs. Here, and nowhere else, time moves to the front.
 
     Args:
         stored: images, bytes ``[B, C, H, W]``; or event frames, counts ``[B, T, 2, H, W]``.
@@ -101,10 +134,13 @@ def to_inputs(stored: Tensor) -> Tensor:
     return stored.transpose(0, 1).float() if stored.ndim == 5 else to_unit(stored)
 
 
-def random_crop(pixels: Pixels, pad: int, generator: torch.Generator, mirror: bool = False) -> Pixels:
-    """A window of the original size at a random place of each image, padded by zeros or by its mirror image."""
+def random_crop(
+    pixels: Pixels, pad: int, generator: torch.Generator, mirror: bool = False, share: Share | None = None
+) -> Pixels:
+    """A window of the original size at a random place of each image, after padding by zeros or by mirroring."""
     count, _, height, width = pixels.shape
-    top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
+    share = share or Share(count)
+    top, left = torch.randint(0, 2 * pad + 1, (2, share.count, 1), generator=generator)[:, share.rows]
     if mirror:
         rows = _mirrored(top + torch.arange(height) - pad, height)
         columns = _mirrored(left + torch.arange(width) - pad, width)
@@ -117,26 +153,29 @@ def random_crop(pixels: Pixels, pad: int, generator: torch.Generator, mirror: bo
 
 
 def _mirrored(positions: Tensor, size: int) -> Tensor:
-    """Positions outside 0..size-1 mirrored about the first and the last."""
+    """Positions on a line, mirrored about 0 and size-1 into 0..size-1."""
     period = max(1, 2 * (size - 1))
     positions = positions % period
     return torch.minimum(positions, period - positions) if size > 1 else positions * 0
 
 
-def random_cutout(images: Image, side: int, generator: torch.Generator) -> Image:
-    """A square of zeros about a random pixel of each image, clipped at the border."""
+def random_cutout(images: Image, side: int, generator: torch.Generator, share: Share | None = None) -> Image:
+    """Set a square around a random pixel of each image to zero, clipped at the border."""
     count, _, height, width = images.shape
-    centre_row = torch.randint(0, height, (count, 1), generator=generator)
-    centre_column = torch.randint(0, width, (count, 1), generator=generator)
+    share = share or Share(count)
+    centre_row = torch.randint(0, height, (share.count, 1), generator=generator)[share.rows]
+    centre_column = torch.randint(0, width, (share.count, 1), generator=generator)[share.rows]
     rows = _near(torch.arange(height), centre_row, side)
     columns = _near(torch.arange(width), centre_column, side)
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
-def random_noise(images: Image, largest: float, generator: torch.Generator) -> Image:
-    """Gaussian noise, of each image its own deviation drawn evenly from 0 to the largest, clipped to 0..1."""
-    deviations = largest * torch.rand(len(images), 1, 1, 1, generator=generator)
-    return (images + deviations * torch.randn(images.shape, generator=generator)).clamp_(0.0, 1.0)
+def random_noise(images: Image, largest: float, generator: torch.Generator, share: Share | None = None) -> Image:
+    """Add Gaussian noise, clipped to 0..1. Each image has its own deviation, drawn uniformly from 0 to the largest."""
+    share = share or Share(len(images))
+    deviations = largest * torch.rand(share.count, 1, 1, 1, generator=generator)[share.rows]
+    noise = torch.randn((share.count, *images.shape[1:]), generator=generator)[share.rows]
+    return (images + deviations * noise).clamp_(0.0, 1.0)
 
 
 def _near(positions: Tensor, centre: Tensor, side: int) -> Tensor:
@@ -145,10 +184,13 @@ def _near(positions: Tensor, centre: Tensor, side: int) -> Tensor:
 
 
 def apply_policy(pixels: Pixels, policy: str, generator: torch.Generator) -> Pixels:
-    """A library's augmentation policy, one draw for each random group of the batch.
+    """Apply torchvision's augmentation policy, with one draw per random group of the batch.
+
+    Give the whole batch, even if some rows are used only: torchvision's mean of an image may round differently in a
+    group of fewer images.
 
     Raises:
-        ConfigError: if the images are neither grey nor of three colours.
+        ConfigError: if the images do not have 1 or 3 channels.
     """
     if pixels.shape[1] not in (1, 3):
         raise ConfigError(

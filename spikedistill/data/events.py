@@ -1,7 +1,7 @@
-"""Event recordings: read, binned into frames, and disturbed as event cameras disturb them.
+"""Event recordings: read, binned into frames, and corrupted as by faults of event cameras.
 
-Frames hold counts, bytes ``[N, T, 2, H, W]``: how many events of a polarity (0: darker, 1: brighter) a pixel sent in a
-time step. Counts keep all that the disturbances here need, so they act on frames as they would on the events.
+Frames hold counts as bytes, ``[N, T, 2, H, W]``: how many events of a polarity (0: darker, 1: brighter) a pixel sent in
+a time step. The corruptions here need no more than these counts.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,18 @@ from torch import Generator, Tensor
 from spikedistill.errors import ConfigError, DataError
 
 MOST = 255
-"""Events of one pixel, polarity and time step that a frame can hold; more are not counted."""
+"""Largest count per pixel, polarity and time step. Further events are not counted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """The events of one recording, each array ``[E]``, in any order: time (any unit), column, row, and polarity.
+    """The events of one recording, in any order. Each array is ``[E]``.
 
-    Times may be fractions, for instance seconds. Columns and rows are whole numbers from 0. Polarities are 0 and 1, or
-    booleans, or -1 and 1.
+    Args:
+        t: times, in any unit; they may be fractions, for instance seconds.
+        x: columns, whole numbers from 0.
+        y: rows, whole numbers from 0.
+        p: polarities, 0 and 1, or booleans, or -1 and 1.
     """
 
     t: np.ndarray
@@ -33,56 +36,56 @@ class Recording:
 
 
 OVERFLOW = 240
-"""The row of what is no event in files of N-MNIST's format but says that the sensor's clock has gone round."""
+"""In files of N-MNIST's format, an entry with this row is not an event. It marks an overflow of the sensor's clock."""
 ROUND = 2**13
-"""Microseconds that are then added to the times that follow, as the author's own readers do."""
+"""Microseconds that an overflow adds to all later times, as in the data set's own readers."""
 TICK = 1e-6
-"""Times that are fractions are taken as whole numbers of this where they are such, as seconds of event cameras are."""
+"""Fractional times that are multiples of this are treated as whole ticks: seconds with a resolution of 1 us."""
 
 
 def read_nmnist(path: str | Path) -> Recording:
-    """A recording in the format of N-MNIST and N-Caltech101 (Orchard et al. 2015): five bytes an event.
+    """A recording in the format of N-MNIST and N-Caltech101 (Orchard et al. 2015): five bytes per event.
 
-    These are x, y, and 24 bits, the first of which is the polarity and the others the time in microseconds.
+    The bytes are x, y, and 24 bits: first the polarity, then 23 bits of time in microseconds.
 
     Raises:
-        DataError: if the file is missing, is not whole events, or its times fall.
+        DataError: if the file is missing, is not a whole number of events, or its times decrease.
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error}.") from error
     if not content or len(content) % 5:
-        raise DataError(f"'{path}' has {len(content)} bytes: expected five for each event, one event at least.")
+        raise DataError(f"'{path}' has {len(content)} bytes: expected five per event, and at least one event.")
     x, y, high, middle, low = np.frombuffer(content, np.uint8).reshape(-1, 5).astype(np.int64).T
     marks = y == OVERFLOW
     t = ((high & 127) << 16 | middle << 8 | low) + ROUND * np.cumsum(marks)
     t, x, y, p = (values[~marks] for values in (t, x, y, high >> 7))
     if not len(t) or (np.diff(t) < 0).any():
-        fault = "its times fall" if len(t) else "it holds no event"
+        fault = "its times decrease" if len(t) else "it holds no event"
         raise DataError(
-            f"'{path}' is no recording of five bytes an event ({fault}): it is broken, or of another format."
+            f"'{path}' is not a recording with five bytes per event ({fault}): it is broken, or in another format."
         )
     return Recording(t, x, y, p)
 
 
 def to_frames(recordings: Sequence[Recording], timesteps: int, height: int, width: int) -> Tensor:
-    """Recordings as frames: the span of each, from its first event to its last, in T parts of equal length.
+    """Bin recordings into frames: T bins of equal duration from the first event to the last.
 
     Args:
-        recordings: at least one event each.
+        recordings: N recordings with at least one event each.
         timesteps: T, 1 or more.
-        height: of the sensor, in pixels.
-        width: of the sensor, in pixels.
+        height: height of the sensor in pixels.
+        width: width of the sensor in pixels.
 
     Returns:
-        Bytes ``[N, T, 2, H, W]``, at most 255 a count. A student made with ``coding=Frames()`` takes them as
-        ``to_inputs(frames)``; ``immunity`` and ``predict`` take them as they are.
+        Counts as bytes ``[N, T, 2, H, W]``, at most 255 each. A student made with ``coding=Frames()`` takes
+        ``to_inputs(frames)``. ``immunity`` and ``predict`` take the frames themselves.
 
     Raises:
         ConfigError: if a size is below 1.
-        DataError: if a recording is empty, its arrays differ in length or hold anything but numbers, coordinates or
-            polarities are fractions, an event lies outside of the sensor, or whole times are fewer than the
+        DataError: if a recording is empty, its arrays differ in length or hold anything but finite numbers,
+            coordinates or polarities are fractions, an event lies outside the sensor, or times are too coarse for T
             frames.
     """
     if min(timesteps, height, width) < 1:
@@ -98,7 +101,7 @@ def to_frames(recordings: Sequence[Recording], timesteps: int, height: int, widt
         if len(t) > 1 and _is_too_short(t, timesteps):
             raise DataError(
                 f"The {len(t)} events of recording {number} have times from {t.min()} to {t.max()}, which cannot be"
-                f" divided into {timesteps} frames: were seconds rounded to whole numbers? Give times as they were"
+                f" divided into {timesteps} frames: were seconds rounded to whole numbers? Give the times as they were"
                 " recorded."
             )
         cells = np.ravel_multi_index((_steps(t, timesteps), p, y, x), tuple(frames.shape[1:]))
@@ -108,17 +111,17 @@ def to_frames(recordings: Sequence[Recording], timesteps: int, height: int, widt
 
 
 def _is_too_short(t: np.ndarray, timesteps: int) -> bool:
-    """Whether there is but one time for several frames; or fewer whole ones than frames, for many events."""
+    """Whether several frames have one time only; or many events span fewer whole times than there are frames."""
     span = t.max() - t.min()
     return bool(timesteps > 1 and (span == 0 or (t.dtype.kind == "i" and len(t) > timesteps > span + 1)))
 
 
 def _events(recording: Recording, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Times, whole or not; columns, rows and polarities as whole numbers, -1 and 1 as 0 and 1."""
+    """Times as int64 or float64; columns, rows and polarities (0 and 1) as int64."""
     t, x, y, p = (np.asarray(values) for values in (recording.t, recording.x, recording.y, recording.p))
     lengths = ", ".join(str(len(values) if values.ndim == 1 else values.shape) for values in (t, x, y, p))
     if any(values.ndim != 1 or not len(values) or len(values) != len(t) for values in (t, x, y, p)):
-        raise DataError(f"Recording {number} has {lengths} values of t, x, y and p: give one of each for every event.")
+        raise DataError(f"Recording {number} has {lengths} values of t, x, y and p: give one of each per event.")
     t = _numbers(t, number, "t")
     x, y, p = (_whole(_numbers(values, number, name), number, name) for name, values in zip("xyp", (x, y, p)))
     if p.min() == -1 and (np.abs(p) == 1).all():
@@ -127,15 +130,15 @@ def _events(recording: Recording, number: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _numbers(values: np.ndarray, number: int, name: str) -> np.ndarray:
-    """Values as int64 where all are whole, else as float64.
+    """Values as int64 if all are whole, else as float64.
 
     Raises:
-        DataError: if they are no numbers, not finite, or beyond 64 bits.
+        DataError: if they are not numbers, not finite, or not below 2**62.
     """
     if values.dtype.kind not in ("biuf" if name == "p" else "iuf"):
-        raise DataError(f"{name} of recording {number} is of the kind {values.dtype}: give numbers.")
+        raise DataError(f"{name} of recording {number} has the dtype {values.dtype}: give numbers.")
     if not np.isfinite(values).all():
-        raise DataError(f"{name} of recording {number} holds NaN or infinity: leave these events away.")
+        raise DataError(f"{name} of recording {number} holds NaN or infinity: remove these events.")
     if values.max() >= 2**62 or values.min() <= -(2**62):
         raise DataError(f"{name} of recording {number} goes up to {values.max()}: give numbers below 2**62.")
     whole = values.dtype.kind != "f" or (values == np.floor(values)).all()
@@ -145,7 +148,7 @@ def _numbers(values: np.ndarray, number: int, name: str) -> np.ndarray:
 def _whole(values: np.ndarray, number: int, name: str) -> np.ndarray:
     if values.dtype.kind == "f":
         some = ", ".join(f"{value:g}" for value in values[values != np.floor(values)][:3])
-        meant = "0 and 1" if name == "p" else "pixels, for instance by np.floor, and drop events that leave the sensor"
+        meant = "0 and 1" if name == "p" else "pixels, for instance by np.floor, and remove events outside the sensor"
         raise DataError(f"{name} of recording {number} holds fractions ({some}): round to {meant}.")
     return values
 
@@ -153,8 +156,9 @@ def _whole(values: np.ndarray, number: int, name: str) -> np.ndarray:
 def _steps(t: np.ndarray, timesteps: int) -> np.ndarray:
     """The frame of each event, 0 to T-1.
 
-    Whole times are ticks: the last frame ends one tick after the last event. Seconds so give the frames that their
-    microseconds give. Finer fractions have no tick, and the last event belongs to the last frame.
+    Whole times are ticks, and the last frame ends one tick after the last event. Seconds in whole microseconds give the
+    same frames as the microseconds. With finer fractions there is no tick: the last frame ends at the last event and
+    includes it.
     """
     ticks = np.round((t - t.min()) / TICK) if t.dtype.kind == "f" else t - t.min()
     exact = t.dtype.kind == "i" or (np.abs((t - t.min()) / TICK - ticks) < 0.05).all()
@@ -165,17 +169,20 @@ def _steps(t: np.ndarray, timesteps: int) -> np.ndarray:
 
 
 def background_activity(frames: Tensor, rate: float, generator: Generator) -> Tensor:
-    """Events without a cause: on average ``rate`` more a pixel, polarity and time step (Poisson)."""
+    """Add spurious events: on average ``rate`` per pixel, polarity and time step (Poisson)."""
     return frames + torch.poisson(torch.full_like(frames, rate), generator=generator)
 
 
 def dropped_events(frames: Tensor, share: float, generator: Generator) -> Tensor:
-    """Each event lost with that probability."""
+    """Lose each event with probability ``share``."""
     return torch.binomial(frames, torch.full_like(frames, 1 - share), generator=generator)
 
 
 def hot_pixels(frames: Tensor, share: float, generator: Generator) -> Tensor:
-    """That share of the pixels, one at least, the same in all recordings, send on-events as fast as the busiest."""
+    """Let a share of the pixels send on-events at every step, as many as the recording's largest count.
+
+    The hot pixels are the same in all recordings. There is at least one.
+    """
     pixels = frames.shape[-2] * frames.shape[-1]
     hot = torch.randperm(pixels, generator=generator)[: max(1, round(share * pixels))]
     result = frames.clone()
@@ -184,17 +191,17 @@ def hot_pixels(frames: Tensor, share: float, generator: Generator) -> Tensor:
 
 
 def space_jitter(frames: Tensor, deviation: float, generator: Generator) -> Tensor:
-    """Each event moved by a normal number of pixels along both axes, rounded; lost where it leaves the sensor."""
+    """Move each event along both image axes by rounded Gaussian noise in pixels. Events off the sensor are lost."""
     return _moved(frames, (3, 4), deviation, generator)
 
 
 def time_jitter(frames: Tensor, deviation: float, generator: Generator) -> Tensor:
-    """Each event moved by a normal number of time steps, rounded; lost where it leaves the recording."""
+    """Move each event by rounded Gaussian noise in time steps. Events outside the recording are lost."""
     return _moved(frames, (1,), deviation, generator)
 
 
 def _moved(frames: Tensor, axes: Sequence[int], deviation: float, generator: Generator) -> Tensor:
-    """Every event moved along these axes."""
+    """Move every event along each of these axes by rounded Gaussian noise; drop what leaves the frames."""
     filled = frames.nonzero()
     events = filled.repeat_interleave(frames[tuple(filled.T)].long(), 0)
     for axis in axes:

@@ -1,10 +1,10 @@
-"""Who owns batches: their order, augmentation and views, the held-out part, and samples for calibration.
+"""Feeds: the order of batches, augmentation and views, the held-out part, and samples for calibration.
 
-The loop only iterates. A feed is a frozen value: its place in mid-epoch is two numbers, the epoch and how many of its
-batches lie behind, which a checkpoint keeps. Order and augmentation of step s in epoch e depend on (seed, e, s) alone,
-so a feed that goes on there yields what an uninterrupted one yields. With ``views`` the epochs repeat in turn.
+The training loop only iterates. A feed is a frozen value. Its position is two numbers, the epoch and the batches done
+in it, which a checkpoint keeps. Order and augmentation of step s in epoch e depend only on (seed, e, s), so a resumed
+feed yields the same batches as an uninterrupted one. With ``views`` = k, the batches of the first k epochs repeat.
 
-Of several processes each takes its rows of every global batch; a feed is told which by two numbers.
+With several processes, each takes its rows of every global batch (``rank``, ``processes``).
 """
 
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ from spikedistill.shapes import Labels
 
 @dataclass(frozen=True)
 class Inputs:
-    """One batch as networks see it.
+    """One batch of network inputs.
 
     Args:
-        student: what the student sees, images ``[B, C, H, W]`` in 0..1 or frames ``[T, B, C, H, W]``.
+        student: the student's input, images ``[B, C, H, W]`` in 0..1 or frames ``[T, B, C, H, W]``.
         labels: class numbers ``[B]``.
-        samples: the numbers of the samples in the training set ``[B]``: the key of the teacher's cache.
-        teacher: what the teacher sees, where it differs.
-        source: what the student sees as its second stream, where there is one.
+        samples: numbers of the samples in the training set ``[B]``; the key of the teacher's cache.
+        teacher: the teacher's input, if it differs from the student's.
+        source: the student's second input stream, if there is one.
     """
 
     student: Tensor
@@ -44,11 +44,11 @@ class Inputs:
 
     @property
     def shown_to_teacher(self) -> Tensor:
-        """What the teacher sees."""
+        """The teacher's input."""
         return self.student if self.teacher is None else self.teacher
 
     def to(self, device: torch.device, layout: torch.memory_format) -> "Inputs":
-        """The same on a device, images in this order of memory; sample numbers stay where they are."""
+        """The same on a device, images in this memory order. Sample numbers stay where they are."""
 
         def moved(images: Tensor) -> Tensor:
             order = layout if images.ndim == 4 else torch.preserve_format
@@ -60,7 +60,7 @@ class Inputs:
 
 @runtime_checkable
 class Feed(Protocol):
-    """What the loop asks of data; ``MemoryFeed`` and ``PairFeed`` are feeds."""
+    """What the training loop asks of data. ``MemoryFeed`` and ``PairFeed`` are feeds."""
 
     @property
     def steps(self) -> int:
@@ -74,19 +74,19 @@ class Feed(Protocol):
         """The epoch whose order and augmentation an epoch has."""
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Inputs]:
-        """The batches of an epoch (1, 2, ...), without the first ``done``; this process's rows of each."""
+        """This process's rows of the batches of an epoch (1, 2, ...), without the first ``done`` batches."""
 
     def held(self) -> tuple[Tensor, Labels]:
-        """The samples held out for validation, as stored, with their labels; perhaps none."""
+        """The samples held out for validation, as stored, and their labels. Both may be empty."""
 
     def calibration(self, count: int) -> Tensor:
-        """So many training samples as a student sees them, evenly spaced, without augmentation."""
+        """``count`` evenly spaced training samples as student inputs, without augmentation."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its batches depend on, as JSON holds it."""
+        """What the batches depend on, as JSON values."""
 
     def shared(self, rank: int, processes: int) -> "Feed":
-        """The same feed for one of several processes, which takes its rows of every batch.
+        """The same feed for process ``rank`` of several. It takes its rows of every batch.
 
         Raises:
             ConfigError: if the processes cannot share a batch in equal parts.
@@ -95,21 +95,21 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class MemoryFeed:
-    """A set in memory: images, or event frames, in a new order every epoch.
+    """A data set in memory, images or event frames, in a new order every epoch.
 
     Args:
-        images: where samples come from; the test part is not touched.
-        batch_size: rows of a batch, over all processes; a last batch that is too small is left out.
-        seed: of order and augmentation.
+        images: the data set. Its test part is not used.
+        batch_size: samples per batch over all processes. An incomplete last batch is left out.
+        seed: seed of order and augmentation.
         augment: random changes to images.
-        validation: share of the training part held out, 0 to below 1.
-        views: 0: every epoch sees new augmentations; k: those of k epochs in turn.
-        rank: this process, 0, 1, ...
-        processes: how many there are.
+        validation: share of the training part held out, 0 <= validation < 1.
+        views: 0: every epoch has new order and augmentation; k: those of the first k epochs repeat.
+        rank: number of this process, 0, 1, ...
+        processes: number of processes.
 
     Raises:
-        ConfigError: if there are fewer samples than one batch, processes cannot share a batch in equal parts, or frames
-            are to be augmented.
+        ConfigError: if there are fewer samples than one batch, ``batch_size`` is not a multiple of ``processes``, or
+            event frames would be augmented.
     """
 
     images: ImageSet
@@ -129,8 +129,8 @@ class MemoryFeed:
             )
         if self.images.frames and self.augment != Augment():
             raise ConfigError(
-                f"'{self.images.name}' holds event frames, and augmentation is for images: leave crop, flip, cutout,"
-                " policy and noise away."
+                f"'{self.images.name}' holds event frames, and augmentation is for images: leave out crop, flip,"
+                " cutout, policy and noise."
             )
 
     @property
@@ -144,30 +144,31 @@ class MemoryFeed:
         return split(self.images.train_labels, self.validation, seed=0)
 
     def view(self, epoch: int) -> int:
-        """The epoch whose order and augmentation an epoch has: its own, or with ``views`` one of the first in turn."""
+        """The epoch whose order and augmentation an epoch has: itself, or with ``views`` one of the first ``views``."""
         return (epoch - 1) % self.views + 1 if self.views else epoch
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Inputs]:
-        """The batches of an epoch, without the first ``done``."""
+        """This process's rows of the batches of an epoch (1, 2, ...), without the first ``done`` batches."""
         view = self.view(epoch)
         order = epoch_order(self._parts[0], self.seed, view, self.batch_size)
         for step in range(done, len(order)):
             yield self._batch(order[step], view, step)
 
-    def mine(self, rows: Tensor) -> Tensor:
-        """This process's rows of a batch."""
+    @property
+    def rows(self) -> slice:
+        """This process's rows of every batch."""
         share = self.batch_size // self.processes
-        return rows[self.rank * share :][:share]
+        return slice(self.rank * share, (self.rank + 1) * share)
 
     def _batch(self, samples: Tensor, view: int, step: int) -> Inputs:
-        """This process's rows; images are changed as a whole batch, so what is drawn does not depend on processes."""
-        mine = self.mine(samples)
+        """This process's rows. Random numbers are drawn for the whole batch, whatever the number of processes."""
+        mine = samples[self.rows]
         labels = self.images.train_labels[mine]
         if self.images.frames:
             return Inputs(to_inputs(self.images.train_images[mine]), labels, mine)
         turned = alternate(len(self.images.train_images), samples, view)
-        changed = self.augment(self.images.train_images[samples], step_seed(self.seed, view, step), turned)
-        return Inputs(self.mine(changed), labels, mine)
+        pixels, seed = self.images.train_images[samples], step_seed(self.seed, view, step)
+        return Inputs(self.augment(pixels, seed, turned, self.rows), labels, mine)
 
     def held(self) -> tuple[Tensor, Labels]:
         """The held-out samples as stored, and their labels."""
@@ -175,7 +176,7 @@ class MemoryFeed:
         return self.images.train_images[held], self.images.train_labels[held]
 
     def calibration(self, count: int) -> Tensor:
-        """Training samples, evenly spaced over the whole training part."""
+        """``count`` training samples, evenly spaced over the whole training part, without augmentation."""
         return calibration_inputs(self.images, count)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -197,15 +198,15 @@ class MemoryFeed:
 
 @dataclass(frozen=True)
 class PairFeed:
-    """Two sets of the same classes: events for the student, and beside each an image of the same class.
+    """Event frames for the student, each with an image of the same class from a second data set.
 
-    An epoch is one pass over the events. The teacher sees the image as it is; the student's second stream sees it as
-    frames (``as_frames``).
+    An epoch is one pass over the event frames. The teacher gets the image. The student's second stream gets the image
+    as frames (``as_frames``).
 
     Args:
-        events: yields the event frames.
-        images: where the images come from, a set with the same classes.
-        paired: take the image with the same number as the recording, instead of one of its class drawn from (seed,
+        events: the feed of event frames.
+        images: the data set of images, with the same classes.
+        paired: whether recording n goes with image n. Otherwise an image of its class is drawn at random by (seed,
             epoch, step).
 
     Raises:
@@ -233,7 +234,7 @@ class PairFeed:
         if self.paired and not torch.equal(ours.train_labels, theirs.train_labels[: len(ours.train_labels)]):
             raise DataError(
                 f"'{ours.name}' and '{theirs.name}' are not paired sample by sample, their labels differ: leave"
-                " --paired away to draw images by class."
+                " --paired out to draw images by class."
             )
         missing = set(ours.train_labels.tolist()) - set(theirs.train_labels.tolist())
         if missing:
@@ -250,11 +251,11 @@ class PairFeed:
         return self.events.views
 
     def view(self, epoch: int) -> int:
-        """As the events'."""
+        """The epoch whose order and augmentation an epoch has."""
         return self.events.view(epoch)
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Inputs]:
-        """The batches of an epoch, without the first ``done``."""
+        """This process's rows of the batches of an epoch (1, 2, ...), without the first ``done`` batches."""
         view, own = self.view(epoch), self.events.images
         timesteps, (height, width) = own.frames, own.train_images.shape[-2:]
         for step, inputs in enumerate(self.events.batches(epoch, done), done):
@@ -263,11 +264,11 @@ class PairFeed:
             yield replace(inputs, teacher=images, source=source)
 
     def _partners(self, inputs: Inputs, view: int, step: int) -> Tensor:
-        """The numbers of the images that go with a batch of recordings."""
+        """The numbers of the images for a batch of recordings, ``[B]``."""
         if self.paired:
             return inputs.samples
         generator = torch.Generator().manual_seed(step_seed(self.events.seed, view, step))
-        places = self.events.mine(torch.rand(self.events.batch_size, generator=generator, dtype=torch.float64))
+        places = torch.rand(self.events.batch_size, generator=generator, dtype=torch.float64)[self.events.rows]
         found = [self._of_class[label] for label in inputs.labels.tolist()]
         return torch.stack([numbers[int(place * len(numbers))] for place, numbers in zip(places.tolist(), found)])
 
@@ -276,15 +277,15 @@ class PairFeed:
         return [(self.images.train_labels == label).nonzero()[:, 0] for label in range(self.images.classes)]
 
     def held(self) -> tuple[Tensor, Labels]:
-        """Of the events."""
+        """The held-out event frames as stored, and their labels."""
         return self.events.held()
 
     def calibration(self, count: int) -> Tensor:
-        """Of the events."""
+        """``count`` evenly spaced event samples as student inputs."""
         return self.events.calibration(count)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Of both sets."""
+        """What the batches depend on in both sets."""
         images = fingerprint({"images": self.images.train_images, "labels": self.images.train_labels})
         return {**self.events.fingerprint(), "source": self.images.name, "images": images, "paired": self.paired}
 
@@ -294,37 +295,37 @@ class PairFeed:
 
 
 def training_samples(images: ImageSet, validation: float) -> str:
-    """A digest of the training part and of what of it is held out: two networks with one have seen the same samples."""
+    """A digest of the training samples without the held-out ones. Networks with equal digests saw the same samples."""
     train, _ = split(images.train_labels, validation, seed=0)
     return fingerprint({"images": images.train_images, "labels": images.train_labels, "indices": train})
 
 
 def calibration_inputs(images: ImageSet, count: int) -> Tensor:
-    """So many training samples as a student sees them, evenly spaced, without augmentation."""
+    """``count`` evenly spaced training samples as student inputs, without augmentation."""
     return to_inputs(images.train_images[evenly(len(images.train_images), count)])
 
 
 def as_frames(images: Tensor, timesteps: int, height: int, width: int) -> Tensor:
-    """Images ``[B, C, H, W]`` as frames ``[T, B, 2, h, w]``: grey, resized, the same in both polarities and all steps.
+    """Images ``[B, C, H, W]`` as frames ``[T, B, 2, h, w]``: grey, resized, equal in both polarities and all steps.
 
-    After He et al. (AAAI 2024, arXiv 2303.13077), who repeat the brightness; the way of resizing is our choice.
+    He et al. (AAAI 2024, arXiv 2303.13077) repeat the brightness in this way. How to resize is this project's choice.
     """
     grey = F.interpolate(images.amax(1, keepdim=True), (height, width), mode="bilinear", antialias=True)
     return grey.clamp(0, 1).repeat(1, 2, 1, 1).expand(timesteps, -1, -1, -1, -1)
 
 
 def epoch_order(samples: Tensor, seed: int, epoch: int, batch_size: int) -> list[Tensor]:
-    """The batches of an epoch as numbers of samples; a last batch that is too small is left out."""
+    """The batches of an epoch as numbers of samples. An incomplete last batch is left out."""
     generator = torch.Generator().manual_seed(_mix(seed, epoch))
     order = samples[torch.randperm(len(samples), generator=generator)]
     return [part for part in order.split(batch_size) if len(part) == batch_size]
 
 
 def step_seed(seed: int, epoch: int, step: int) -> int:
-    """A number of its own for what is drawn in every step."""
+    """The seed of all random numbers of one step."""
     return _mix(_mix(seed, epoch), step)
 
 
 def _mix(seed: int, number: int) -> int:
-    """A seed of its own for every number, of a size that generators take."""
+    """A seed per number, in the range that generators take."""
     return (seed * 1_000_003 + number) % 2**63

@@ -1,7 +1,7 @@
-"""Blurs, moves, enlargements and clouds of image batches ``[B, C, H, W]``: what corruptions are made of.
+"""Building blocks of corruptions, for image batches ``[B, C, H, W]``: blurs, moves, enlargements and clouds.
 
-Borders have SciPy's names: ``nearest`` repeats the outermost pixel, ``mirror`` is mirrored about it, ``reflect`` behind
-it (so that it stands twice). They reach as far as is asked for, however small the image.
+Borders have SciPy's names. ``nearest`` repeats the outermost pixel. ``mirror`` mirrors the image about the centre of
+that pixel, ``reflect`` about its edge, so that the pixel appears twice. A border may be wider than the image.
 """
 
 import math
@@ -15,7 +15,7 @@ Border = Literal["nearest", "mirror", "reflect"]
 
 
 def inside(places: Tensor, length: int, border: Border) -> Tensor:
-    """Which of the pixels 0..length-1 stands at each place on a line, also before the first and after the last.
+    """Which of the pixels 0..length-1 each place on a line shows, also before the first pixel and after the last.
 
     >>> inside(torch.arange(-2, 5), 3, "nearest").tolist(), inside(torch.arange(-2, 5), 3, "mirror").tolist()
     ([0, 0, 0, 1, 2, 2, 2], [2, 1, 0, 1, 2, 1, 0])
@@ -31,7 +31,7 @@ def inside(places: Tensor, length: int, border: Border) -> Tensor:
 
 
 def filtered(x: Tensor, kernel: Tensor, border: Border) -> Tensor:
-    """Every channel through one kernel ``[k, l]`` of odd sides."""
+    """Filter every channel with one kernel ``[k, l]``. Both sides are odd."""
     channels, (tall, wide) = x.shape[1], kernel.shape
     rows, columns = (
         inside(torch.arange(-(size // 2), length + size // 2), length, border)
@@ -41,14 +41,14 @@ def filtered(x: Tensor, kernel: Tensor, border: Border) -> Tensor:
 
 
 def smoothed(x: Tensor, deviation: float, reach: int, border: Border) -> Tensor:
-    """Convolution with a Gaussian of so many pixels to either side."""
+    """Convolution with a Gaussian that is cut off after ``reach`` pixels on either side."""
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / max(deviation, 1e-6)) ** 2)
     weights = weights / weights.sum()
     return filtered(filtered(x, weights[:, None], border), weights[None], border)
 
 
 def moved(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Each image as seen so many whole pixels ``[B]`` further down and to the right, borders repeated."""
+    """Shift the window of each image by whole pixels ``[B]`` down and to the right. Border pixels are repeated."""
     height, width = x.shape[-2:]
     rows = inside(torch.arange(height) + down[:, None], height, "nearest")
     columns = inside(torch.arange(width) + right[:, None], width, "nearest")
@@ -56,7 +56,7 @@ def moved(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def sampled(x: Tensor, rows: Tensor, columns: Tensor, border: Border) -> Tensor:
-    """Each image at places ``[B, H, W]`` between its pixels, interpolated linearly."""
+    """Each image at fractional rows and columns ``[B, H, W]``, by bilinear interpolation."""
     height, width = x.shape[-2:]
     above, left = rows.floor(), columns.floor()
     total = torch.zeros_like(x)
@@ -70,14 +70,14 @@ def sampled(x: Tensor, rows: Tensor, columns: Tensor, border: Border) -> Tensor:
 
 
 def _picked(x: Tensor, places: Tensor) -> Tensor:
-    """Pixels by their numbers ``[B, H, W]``, row by row."""
+    """Pixels by their numbers ``[B, H, W]``, counted row by row."""
     return x.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view_as(x)
 
 
 def exchanged(x: Tensor, reach: int, generator: Generator) -> Tensor:
-    """Pixels, from the last to the first, each exchanged with one less than or equal to ``reach`` up and left.
+    """Exchange each pixel, from the last to the first, with a random one at an offset of -reach to reach - 1 per axis.
 
-    Those nearest to the border stay, unless others are exchanged with them.
+    Pixels near the border take part only as the other pixel of an exchange.
     """
     batch, _, height, width = x.shape
     everyone, places = torch.arange(batch), torch.arange(height * width)[:, None].repeat(1, batch)
@@ -92,16 +92,16 @@ def exchanged(x: Tensor, reach: int, generator: Generator) -> Tensor:
 
 
 def zoomed(x: Tensor, factor: float) -> Tensor:
-    """The middle of the image, enlarged to its size."""
+    """Cut out the middle of the image and enlarge it to the image's size."""
     height, width = x.shape[-2:]
     return _enlarging(height, factor) @ x @ _enlarging(width, factor).T
 
 
 def _enlarging(length: int, factor: float) -> Tensor:
-    """What cuts the middle out of a line of pixels and enlarges it, as a matrix.
+    """The matrix ``[length, length]`` that cuts out the middle of a line of pixels and enlarges it.
 
-    The cut has ``ceil(length / factor)`` whole pixels, of which the first and the last stay the outermost; what is then
-    too long is trimmed. Where the halves are not equal the middle lies half a pixel off.
+    The cut has ``ceil(length / factor)`` whole pixels. Enlarged, its first and last pixels are the outermost ones. A
+    line that is then too long is trimmed on both sides. If a margin is odd, the middle lies half a pixel off.
     """
     cut = math.ceil(length / factor)
     longer = round(cut * factor)
@@ -113,8 +113,8 @@ def _enlarging(length: int, factor: float) -> Tensor:
 def plasma(batch: int, side: int, decay: float, generator: Generator) -> Tensor:
     """Clouds ``[B, 1, side, side]`` in 0..1 by the diamond-square algorithm; ``side`` is a power of two.
 
-    Points halfway between known ones are their mean and uniform noise, which is ``decay`` times weaker at each finer
-    scale. Opposite borders fit together.
+    A point halfway between known points is their mean plus uniform noise. The noise is ``decay`` times weaker at each
+    finer scale. Opposite borders fit together.
     """
     clouds, step, height = torch.zeros(batch, side, side), side, 1.0
     while step >= 2:

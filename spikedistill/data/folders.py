@@ -1,6 +1,6 @@
 """Folders of images by class: which folders are parts and which are classes, and images as bytes of three colours.
 
-What cannot be meant is refused with what was found; what was decided on the way is handed on as notes.
+Ambiguous folders are refused, and the message says what was found. Notes say how the others were read.
 """
 
 import itertools
@@ -40,9 +40,9 @@ SUFFIXES = (
     ".tga",
 )
 LARGEST = 16 * 2**30
-"""Bytes of pixels beyond which a folder is refused: this loader keeps everything in memory."""
+"""A folder with more bytes of pixels is refused, because this loader keeps everything in memory."""
 HIDDEN = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini")
-"""What systems leave behind, beside names that begin with a dot."""
+"""Files and folders of operating systems, which are not read, like names that begin with a dot."""
 ROLES = {
     **dict.fromkeys(("train", "trains", "training", "trainval"), "train"),
     **dict.fromkeys(("test", "tests", "testing"), "test"),
@@ -66,31 +66,36 @@ FILLERS = (
     "dir",
     "files",
 )
-"""Words beside them that name nothing."""
+"""Words in a folder's name that say nothing about its part."""
 BARE = tuple((role, ()) for role in ("train", "test", "validation"))
-"""What names that mean a part and nothing else are taken as."""
+"""What ``_role`` returns for a name that means a part and nothing else."""
 EXPECTED = "Expected train/CLASS/image.png and test/CLASS/image.png (or val), or CLASS/image.png alone."
 SAID = {
     "linked": "linked folders were followed",
     "turned": "images were turned as their EXIF says",
     "transparent": "images have transparent parts, which became white",
 }
-"""What is counted while images are read, and how it is said."""
+"""What is counted while images are read, and the words of its note."""
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a camera was held."""
+"""The EXIF tag for the orientation of the camera."""
 
 
 def read_folder(path: Path, size: int | None) -> Parts:
     """Images by class: ``train/CLASS/image`` and ``test/CLASS/image``, or ``CLASS/image`` alone.
 
-    Parts go by their usual spellings (``Training`` and ``Testing``, ``seg_train`` and ``seg_test``, ``val``) and may
-    lie in a folder of their own. Without a test part that of validation stands in for it; beside one it is not used.
-    Linked folders are followed, hidden ones are not read. Images are turned as their EXIF says, and transparent parts
-    become white, as most viewers and pages show them: this project's choice.
+    - Parts may have other usual names (``Training`` and ``Testing``, ``seg_train`` and ``seg_test``) and may lie in a
+      folder of their own.
+    - A validation part (``val``) becomes the test part if there is no other. Otherwise it is not read.
+    - Linked folders are followed. Hidden folders are not read.
+    - Images are rotated as their EXIF says. Transparent parts become white, as most viewers and web pages show them.
+      Both are this project's choice.
 
     Args:
         path: the folder.
-        size: side to which images are resized; without it they must all have one size.
+        size: side in pixels to which images are resized. Without it, all must have the same size.
+
+    Returns:
+        Images as bytes ``[N, 3, H, W]`` with labels; the test part is None for ``CLASS/image`` alone.
 
     Raises:
         DataError: if the folders are neither parts nor classes, or an image cannot be read.
@@ -109,15 +114,15 @@ def read_folder(path: Path, size: int | None) -> Parts:
     classes, tested = (_names(_folders(part)) for part in (train, test))
     if strange := [name for name in tested if name not in classes]:
         raise DataError(
-            f"'{test}' has classes that '{train.name}' has not: {listed(strange)}. Those of '{train.name}' are"
-            f" {listed(classes)}: name them alike, capitals too."
+            f"'{test}' has classes that '{train.name}' does not have: {listed(strange)}. The classes of"
+            f" '{train.name}' are {listed(classes)}: give both the same names, capitals included."
         )
     others = [name for name in names if name not in pair]
     if beside := [name for name in others if name in classes]:
         raise DataError(f"'{root}' has {listed(beside)} beside {' and '.join(pair)}: put these classes into the parts.")
     tally.update(_kind(file) for file in _listing(root) if not file.is_dir())
     parts = _read_classes(train, classes, size, tally), _read_classes(test, tested, size, tally, classes)
-    notes = [f"the folders {listed(others)} are passed over"] if others else []
+    notes = [f"the folders {listed(others)} are ignored"] if others else []
     return Parts(*parts, tuple(classes), (*notes, *_said(tally)))
 
 
@@ -125,10 +130,10 @@ def read_folder(path: Path, size: int | None) -> Parts:
 
 
 def _listing(folder: Path) -> list[Path]:
-    """What lies in a folder, by name; hidden things left out.
+    """Files and folders in a folder, sorted by name, without hidden ones.
 
     Raises:
-        DataError: if it cannot be read, or holds a link to nothing.
+        DataError: if the folder cannot be read, or holds a broken link.
     """
     try:
         found = sorted(folder.iterdir())
@@ -150,17 +155,17 @@ def _is_image(file: Path) -> bool:
 
 
 def _kind(file: Path) -> str:
-    """What a file that is passed over is counted as."""
+    """The kind under which an ignored file is counted."""
     return file.suffix.lower() or "without suffix"
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether images lie directly in it."""
+    """Whether images lie directly in a folder."""
     return any(_is_image(child) for child in _listing(folder))
 
 
 def _unwrapped(path: Path) -> Path:
-    """The folder below whose only content is another folder of folders."""
+    """The first folder below that holds more than a single folder of folders."""
     seen = {path.resolve()}
     while len(inside := _folders(path)) == 1 and not _holds_images(path):
         if _holds_images(inside[0]) or not _folders(inside[0]):
@@ -177,7 +182,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _role(name: str) -> tuple[str | None, tuple[str, ...]]:
-    """Which part a folder's name means, if any, and what else the name says.
+    """The part that a folder's name means, if any, and the other words of the name.
 
     >>> _role("seg_train"), _role("TestImages"), _role("valid-2"), _role("trainer")
     (('train', ('seg',)), ('test', ()), ('validation', ()), (None, ('trainer',)))
@@ -191,15 +196,15 @@ def _role(name: str) -> tuple[str | None, tuple[str, ...]]:
 
 
 def _split(word: str, known: str) -> list[str]:
-    """A word of known words written together, taken apart."""
+    """Split a word that is made of known words, as "trainset"; else return it whole."""
     return re.findall(known, word) if re.fullmatch(f"(?:{known})+", word) else [word]
 
 
 def _pair(root: Path, names: Sequence[str]) -> tuple[str, str] | None:
-    """The names of the training and of the test part; None where no folder of folders is named as a part.
+    """The names of the training and the test part. None if no folder of folders is named as a part.
 
     Raises:
-        DataError: if names mean parts that are no pair.
+        DataError: if folders are named as parts, but not as one training and one test part.
     """
     groups = _groups([name for name in names if _folders(root / name)])
     whole = [(group["train"], group.get("test") or group["validation"]) for group in groups if _paired(group)]
@@ -211,7 +216,7 @@ def _pair(root: Path, names: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _groups(names: Sequence[str]) -> list[dict[str, list[str]]]:
-    """The names that mean parts, by part; those together that say the same beside it."""
+    """The names that mean parts, by part. Names are grouped by their other words, as "seg" in seg_train."""
     groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name in names:
         role, rest = _role(name)
@@ -225,7 +230,7 @@ def _paired(group: Mapping[str, Sequence[str]]) -> bool:
 
 
 def _found(root: Path, names: Sequence[str]) -> str:
-    """What lies in a folder, as a sentence."""
+    """A sentence that lists what lies in a folder."""
     shown = []
     for name in names:
         below = _listing(root / name)
@@ -235,10 +240,11 @@ def _found(root: Path, names: Sequence[str]) -> str:
 
 
 def _refuse_parts(path: Path, root: Path, names: Sequence[str]) -> None:
-    """Refuse folders that are to be classes and cannot be.
+    """Refuse folders that cannot be classes.
 
     Raises:
-        DataError: if they lie in a single part, two are named as parts, or several are made of the same folders.
+        DataError: if they lie in a single part, two are named as parts, one holds both parts, or several hold the same
+            folders.
     """
     if alone := [name for name in root.relative_to(path).parts if _role(name) in BARE]:
         wanted = "'test' or 'val'" if _role(alone[-1])[0] == "train" else "'train'"
@@ -247,8 +253,8 @@ def _refuse_parts(path: Path, root: Path, names: Sequence[str]) -> None:
         raise DataError(f"{_found(root, names)} These are names of parts, without a folder for each class. {EXPECTED}")
     if held := [name for name in names if any(map(_paired, _groups(_names(_folders(root / name)))))]:
         raise DataError(
-            f"{_found(root, names)} In '{held[0]}' lie a training and a test part: give '{root / held[0]}', or bring"
-            f" the parts above the classes. {EXPECTED}"
+            f"{_found(root, names)} '{held[0]}' holds a training and a test part: give '{root / held[0]}', or move the"
+            f" parts above the classes. {EXPECTED}"
         )
     inside = [() if _holds_images(root / name) else tuple(_names(_folders(root / name))) for name in names]
     (below, times), *_ = Counter(found for found in inside if len(found) > 1).most_common(1) or [((), 0)]
@@ -260,10 +266,10 @@ def _refuse_parts(path: Path, root: Path, names: Sequence[str]) -> None:
 
 
 def _said(tally: Counter[str]) -> list[str]:
-    """What was decided on the way, as sentences."""
+    """Notes on how files and images were read."""
     said = [f"{tally.pop(kind)} {text}" for kind, text in SAID.items() if tally[kind]]
     others = Counter({kind: count for kind, count in tally.items() if count and kind not in SAID})
-    return said + ([f"files that are no images of a class are passed over ({counted(others)})"] if others else [])
+    return said + ([f"files that are not images of a class are ignored ({counted(others)})"] if others else [])
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -272,12 +278,12 @@ def _said(tally: Counter[str]) -> list[str]:
 def _read_classes(
     path: Path, names: Sequence[str], size: int | None, tally: Counter[str], classes: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The images of some classes, bytes ``[N, 3, H, W]``, and their numbers among all classes."""
+    """The images of some classes, bytes ``[N, 3, H, W]``, and their class numbers ``[N]``."""
     numbers = {name: number for number, name in enumerate(classes or names)}
     files = [(file, numbers[name]) for name in names for file in _class_files(path / name, tally)]
     tally.update(_kind(file) for file in _listing(path) if not file.is_dir())
     if not files:
-        lying = "; images lie in it, but in no class" if _holds_images(path) else ""
+        lying = "; images lie in it, but not in class folders" if _holds_images(path) else ""
         raise DataError(
             f"The folder '{path}' holds no images{lying}: expected {path}/CLASS/image.png ({', '.join(SUFFIXES)})."
         )
@@ -299,10 +305,10 @@ def _read_classes(
 
 
 def _class_files(folder: Path, tally: Counter[str]) -> list[Path]:
-    """All images of a class, in the order of their paths.
+    """All images of a class, sorted by path.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are no images.
     """
     files = list(_below(folder, (), tally))
     images = [file for file in files if _is_image(file)]
@@ -317,7 +323,7 @@ def _class_files(folder: Path, tally: Counter[str]) -> list[Path]:
 
 
 def _below(folder: Path, above: tuple[Path, ...], tally: Counter[str]) -> Iterator[Path]:
-    """Every file below a folder, through links too."""
+    """Every file below a folder, also through links."""
     here = folder.resolve()
     if here in above:
         raise DataError(f"The link '{folder}' leads back to a folder that it lies in: delete it.")
@@ -330,7 +336,7 @@ def _below(folder: Path, above: tuple[Path, ...], tally: Counter[str]) -> Iterat
 
 
 def _read_image(file: Path, size: int | None, tally: Counter[str]) -> NDArray[np.uint8]:
-    """An image ``[H, W, 3]``, as its EXIF says it is to be held, transparent parts white.
+    """An image ``[H, W, 3]``, rotated as its EXIF says, with transparent parts white.
 
     Raises:
         DataError: if it is damaged, has pixels of more than 8 bits, or holds several images.
@@ -341,7 +347,7 @@ def _read_image(file: Path, size: int | None, tally: Counter[str]) -> NDArray[np
                 raise ValueError(f"its pixels are of mode {opened.mode}, not of 8 bits")
             frames = getattr(opened, "n_frames", 1)
             if frames > 1 and opened.format != "MPO":  # cameras put a preview behind the picture
-                raise ValueError(f"it holds {frames} images, and which is meant is not known")
+                raise ValueError(f"it holds {frames} images, expected one")
             tally["turned"] += opened.getexif().get(ORIENTATION, 1) in range(2, 9)
             image = _on_white(ImageOps.exif_transpose(opened), tally)
         return np.asarray(image.resize((size, size), Pillow.Resampling.BILINEAR) if size else image)
@@ -351,7 +357,7 @@ def _read_image(file: Path, size: int | None, tally: Counter[str]) -> NDArray[np
 
 
 def _on_white(image: Pillow.Image, tally: Counter[str]) -> Pillow.Image:
-    """An image in three colours; where it is transparent, on white."""
+    """An image in three colours. Transparent parts become white."""
     if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
         return image.convert("RGB")
     whole = image.convert("RGBA")

@@ -1,7 +1,7 @@
-"""Image sets and event frames held in memory as bytes: named sets, folders of images by class, and ``.npz`` files.
+"""Data sets in memory as bytes, images or event frames: named sets, folders of images by class, and ``.npz`` files.
 
-The test part is touched once, at the end of a run; a validation part is cut out of the training part by
-``split``. Mean and deviation of the training pixels belong to the set, and every network takes them from there.
+The test part is used once, at the end of a run. ``split`` cuts a validation part out of the training part. Each set
+knows the mean and standard deviation of its training pixels, by which networks normalise.
 """
 
 import os
@@ -28,17 +28,17 @@ class ImageSet:
     """A training and a test part, with class names and pixel statistics.
 
     Args:
-        name: what the user called it.
+        name: the name that the user gave, or that of the file or folder.
         train_images: bytes ``[N, C, H, W]``; or event frames, counts as bytes ``[N, T, 2, H, W]``.
         train_labels: class numbers ``[N]``.
         test_images: likewise, M samples.
         test_labels: class numbers ``[M]``.
-        class_names: one name a class.
-        notes: what a reader of its figures should know of how it was read.
-        drawn: the test part was drawn from a set that has none of its own, so that others may have trained on it.
+        class_names: one name per class.
+        notes: how the set was read, as far as it matters for its accuracies.
+        drawn: whether the test part was drawn from a set that has none. A third-party checkpoint may be trained on it.
 
     Raises:
-        DataError: if a part is empty, or images and labels do not belong together.
+        DataError: if a part is empty, shapes or number formats are not as above, or images and labels differ in number.
     """
 
     name: str
@@ -63,11 +63,11 @@ class ImageSet:
                     " frames [N, T, 2, H, W], and whole numbers [N]."
                 )
             if len(images) == 0:
-                raise DataError(f"The {part} part of '{self.name}' holds no images: give at least one a class.")
+                raise DataError(f"The {part} part of '{self.name}' holds no images: give at least one per class.")
             if len(images) != len(labels):
                 raise DataError(
                     f"The {part} part of '{self.name}' has {len(images)} images and {len(labels)} labels: "
-                    "give one label an image."
+                    "give one label per image."
                 )
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= len(self.class_names):
@@ -84,21 +84,21 @@ class ImageSet:
 
     @property
     def channels(self) -> int:
-        """Colour channels of an image; of event frames the two polarities."""
+        """Colour channels of an image; 2 for event frames, the polarities."""
         return self.train_images.shape[-3]
 
     @property
     def frames(self) -> int:
-        """How many frames a sample has, T; 0 for images."""
+        """Frames per sample, T; 0 for images."""
         return self.train_images.shape[1] if self.train_images.ndim == 5 else 0
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes, K."""
         return len(self.class_names)
 
     def facts(self) -> dict[str, Any]:
-        """What it is, without its images, as JSON holds it."""
+        """The set without its images, as JSON values."""
         return {
             "name": self.name,
             "train_images": len(self.train_images),
@@ -112,7 +112,7 @@ class ImageSet:
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, in 0..1, over at most 10,000 evenly spaced training images.
 
-        Of event frames 0 and 1, so that counts stay as they are and most of them 0; this project's choice.
+        For event frames they are 0 and 1, so counts are not changed and most stay 0. This is this project's choice.
         """
         if self.frames:
             return (0.0,) * self.channels, (1.0,) * self.channels
@@ -123,31 +123,35 @@ class ImageSet:
 
 
 def evenly(total: int, count: int) -> Tensor:
-    """So many places out of a total, evenly spaced from the first to the last; all where there are no more."""
+    """``count`` of the numbers 0..total-1, evenly spaced from the first to the last; all if ``count`` is larger."""
     return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
 
 
 def load_images(name: str, data_dir: str | Path | None = None, image_size: int | None = None) -> ImageSet:
     """Read a set by name (``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``), or from a path.
 
-    A path is a ``.npz`` file with ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` (images
-    ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``, or event frames ``[N, T, 2, H, W]``, bytes) and perhaps
-    ``class_names``; without these, labels are to be all of 0 to K-1. Or it is a folder ``train/CLASS/image`` and
-    ``test/CLASS/image`` (see ``read_folder`` for other spellings), or a folder ``CLASS/image`` of which a fifth becomes
-    the test part. What was decided on the way stands in ``notes``.
+    A path is a ``.npz`` file or a folder:
+
+    - A ``.npz`` file holds ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` and, if wanted,
+      ``class_names``. Images are bytes ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``, or event frames
+      ``[N, T, 2, H, W]``. Without ``class_names``, every label of 0 to K-1 must occur.
+    - A folder holds ``train/CLASS/image`` and ``test/CLASS/image`` (see ``read_folder`` for other spellings).
+    - A folder that holds ``CLASS/image`` has no test part. A fifth of each class becomes one.
+
+    ``notes`` say how the set was read.
 
     Args:
         name: a name or a path.
-        data_dir: where named sets lie or are downloaded to; else ``$SPIKEDISTILL_DATA``; else ``./data``.
-        image_size: side to which a folder's images are resized; without it they must all have one size.
+        data_dir: where named sets are, or are downloaded to (default: ``$SPIKEDISTILL_DATA``, else ``./data``).
+        image_size: side in pixels to which a folder's images are resized. Without it, all must have the same size.
 
     Raises:
-        DataError: if nothing readable is found there.
-        ConfigError: if ``image_size`` is below 1, or given where nothing is resized.
+        DataError: if there is no such set, or it cannot be read.
+        ConfigError: if ``image_size`` is below 1, or given for anything but a folder.
     """
     path = Path(name).expanduser()
     if image_size is not None and (name in NAMED or not path.is_dir()):
-        raise ConfigError(f"image_size (={image_size}) is for folders of images; '{name}' is none: leave it away.")
+        raise ConfigError(f"image_size (={image_size}) is for folders of images; '{name}' is not one: leave it out.")
     if image_size is not None and image_size < 1:
         raise ConfigError(f"image_size (={image_size}) is a side in pixels: give 1 or more.")
     if name in NAMED:
@@ -166,7 +170,7 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
 
 
 def _checked(name: str, parts: Parts) -> ImageSet:
-    """A set that a user brought; where it has no test part, a fifth of each class becomes one."""
+    """A user's data set, checked. If it has no test part, a fifth of each class becomes one."""
     made = _whole(name, parts)
     notes = [*parts.notes, *check_classes(name, parts)]
     if made.drawn:
@@ -184,15 +188,15 @@ def _whole(name: str, parts: Parts) -> ImageSet:
 
 
 def split(labels: Labels, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Cut a validation part out of the training part, with each class in proportion.
+    """Cut a validation part out of the training part, stratified by class.
 
     Args:
         labels: class numbers ``[N]``.
-        fraction: the share that becomes validation, 0 <= fraction < 1.
-        seed: chooses the samples.
+        fraction: share of the samples that becomes the validation part, 0 <= fraction < 1.
+        seed: seed of the random choice.
 
     Returns:
-        Index tensors of the training and of the validation samples, each in ascending order.
+        Numbers of the training samples and of the validation samples, each in ascending order.
 
     Raises:
         ConfigError: if the fraction is outside its range.
@@ -224,18 +228,23 @@ def _directory(given: str | Path | None) -> Path:
     return Path(given or os.environ.get(ENVIRONMENT) or "data").expanduser()
 
 
-def _digits(_: Path) -> ImageSet:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels; a fifth, drawn once with seed 0, is the test part."""
+def read_digits() -> Parts:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels in their original order, without a test part."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    return _whole("digits", Parts((images, labels), None, tuple("0123456789")))
+    return Parts((images, labels), None, tuple("0123456789"))
+
+
+def _digits(_: Path) -> ImageSet:
+    """The digits. A fifth, drawn with seed 0, is the test part."""
+    return _whole("digits", read_digits())
 
 
 def _packed(name: str, pack: str, source: str) -> Callable[[Path], ImageSet]:
-    """A reader that takes ``name.npz`` or the pack in the data directory, else the files of torchvision's class."""
+    """A reader of ``name.npz`` or the pack in the data directory, or else of torchvision's files there."""
 
     def read(directory: Path) -> ImageSet:
         for file in (directory / f"{name}.npz", directory / pack):

@@ -1,15 +1,19 @@
 """Corrupted images and event frames, each with five severities: the inputs of the noise-immunity suite.
 
-Natural corruptions and four of the noises are those of CIFAR-10-C (Hendrycks and Dietterich, arXiv 1903.12261): what
-its make_cifar_c.py does, with its levels, in code of our own. ``benchmarks/corruptions.py`` draws them and compares
-their distances from clean images with those of the source. What differs: ice is drawn instead of cut from photographs.
-Glass blur exchanges pixels, as the source's lines read; as NumPy executes them they copy, which changes an image less.
-Values are rounded once, at the end; the source cuts them off.
+Natural corruptions and four of the noises follow CIFAR-10-C (Hendrycks and Dietterich, arXiv 1903.12261): they do what
+its make_cifar_c.py does, with its levels, in our own code. ``benchmarks/corruptions.py`` shows them and compares their
+distances from clean images with the source's. Three things differ:
 
-The levels are made for 32 x 32 pixels. Enlargements, pixels, bends and clouds are shares of an image of any size. The
-radii of blurs, streaks and flakes are pixels: on larger images they are weaker, on smaller ones stronger.
+- Frost draws random ice. The source cuts it from photographs.
+- Glass blur exchanges pixels, as the source's code intends. Executed by NumPy that code copies pixels, which changes an
+  image less.
+- Values are rounded once, at the end. The source truncates them.
 
-The other noises, what is done to events, and their levels are this project's choice.
+The levels are made for 32 x 32 pixels. Sizes in ``zoom-blur``, ``pixelate``, ``elastic``, ``fog`` and ``frost`` scale
+with the image. The radii of blurs, streaks and flakes are in pixels: they are weaker on larger images and stronger on
+smaller ones.
+
+The other noises, the corruptions of events, and their levels are this project's choice.
 """
 
 import io
@@ -31,7 +35,7 @@ from spikedistill.errors import ConfigError, one_of
 from spikedistill.shapes import Image
 
 CHUNK = 1000
-"""Images that share one seed, so that the result does not depend on how the set is cut into batches."""
+"""Number of images that share a seed. So a result does not depend on the batch size of evaluation."""
 SEVERITIES = (1, 2, 3, 4, 5)
 
 Change = Callable[[Tensor, Any, Generator], Tensor]
@@ -39,7 +43,7 @@ Change = Callable[[Tensor, Any, Generator], Tensor]
 
 @dataclass(frozen=True)
 class Corruption:
-    """A change of pixels in 0..1, or of the counts of event frames, with what it takes at each of the severities."""
+    """A change of pixels in 0..1, or of the counts of event frames, with its level at each of the five severities."""
 
     change: Change
     levels: tuple[Any, Any, Any, Any, Any]
@@ -47,20 +51,19 @@ class Corruption:
 
 
 def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
-    """Images or event frames as they look through a corruption; the same for the same seed.
+    """Corrupt images or event frames. The same seed gives the same bits.
 
     Args:
         images: bytes ``[N, C, H, W]``; for a corruption of events ``[N, T, 2, H, W]`` (``data.events.to_frames``).
         name: one of ``CORRUPTIONS``.
         severity: 1..5.
-        seed: of the noise.
+        seed: seed of all random numbers.
 
     Returns:
         Bytes of the same shape.
 
     Raises:
-        ConfigError: if there is no such corruption or severity, it is not made for what has this shape, or these are
-            no bytes.
+        ConfigError: if there is no such corruption or severity, or it is not for this shape or number format.
     """
     one_of("corruption", name, CORRUPTIONS)
     check_severity(severity)
@@ -71,8 +74,8 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
         raise ConfigError(f"The corruption '{name}' was given the shape {tuple(images.shape)}: expected {expected}.")
     if images.dtype != torch.uint8:
         raise ConfigError(
-            f"The corruption '{name}' was given {images.dtype}: expected bytes 0..255 (torch.uint8); of values in 0..1"
-            " make them by (255 * images).round().to(torch.uint8)."
+            f"The corruption '{name}' was given {images.dtype}: expected bytes 0..255 (torch.uint8); convert values in"
+            " 0..1 by (255 * images).round().to(torch.uint8)."
         )
     if not images.numel():
         return images
@@ -87,7 +90,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
 
 
 def check_severity(severity: int) -> None:
-    """Refuse a severity that is none.
+    """Refuse an unknown severity.
 
     Raises:
         ConfigError: if it is not 1..5.
@@ -105,39 +108,39 @@ def _uniform(x: Tensor, generator: Generator) -> Tensor:
 
 
 def gaussian(x: Image, deviation: float, generator: Generator) -> Tensor:
-    """Normal noise added to every value."""
+    """Add Gaussian noise to every value."""
     return x + deviation * _normal(x, generator)
 
 
 def uniform(x: Image, half: float, generator: Generator) -> Tensor:
-    """Uniform noise of -half..half added to every value."""
+    """Add uniform noise of -half..half to every value."""
     return x + half * (2 * _uniform(x, generator) - 1)
 
 
 def salt_and_pepper(x: Image, share: float, generator: Generator) -> Tensor:
-    """Whole pixels black or white."""
+    """Make a share of the pixels black or white, all channels alike."""
     drawn = torch.rand(x[:, :1].shape, generator=generator)
     return torch.where(drawn < share / 2, 0.0, torch.where(drawn < share, 1.0, x))
 
 
 def impulse(x: Image, share: float, generator: Generator) -> Tensor:
-    """Single values, channel by channel, at 0 or 1."""
+    """Set a share of the values to 0 or 1, each channel on its own."""
     drawn = _uniform(x, generator)
     return torch.where(drawn < share / 2, 0.0, torch.where(drawn < share, 1.0, x))
 
 
 def shot(x: Image, photons: float, generator: Generator) -> Tensor:
-    """Poisson noise of so many photons at full brightness."""
+    """Poisson noise of a sensor that counts ``photons`` at full brightness."""
     return torch.poisson(x * photons, generator=generator) / photons
 
 
 def speckle(x: Image, deviation: float, generator: Generator) -> Tensor:
-    """Normal noise in proportion to the value."""
+    """Gaussian noise in proportion to the value."""
     return x + x * deviation * _normal(x, generator)
 
 
 def erasing(x: Image, share: float, generator: Generator) -> Tensor:
-    """One grey rectangle of that share of the area, anywhere, of any form between 1:2 and 2:1."""
+    """Cover a share of each image with one grey rectangle at a random place, with sides of 1:2 to 2:1."""
     batch, _, height, width = x.shape
     form = torch.exp((2 * torch.rand(batch, generator=generator) - 1) * math.log(2) / 2)
     tall = (height * math.sqrt(share) * form).round().clamp(1, height)
@@ -180,9 +183,10 @@ def motion_blur(x: Image, level: tuple[int, float], generator: Generator) -> Ten
 
 
 def _streaked(x: Tensor, radius: int, deviation: float, turn: float, generator: Generator) -> Tensor:
-    """Each image blurred along a line, at most 45 degrees from the angle ``turn`` (in radians, 0 is to the right).
+    """Blur each image along a line, at most 45 degrees from the angle ``turn`` (in radians, 0 is to the right).
 
-    As ImageMagick's motion blur, the source's: half of a Gaussian, over ``2 radius + 1`` whole pixels in one direction.
+    The weights are half of a Gaussian over ``2 radius + 1`` whole pixels in one direction. So does ImageMagick's motion
+    blur, which the source uses.
     """
     steps = torch.arange(2 * radius + 1, dtype=torch.float32)
     weights = torch.exp(-0.5 * (steps / deviation) ** 2)
@@ -197,7 +201,7 @@ def _streaked(x: Tensor, radius: int, deviation: float, turn: float, generator: 
 
 
 def zoom_blur(x: Image, enlargements: int, generator: Generator) -> Tensor:
-    """The mean of the image and so many enlargements of it, by 1.00, 1.01, 1.02 and so on."""
+    """The mean of the image and of enlarged copies, by factors of 1.00, 1.01, 1.02 and so on."""
     step = 1.01 - 1  # a hair above 0.01, as NumPy counts: 26 x 1.25 is then more than 32.5 pixels, which are 33
     return (x + sum(zoomed(x, 1 + step * number) for number in range(enlargements))) / (enlargements + 1)
 
@@ -209,19 +213,19 @@ def _clouds(x: Tensor, decay: float, generator: Generator) -> Tensor:
 
 
 def fog(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
-    """Clouds over the image, its brightest value kept: (thickness, decay of the root of each finer scale)."""
+    """Add clouds and keep the brightest value: (thickness, square root of the clouds' decay)."""
     thickness, decay = level
     most = x.amax((1, 2, 3), keepdim=True)
     return (x + thickness * _clouds(x, decay**2, generator)) * most / (most + thickness)
 
 
 ICE, ICE_DEVIATIONS, ICE_DECAY = (0.565, 0.65, 0.695), (0.151, 0.086), 0.8
-"""Of 3000 cuts of 32 x 32 pixels from the source's photographs: their colour, the deviation of their means and of their
-pixels; and the decay of clouds that are as rough."""
+"""Statistics of 3000 cuts of 32 x 32 pixels from the source's photographs. They are the mean colour, and the standard
+deviations of the means and of the pixels within a cut. ``ICE_DECAY`` gives clouds of the same roughness."""
 
 
 def frost(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
-    """A weighted sum of the image and ice, which is drawn, as bright and rough as the source's photographs are."""
+    """A weighted sum of the image and random ice, as bright and rough as in the source's photographs."""
     kept, ice = level
     rough = _clouds(x, ICE_DECAY, generator)
     rough = (rough - rough.mean((2, 3), keepdim=True)) / rough.std((2, 3), keepdim=True, correction=0).clamp_min(1e-6)
@@ -232,7 +236,7 @@ def frost(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
 
 
 def snow(x: Image, level: tuple[float, float, float, float, int, float, float], generator: Generator) -> Tensor:
-    """Falling flakes over a whitened image: (mean, deviation, size, least, radius, blur, share kept)."""
+    """Falling flakes over a whitened image: (mean, deviation, zoom, least value, radius, blur, image share)."""
     mean, deviation, size, least, radius, blur, kept = level
     flakes = mean + deviation * torch.randn(x[:, :1].shape, generator=generator)
     flakes = zoomed(flakes, size)
@@ -243,28 +247,28 @@ def snow(x: Image, level: tuple[float, float, float, float, int, float, float], 
 
 
 def _luminance(x: Tensor) -> Tensor:
-    """Colours as grey ``[B, 1, H, W]``; channels that are not colours as their mean."""
+    """Grey values ``[B, 1, H, W]``. Without three colours, the mean of all channels."""
     weights = torch.tensor([0.299, 0.587, 0.114]) if x.shape[1] == 3 else torch.full((x.shape[1],), 1 / x.shape[1])
     return (x * weights.view(-1, 1, 1)).sum(1, keepdim=True)
 
 
 def brightness(x: Image, more: float, generator: Generator) -> Tensor:
-    """The value of each pixel (its largest channel) raised, hue and saturation kept."""
+    """Raise the value of each pixel (its largest channel). Hue and saturation do not change."""
     value = x.amax(1, keepdim=True)
     raised = (value + more).clamp(max=1.0)
     return torch.where(value > 0, x * raised / value.clamp_min(1e-6), raised)
 
 
 def contrast(x: Image, share: float, generator: Generator) -> Tensor:
-    """The distance from the mean of the image, channel by channel, scaled."""
+    """Scale the distance of each pixel from the image's mean, per channel."""
     mean = x.mean((2, 3), keepdim=True)
     return (x - mean) * share + mean
 
 
 def saturate(x: Image, level: tuple[float, float], generator: Generator) -> Tensor:
-    """Saturation scaled and raised, hue and value kept; without three channels there is none.
+    """Scale and raise the saturation. Hue and value do not change.
 
-    The hue of grey is 0 in the source: it becomes red where saturation is raised.
+    The hue of grey is 0, as in the source: in an image of three channels, grey turns red if saturation is raised.
     """
     scale, more = level
     value, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
@@ -276,14 +280,14 @@ def saturate(x: Image, level: tuple[float, float], generator: Generator) -> Tens
 
 
 def pixelate(x: Image, share: float, generator: Generator) -> Tensor:
-    """Made smaller and larger again, by Pillow's box filter both times."""
+    """Make the image smaller and then larger again, both times by Pillow's box filter."""
     width, height = (max(1, int(side * share)) for side in (x.shape[3], x.shape[2]))
     box = PIL.Image.Resampling.BOX
     return _through_pillow(x, lambda image: image.resize((width, height), box).resize(image.size, box))
 
 
 def jpeg(x: Image, quality: int, generator: Generator) -> Tensor:
-    """Written as JPEG of that quality and read again."""
+    """Write the image as a JPEG of this quality and read it again."""
 
     def again(image: PIL.Image.Image) -> PIL.Image.Image:
         file = io.BytesIO()
@@ -294,7 +298,7 @@ def jpeg(x: Image, quality: int, generator: Generator) -> Tensor:
 
 
 def _through_pillow(x: Tensor, change: Callable[[PIL.Image.Image], PIL.Image.Image]) -> Tensor:
-    """What becomes of every image as bytes; channels that are not colours are each a grey image."""
+    """Apply ``change`` to every image as bytes. Without three colours, each channel is a grey image."""
     if not ((x >= 0) & (x <= 1)).all():
         raise ConfigError("Pixels outside 0..1, or NaN, cannot become bytes: give images in 0..1.")
     pixels = (x * 255).round().to(torch.uint8)
@@ -305,9 +309,9 @@ def _through_pillow(x: Tensor, change: Callable[[PIL.Image.Image], PIL.Image.Ima
 
 
 def elastic(x: Image, level: tuple[float, float, float], generator: Generator) -> Tensor:
-    """Bent by a smooth field after an affine move: (strength, smoothness, move), in shares of the shorter side.
+    """An affine move, then a smooth random bend: (strength, smoothness, move), as shares of the shorter side.
 
-    The affine move takes three corners of a square of two thirds of the side each up to ``move`` away, both ways.
+    The affine move shifts three corners of a square, two thirds of the side long, by up to ``move`` along each axis.
     """
     batch, _, height, width = x.shape
     side = min(height, width)
@@ -371,7 +375,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "space-jitter": Corruption(events.space_jitter, (0.5, 1.0, 1.5, 2.0, 3.0), "event"),
     "time-jitter": Corruption(events.time_jitter, (0.25, 0.5, 1.0, 2.0, 4.0), "event"),
 }
-"""Name -> corruption: noises, natural ones, those of events.
+"""Name -> corruption: noises, natural corruptions, corruptions of events.
 
-Those of images have the levels of CIFAR-10-C, but for uniform, salt-and-pepper and erasing.
+Corruptions of images have the levels of CIFAR-10-C, except uniform, salt-and-pepper and erasing.
 """

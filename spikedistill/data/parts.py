@@ -1,4 +1,4 @@
-"""What the readers of folders and files hand on, and what is checked of every set that users bring."""
+"""What the readers of folders and files return, and the checks of every data set that a user brings."""
 
 import hashlib
 from collections import Counter
@@ -10,7 +10,7 @@ from torch import Tensor
 from spikedistill.errors import MANY, DataError
 
 SHOWN = 8
-"""So many names are listed in a message; more are counted."""
+"""A message lists this many names and counts the rest."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Parts:
 
     Args:
         train: images ``[N, C, H, W]`` and labels ``[N]``.
-        test: likewise; None where there is one part alone.
-        class_names: one name a class.
-        notes: what a reader of its figures should know of how it was read, one sentence each.
+        test: likewise; None if the set has no test part.
+        class_names: one name per class.
+        notes: how the set was read, as far as it matters for its accuracies; one sentence each.
     """
 
     train: tuple[Tensor, Tensor]
@@ -31,7 +31,7 @@ class Parts:
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names in a sentence, the first few where there are many.
+    """Names as part of a sentence; only the first few of many.
 
     >>> listed(["cat", "dog"])
     'cat, dog'
@@ -42,18 +42,18 @@ def listed(names: Iterable[object]) -> str:
 
 
 def check_classes(name: str, parts: Parts) -> tuple[str, ...]:
-    """What is to be said of the classes of a set.
+    """Check the classes of a set, and return notes on them, one sentence each.
 
     Raises:
-        DataError: if fewer than two classes have training images, or a class has test images alone.
+        DataError: if fewer than two classes have training images, or a class has test images only.
     """
     train = set(parts.train[1].unique().tolist())
     test = train if parts.test is None else set(parts.test[1].unique().tolist())
     known = {number for number in range(len(parts.class_names)) if number in train}
     if len(known) < 2:
         raise DataError(
-            f"'{name}' has training images of {len(known)} class ({listed(parts.class_names)}): a classifier needs two"
-            " classes, each with its images."
+            f"'{name}' has training images of {len(known)} class ({listed(parts.class_names)}): give images of at least"
+            " two classes."
         )
 
     def named(numbers: Iterable[int]) -> str:
@@ -61,12 +61,12 @@ def check_classes(name: str, parts: Parts) -> tuple[str, ...]:
 
     if test - train:
         raise DataError(
-            f"'{name}' has test images, but no training images, of the classes {named(test - train)}: give both, or"
-            " leave these classes away."
+            f"'{name}' has test images, but no training images, of the classes {named(test - train)}: add training"
+            " images, or remove these classes."
         )
     notes = []
     if train - test:
-        notes.append(f"no test images of {named(train - test)}: the test accuracy says nothing of them")
+        notes.append(f"no test images of {named(train - test)}: the test accuracy says nothing about them")
     if absent := set(range(len(parts.class_names))) - train:
         notes.append(f"no images at all of {named(absent)}: {len(known)} of {len(parts.class_names)} classes are there")
     if several := sorted(text for text, count in Counter(parts.class_names).items() if count > 1):
@@ -78,10 +78,10 @@ def check_classes(name: str, parts: Parts) -> tuple[str, ...]:
 
 
 def copies(train: Sequence[Tensor], test: Sequence[Tensor]) -> tuple[str, ...]:
-    """What is to be said of test samples whose bytes are a training sample's too.
+    """A note on test samples that are copies of training samples, byte for byte; none if there are none.
 
     Args:
-        train: samples and labels.
+        train: samples ``[N, ...]`` and labels ``[N]``.
         test: likewise.
     """
     known: dict[bytes, int] = dict(zip(map(_digest, train[0]), train[1].tolist()))
@@ -92,7 +92,7 @@ def copies(train: Sequence[Tensor], test: Sequence[Tensor]) -> tuple[str, ...]:
     other = sum(ours != label for ours, label in same)
     otherwise = f", {other} of them under another class" if other else ""
     share = f"{len(same)} of {len(found)} test images"
-    return (f"{share} are copies of training images{otherwise}: the test accuracy is too good by them",)
+    return (f"{share} are copies of training images{otherwise}: they make the test accuracy too high",)
 
 
 def _digest(image: Tensor) -> bytes:
@@ -100,7 +100,7 @@ def _digest(image: Tensor) -> bytes:
 
 
 def counted(counts: Counter[str]) -> str:
-    """Kinds with how often they were met.
+    """Kinds and how often each was found.
 
     >>> counted(Counter({".txt": 2, ".gif": 1}))
     '1 .gif, 2 .txt'
@@ -109,9 +109,9 @@ def counted(counts: Counter[str]) -> str:
 
 
 def class_order(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names that two lists of classes have at different places, and pairs of names that differ at one place.
+    """How the class names of two sets differ: names at different places, and pairs that differ at the same place.
 
-    Lists of mere numbers are taken as unknown. Case, blanks, hyphens and underscores do not count.
+    Names that are all numbers say nothing and are not compared. Case, blanks, hyphens and underscores do not count.
 
     >>> class_order(["cat", "dog"], ["Dog", "Cat"])[0]
     ["'cat' is 0 and 1", "'dog' is 1 and 0"]

@@ -1,1 +1,1 @@
-"""7. What leaves: finished runs read back, tables, pictures."""
+"""7. Results: finished runs read back, tables and pictures."""

@@ -7,24 +7,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spikedistill.deliver.record import read_records, some_of
+from spikedistill.compute.place import Precision
+from spikedistill.deliver.record import RunDirectories, read_records, some_of
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict, standard_error
 from spikedistill.evaluate.activity import firing_rates, operations
-from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, verdicts
+from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, micro, verdicts
+from spikedistill.files import check_replaceable, write_csv
 from spikedistill.shapes import Labels
 from spikedistill.student.build import Student
+from spikedistill.train.progress import Progress
+
+COLUMNS = ("network", "metric", "value")
+"""The first columns of the CSV file."""
 
 
 @dataclass(frozen=True)
 class Bill:
-    """What one network's answers take: nJ an image under each model, and where it does not win.
+    """The energy of one network per image under each model, and where an ANN takes less.
 
     Args:
         network: its name.
-        accuracy: on these images, percent.
-        cost: what an answer takes.
-        energy: model -> kind -> nJ an image.
-        images: how many test images were looked at.
+        accuracy: accuracy on these images, percent.
+        cost: operations per image.
+        energy: model -> kind -> µJ per image.
+        images: number of test images.
         dtype: number format of the large operations.
     """
 
@@ -37,69 +43,97 @@ class Bill:
 
     @property
     def error(self) -> float:
-        """The standard error of the accuracy in points."""
+        """The standard error of the accuracy, in points."""
         return standard_error(self.accuracy, self.images)
 
     @property
     def format(self) -> str:
-        """The number format as a word."""
+        """The name of the number format."""
         return str(self.dtype).removeprefix("torch.")
 
     def counts(self, kind: str) -> dict[str, float]:
-        """Spikes and operations of an image: the figures of every table and file.
+        """Spikes and operations per image, as in tables and files.
 
-        An ANN that skips zeros multiplies its active connections, any other all.
+        An ANN that skips zeros counts its active connections, any other ANN counts all.
         """
         if kind == "student":
             return {"spikes": self.cost.spikes, "acs": self.cost.acs, "macs": self.cost.macs}
         return {"macs": self.cost.active if kind == "quantised-sparse" else self.cost.dense}
 
+    def ratios(self, kind: str) -> str:
+        """The student's energy divided by that of an ANN of this kind, model by model; empty for other kinds."""
+        if not kind.startswith("quantised"):
+            return ""
+        return ", ".join(f"{kinds['student'] / kinds[kind]:.2f}" for kinds in self.energy.values())
+
     @property
     def kinds(self) -> list[str]:
-        """What its energies are of: ``ann``; or ``student``, ``quantised`` and ``quantised-sparse``."""
+        """The kinds of its energies: ``ann``, or ``student``, ``quantised`` and ``quantised-sparse``."""
         return list(next(iter(self.energy.values())))
 
     @property
     def warnings(self) -> list[str]:
-        """Where a student does not win."""
+        """Sentences on where a student takes at least as much energy as its quantised ANN."""
         return verdicts(self.network, self.energy) if "student" in self.kinds else []
 
 
 def measure_energy(
-    paths: Sequence[Path],
+    paths: RunDirectories,
     images: int | None = 1000,
     data_dir: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
     trust_code: bool = False,
+    device: str | None = None,
+    precision: Precision | None = None,
+    out: Path | None = None,
 ) -> list[Bill]:
-    """Count what finished runs do on test images and what that costs.
+    """Count spikes and synaptic operations, and estimate energy beside an ANN's.
 
     Args:
-        paths: run directories of ``teach`` and ``distill`` on one data set.
-        images: how many test images, evenly spaced; None for all.
-        data_dir: another place of the data than the first run was trained with.
-        say: told what is measured.
+        paths: run directories of 'teach' and 'distill' on one data set.
+        images: number of test images, evenly spaced; None for all.
+        data_dir: folder of the data, if it is no longer the one of the first run.
+        progress: shows the work; silent by default.
         trust_code: execute the Python code that a run may name as its network.
+        device: cpu, cuda ...; auto takes a GPU if there is one (default: where each run was trained).
+        precision: number format of the large operations; auto takes what suits the device (default: that of each run).
+        out: a CSV file to write.
 
     Returns:
-        One bill a run. ``energy`` is model -> ``student``, ``quantised`` and ``quantised-sparse`` (see
+        One bill per run. ``energy`` is model -> ``student``, ``quantised`` and ``quantised-sparse`` (see
         ``evaluate.energy``), for an ANN model -> ``ann``.
+
+    Raises:
+        RunError: if a run is not finished, or ``out`` is a file with other content.
+        ConfigError: if there is no run or no image, or the device does not exist.
     """
+    if out is not None:
+        check_replaceable(out, f"{COLUMNS[0]},")
+    progress = progress or Progress.silent()
     records, data = read_records(paths, data_dir)
     pixels, labels = some_of(data, images)
     bills = []
     for number, record in enumerate(records, 1):
-        say(f"{number} of {len(records)}: {record.name}, {len(pixels)} images")
-        network, place = record.network(trust_code), record.place()
+        network, place = record.network(trust_code), record.place(device, precision)
         place.prepare(network)
-        bills.append(bill_of(record.name, network, pixels, labels, place.dtype))
+        with progress.part(f"{number} of {len(records)}, {record.name}, {len(pixels)} images", len(pixels)) as seen:
+            bills.append(bill_of(record.name, network, pixels, labels, place.dtype, seen))
+    if out is not None:
+        write_csv(out, COLUMNS, lines(bills))
     return bills
 
 
-def bill_of(name: str, network: nn.Module, pixels: Tensor, labels: Labels, dtype: torch.dtype) -> Bill:
-    """What a student or an ANN takes for these images (bytes)."""
+def bill_of(
+    name: str,
+    network: nn.Module,
+    pixels: Tensor,
+    labels: Labels,
+    dtype: torch.dtype,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Bill:
+    """The energy of a student or an ANN for these images (bytes)."""
     with firing_rates(network) as rates, operations(network) as counted:
-        logits = predict(network, pixels, dtype)
+        logits = predict(network, pixels, dtype, seen=seen)
     accuracy, updates = accuracy_by_step(logits, labels)[-1], float(sum(rates.chances.values()))
     if isinstance(network, Student):
         cost = cost_of(counted, network.timesteps, sum(rates.spikes.values()), updates)
@@ -112,28 +146,31 @@ def bill_of(name: str, network: nn.Module, pixels: Tensor, labels: Labels, dtype
 def table(bills: Sequence[Bill]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: each network, and below each student the quantised ANN of equal information.
 
-    The accuracy stands with its standard error, beside the images and the number format that it was measured with.
+    The accuracy has its standard error, the number of images and the number format.
     """
-    columns = ["network", "accuracy", "images", "format", "spikes", "ACs (M)", "MACs (M)"]
+    energies = [f"µJ, {model.name}" for model in MODELS]
+    columns = ["network", "accuracy", *energies, "student / ANN", "spikes", "ACs (M)", "MACs (M)", "images", "format"]
     rows = []
     for bill in bills:
         for kind in bill.kinds:
-            measured = [bill.network, f"{bill.accuracy:.2f} ± {bill.error:.2f} %", str(bill.images), bill.format]
-            if kind not in ("ann", "student"):
+            name, accuracy, seen = bill.network, f"{bill.accuracy:.2f} ± {bill.error:.2f} %", str(bill.images)
+            measured = kind in ("ann", "student")
+            if not measured:
                 zeros = "" if kind == "quantised" else ", zeros skipped"
-                measured = [f"  as an ANN of {bill.cost.bits} bits{zeros}", "", "", ""]
+                name = f"  as an ANN of {bill.cost.bits} bits{zeros}"
             counts = bill.counts(kind)
             spikes = f"{counts['spikes']:.0f}" if "spikes" in counts else ""
             millions = [f"{counts[name] / 1e6:.2f}" if name in counts else "" for name in ("acs", "macs")]
-            nanojoules = [f"{bill.energy[model.name][kind]:.0f}" for model in MODELS]
-            rows.append([*measured, spikes, *millions, *nanojoules])
-    return [*columns, *(f"nJ, {model.name}" for model in MODELS)], rows
+            energy = [micro(bill.energy[model.name][kind]) for model in MODELS]
+            end = [seen, bill.format] if measured else ["", ""]
+            rows.append([name, accuracy if measured else "", *energy, bill.ratios(kind), spikes, *millions, *end])
+    return columns, rows
 
 
 def lines(bills: Sequence[Bill]) -> list[tuple[str, str, float]]:
-    """Network, metric and value, for a file; counts and nJ are of one image, the same as in the table.
+    """Network, metric and value, for a file; counts and µJ are per image, the same as in the table.
 
-    What belongs to the quantised ANNs has their name at its end.
+    Metrics of the quantised ANNs end with their names.
     """
     found: list[tuple[str, str, float]] = []
     for bill in bills:
@@ -145,5 +182,5 @@ def lines(bills: Sequence[Bill]) -> list[tuple[str, str, float]]:
             end = f"_{kind}" if kind.startswith("quantised") else ""
             found += [(bill.network, metric + end, value) for metric, value in bill.counts(kind).items()]
             energy = {model: kinds[kind] for model, kinds in bill.energy.items()}
-            found += [(bill.network, f"energy_{model}_{kind}", value) for model, value in energy.items()]
+            found += [(bill.network, f"energy_uJ_{model}_{kind}", value) for model, value in energy.items()]
     return found

@@ -1,4 +1,9 @@
-"""Pictures of results, as PNG files."""
+"""Pictures of results as PNG files. They can be read by the colour-blind and in grey, and have titles and notes.
+
+Colours are from Okabe and Ito ("Color Universal Design", 2008), without yellow, which is too pale on white. Every label
+also has its own marker and line style, or its own hatch. Heat maps use ColorBrewer's PuOr, from purple over white at
+zero to orange, with the numbers in the cells.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,84 +13,201 @@ from spikedistill.files import write_bytes
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 """Label -> points (x, y)."""
+Groups = Mapping[str, Mapping[str, tuple[float, float]]]
+"""Name of the group -> label -> value and deviation."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v")
+STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+HATCHES = ("", "////", "....", "xxxx", "----")
+"""Line styles, by number of the label. The counts of styles and markers have no common divisor: pairs repeat late."""
+LEAST = 2.0
+"""The smallest span of an axis, in points of accuracy: smaller differences are mostly noise."""
 
 
-def curves(path: Path, panels: Mapping[str, Curves], xlabel: str, ylabel: str, doubling: bool = False) -> None:
-    """One small picture of curves a panel, all with the same axes and one legend.
+def curves(
+    path: Path,
+    panels: Mapping[str, Curves],
+    xlabel: str,
+    ylabel: str,
+    *,
+    title: str = "",
+    note: str = "",
+    doubling: bool = False,
+) -> None:
+    """Draw curves, one panel per title, all with the same axes and one legend.
 
     Args:
-        path: of the PNG file.
+        path: the PNG file.
         panels: title -> curves.
-        xlabel: what x is.
-        ylabel: what y is.
+        xlabel: label of x.
+        ylabel: label of y, with its unit; y spans at least 2.
+        title: title of the whole picture.
+        note: text below the picture: numbers of seeds and images.
         doubling: whether x doubles from tick to tick.
     """
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = _figure(rows, columns)
+    rows = -(-len(panels) // 4)
+    columns = -(-len(panels) // rows)
+    figure, axes = _figure(rows, columns, shared=True)
     labels = dict.fromkeys(label for lines in panels.values() for label in lines)
-    colours = {label: f"C{number}" for number, label in enumerate(labels)}
-    for axis, (title, lines) in zip(axes, panels.items()):
+    looks = {label: _look(number) for number, label in enumerate(labels)}
+    for axis, (name, lines) in zip(axes, panels.items()):
         for label, points in lines.items():
-            axis.plot(*zip(*points), marker=".", label=label, color=colours[label])
-        axis.set_title(title, fontsize=9)
+            axis.plot(*zip(*points), label=label, markersize=4, **looks[label])
+        axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
         if doubling:
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:.0f}")
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    figure.supxlabel(xlabel, fontsize=9)
+    _widen(axes[0])
+    _finish(axes, len(panels), columns, xlabel)
     figure.supylabel(ylabel, fontsize=9)
-    _save(path, figure, axes[: len(panels)])
+    _legend(figure, axes[: len(panels)], title, note)
+    _save(path, figure)
 
 
-def bars(path: Path, groups: Mapping[str, Mapping[str, tuple[float, float]]], ylabel: str) -> None:
-    """Bars from 0 side by side in groups, each with its deviation; points where bars would hide the differences.
+def bars(path: Path, panels: Mapping[str, Groups], ylabel: str, *, title: str = "", note: str = "") -> None:
+    """Draw groups of bars from 0, each with its deviation; or points, if bars would hide the differences.
 
     Args:
-        path: of the PNG file.
-        groups: name of the group -> label -> value and deviation.
-        ylabel: what the height is.
+        path: the PNG file.
+        panels: title -> groups; each panel has its own y axis.
+        ylabel: label of y, with its unit; for points y spans at least 2.
+        title: title of the whole picture.
+        note: text below the picture: numbers of seeds and images.
     """
-    figure, (axis, *_) = _figure(1, 1, width=max(6.0, 2.2 * len(groups)), height=4.0)
-    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
-    width = 0.8 / len(labels)
+    most = max(len(groups) for groups in panels.values())
+    figure, axes = _figure(len(panels), 1, width=max(6.0, 2.2 * most), height=1.2 + 2.8 * len(panels))
+    labels = list(dict.fromkeys(label for groups in panels.values() for group in groups.values() for label in group))
+    for axis, (name, groups) in zip(axes, panels.items()):
+        axis.set_title(name, fontsize=9)
+        _draw_groups(axis, groups, labels)
+        axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
+        axis.set_xlim(-0.5, len(groups) - 0.5)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    figure.supylabel(ylabel, fontsize=9)
+    _legend(figure, axes, title, note)
+    _save(path, figure)
+
+
+def heat_maps(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    columns: Sequence[str],
+    xlabel: str,
+    unit: str,
+    *,
+    title: str = "",
+    note: str = "",
+) -> None:
+    """Draw positive and negative numbers as colours, one map per panel, all with the same colour scale.
+
+    Args:
+        path: the PNG file.
+        panels: title -> row -> a number for each column; all panels have the same rows.
+        columns: names of the columns.
+        xlabel: label of the columns.
+        unit: unit of the numbers.
+        title: title of the whole picture.
+        note: text below the picture: numbers of seeds and images.
+    """
+    rows = list(next(iter(panels.values())))
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    size = {"width": max(5.5, 1.2 + 0.55 * across * len(columns)), "height": 1.2 + down * (0.6 + 0.26 * len(rows))}
+    figure, axes = _figure(down, across, shared=True, **size)
+    most = max(1.0, *(abs(value) for maps in panels.values() for row in maps.values() for value in row))
+    for axis, (name, maps) in zip(axes, panels.items()):
+        drawn = axis.imshow(list(maps.values()), cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+        for place, row in enumerate(maps.values()):
+            for number, value in enumerate(row):
+                colour = "white" if abs(value) > 0.7 * most else "black"
+                text = f"{round(value, 1) or 0:+.1f}"
+                axis.text(number, place, text, ha="center", va="center", fontsize=7, color=colour)
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks(range(len(columns)), columns, fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    _finish(axes, len(panels), across, xlabel)
+    figure.colorbar(drawn, ax=axes[: len(panels)], label=unit, fraction=0.04)
+    figure.suptitle("\n".join(filter(None, (title, note))), fontsize=9)
+    _save(path, figure)
+
+
+def _draw_groups(axis: Any, groups: Groups, labels: Sequence[str]) -> None:
     values = [value for group in groups.values() for value, _ in group.values()]
     close = min(values) > 0 and max(values) < 2 * min(values)
-    for number, label in enumerate(labels):
+    used = [label for label in labels if any(label in group for group in groups.values())]
+    width = 0.8 / len(used)
+    for label in used:
+        look = _look(labels.index(label))
         found = [(place, group[label]) for place, group in enumerate(groups.values()) if label in group]
-        places = [place + (number - (len(labels) - 1) / 2) * width for place, _ in found]
+        places = [place + (used.index(label) - (len(used) - 1) / 2) * width for place, _ in found]
         heights, deviations = [value for _, (value, _) in found], [spread for _, (_, spread) in found]
         spread = deviations if any(deviations) else None
         if close:
-            axis.errorbar(places, heights, spread, fmt="o", capsize=3, label=label)
+            points = {"fmt": look["marker"], "color": look["color"], "markersize": 5}
+            axis.errorbar(places, heights, spread, capsize=3, label=label, **points)
         else:
-            axis.bar(places, heights, width * 0.9, yerr=spread, capsize=2, label=label)
-    axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    axis.set_xlim(-0.5, len(groups) - 0.5)
-    axis.set_ylabel(ylabel)
-    axis.grid(axis="y", alpha=0.3)
-    _save(path, figure, [axis])
+            hatch = HATCHES[labels.index(label) % len(HATCHES)]
+            filled = {"color": look["color"], "hatch": hatch, "edgecolor": "white"}
+            drawn = axis.bar(places, heights, width * 0.9, yerr=spread, capsize=2, label=label, **filled)
+            axis.bar_label(drawn, [f"{height:.3g}" for height in heights], fontsize=7)
+    axis.margins(y=0.1)
+    if close:
+        _widen(axis)
 
 
-def _figure(rows: int, columns: int, width: float | None = None, height: float | None = None) -> tuple[Any, list[Any]]:
+def _look(number: int) -> dict[str, Any]:
+    """Colour, marker and line style of a label."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": STYLES[number % len(STYLES)],
+    }
+
+
+def _widen(axis: Any) -> None:
+    """Let y, a percentage, span at least ``LEAST`` around the data, and end at 100 or little above."""
+    low, high = axis.get_ylim()
+    more = max(0.0, LEAST - (high - low)) / 2
+    high = min(high + more, 100.0 + (high - low) / 20)
+    axis.set_ylim(min(low - more, high - LEAST), high)
+
+
+def _finish(axes: Sequence[Any], used: int, columns: int, xlabel: str) -> None:
+    """Hide unused panels, and put the x label below the lowest panel of each column."""
+    for place, axis in enumerate(axes):
+        axis.set_visible(place < used)
+        if place < used <= place + columns:
+            axis.set_xlabel(xlabel, fontsize=9)
+            axis.xaxis.set_tick_params(labelbottom=True)
+
+
+def _figure(
+    rows: int, columns: int, *, shared: bool = False, width: float | None = None, height: float | None = None
+) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    size = (width or max(5.0, 2.6 * columns), height or max(3.6, 2.1 * rows + 0.6))
+    size = (width or max(6.0, 2.6 * columns), height or max(4.0, 2.1 * rows + 1.0))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared)
     return figure, list(axes.flatten())
 
 
-def _save(path: Path, figure: Any, axes: Sequence[Any]) -> None:
+def _legend(figure: Any, axes: Sequence[Any], title: str, note: str) -> None:
+    """Put the title above, and below the note and one legend of all labels in as many columns as fit."""
+    figure.suptitle(title, fontsize=11)
     drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    handles, labels = list(drawn.values()), list(drawn)
-    for columns in range(min(4, len(labels)), 0, -1):
-        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8)
+    for columns in range(min(4, len(drawn)), 0, -1):
+        style = {"ncols": columns, "fontsize": 8, "handlelength": 3.5, "title": note, "title_fontsize": 8}
+        legend = figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", **style)
         if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
             break
         legend.remove()
+
+
+def _save(path: Path, figure: Any) -> None:
     write_bytes(path, lambda file: figure.savefig(file, format="png", dpi=130))

@@ -1,17 +1,18 @@
-"""How immune finished networks are to noise: scores of each, kept as they come, a table and curves."""
+"""Noise immunity of finished runs: scores that are saved as they are measured, a table and pictures."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from spikedistill.compute.place import Precision
 from spikedistill.data.images import ImageSet
 from spikedistill.data.noise import SEVERITIES
-from spikedistill.deliver.figures import curves
-from spikedistill.deliver.record import Record, its_teacher, read_records, some_of
+from spikedistill.deliver.figures import curves, heat_maps
+from spikedistill.deliver.record import Record, RunDirectories, its_teacher, read_records, some_of
 from spikedistill.deliver.tables import markdown
 from spikedistill.errors import ConfigError, one_of
 from spikedistill.evaluate.accuracy import standard_error
@@ -33,26 +34,38 @@ from spikedistill.evaluate.scores import (
     shared,
 )
 from spikedistill.files import fingerprint_of, write_csv, write_text
+from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
 
 DEFINITIONS = {"natural": 2, "hardware": 2, "attack": 2}
-"""Which edition of a kind of perturbation is measured: scores of different ones are not put together by ``resume``."""
-ERRORS = """Accuracies in percent on {images} of {total} test images; ± is their standard error (binomial), of a mean
-over perturbations at most that. Attacks are measured on fewer images, drawn from these.
+"""Version of each kind of perturbation. ``resume`` does not combine scores of different versions."""
+ERRORS = """Accuracies in percent on {images} of {total} test images; ± is the binomial standard error. A mean over
+perturbations has at most this error. Attacks are measured on fewer images, drawn from these.
 
 """
+TITLES = {
+    "noise": "noise on pixels",
+    "natural": "natural corruptions",
+    "hardware": "hardware faults",
+    "attack": "attacks, worst gradient",
+    "event": "faults of event cameras",
+}
+"""Names of the kinds of perturbation in pictures."""
+MOST_PANELS = 8
+"""With more perturbations a picture is one heat map of gains instead of a panel for each."""
 GRADIENTS = """
-Attacks: means over five severities. Worst: images that are answered rightly without an attack, and that no gradient
-fools: a network's own, that through other surrogates (named with alpha or width), or its teacher's (a transfer).
+Attacks: means over five severities. Worst: percentage of images that are classified correctly without an attack and
+that no gradient fools. Gradients: the network's own, through other surrogates (named with alpha or width), and its
+teacher's (a transfer attack).
 
 """
 
 
 def measure_immunity(
-    paths: Sequence[Path],
-    out: Path,
+    paths: RunDirectories,
+    out: Path = Path("runs/immunity"),
     *,
-    kinds: Sequence[str] | None = None,
+    kinds: Sequence[str] = (),
     images: int | None = None,
     attacked: int = 500,
     seed: int = 0,
@@ -60,32 +73,38 @@ def measure_immunity(
     data_dir: str | None = None,
     resume: bool = False,
     trust_code: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
+    device: str | None = None,
+    precision: Precision | None = None,
 ) -> tuple[list[str], list[list[str]]]:
     """Measure finished runs under noise, corruptions, faults and attacks.
 
     Args:
-        paths: run directories of ``teach`` and ``distill`` on one data set.
-        out: where scores.csv, immunity.md and a picture for each kind go.
-        kinds: which kinds of perturbation; by default all that there are for such images.
-        images: how many test images, evenly spaced; all by default.
-        attacked: how many of them are attacked, drawn by the seed; by the gradient of its teacher too where a student's
-            teacher is still there.
-        seed: of all that is drawn.
-        baseline: the run that the others are compared to; by default the first.
-        data_dir: another place of the data than the first run was trained with.
-        resume: go on with what lies in ``out``.
+        paths: run directories of 'teach' and 'distill' on one data set.
+        out: output folder for scores.csv, immunity.md and a picture for each kind.
+        kinds: noise (7, on pixels), natural (14 corruptions), hardware (5 faults), attack (FGSM, PGD); for event frames
+            event (5) and hardware (default: all of them).
+        images: number of test images, evenly spaced (default: all).
+        attacked: number of images that are attacked, drawn by the seed. Students are also attacked by their teacher's
+            gradient if the teacher still exists.
+        seed: seed of all random choices.
+        baseline: name of the run that the others are compared to (default: the first).
+        data_dir: folder of the data, if it is no longer the one of the first run.
+        resume: go on with the scores in the output folder.
         trust_code: execute the Python code that a run may name as its network.
-        say: told what was measured.
+        progress: shows the work; silent by default.
+        device: cpu, cuda ...; auto takes a GPU if there is one (default: where each run was trained).
+        precision: number format of the large operations; auto takes what suits the device (default: that of each run).
+            With another precision 'resume' starts again.
 
     Returns:
-        Columns and rows of a table, one row a network: accuracies in percent with their standard error.
+        Columns and rows of a table, one row per network: accuracies in percent with their standard errors.
 
     Raises:
-        ConfigError: if the baseline is none of the runs, or there is no such kind.
+        ConfigError: if the baseline is not one of the runs, or a kind or the device does not exist.
     """
     if attacked < 1:
-        raise ConfigError(f"attacked (={attacked}) must be 1 image or more; to leave attacks away name other kinds.")
+        raise ConfigError(f"attacked (={attacked}) must be 1 image or more. To omit attacks, name the other kinds.")
     records, data = read_records(paths, data_dir)
     kinds = kinds or (EVENT_KINDS if data.frames else KINDS)
     measured = perturbations(kinds)
@@ -93,6 +112,7 @@ def measure_immunity(
     baseline = names[0] if baseline is None else baseline
     one_of("run to compare with", baseline, names)
     pixels, labels = some_of(data, images)
+    places = {record.name: record.place(device, precision) for record in records}
     networks = {record.name: record.network(trust_code) for record in records}
     run = Run(out)
     weights = {name: fingerprint_of(network) for name, network in networks.items()}
@@ -104,34 +124,38 @@ def measure_immunity(
     }
     if changed := {kind: DEFINITIONS[kind] for kind in kinds if kind in DEFINITIONS}:
         asked["definitions"] = changed
+    if precision is not None:
+        asked["precision"] = precision
     run.start({"kind": "immunity", **asked, "attacked": attacked, "seed": seed}, resume)
     known = [Score(**line) for line in run.lines("scores")]
 
-    def keep(score: Score) -> None:
-        run.append("scores", asdict(score))
-        known.append(score)
-        place = f"{score.name} {score.severity}" if score.severity else "clean"
-        say(f"{len(known)} of at most {most}: {score.network}, {place}: {score.accuracy:.2f} %")
-
-    places = {record.name: record.place() for record in records}
     for name, network in networks.items():
         places[name].prepare(network)
-    teachers = _teachers(records, data, trust_code, say) if "attack" in kinds else {}
+    progress = progress or Progress.silent()
+    teachers = _teachers(records, data, trust_code, progress.say) if "attack" in kinds else {}
     for name, teacher in teachers.items():
         places[name].prepare(teacher)
     most = sum(_count(measured, network, teachers.get(name)) for name, network in networks.items())
-    scores = immunity(
-        networks,
-        pixels,
-        labels,
-        kinds=kinds,
-        seed=seed,
-        dtypes={name: place.dtype for name, place in places.items()},
-        attacked=attacked,
-        teachers=teachers,
-        known=tuple(known),
-        keep=keep,
-    )
+    with progress.part("perturbations", most) as seen:
+        seen(len(known))
+
+        def keep(score: Score) -> None:
+            run.append("scores", asdict(score))
+            place = f"{score.name} {score.severity}" if score.severity else "clean"
+            seen(1, f"{score.network}, {place}: {score.accuracy:.2f} %")
+
+        scores = immunity(
+            networks,
+            pixels,
+            labels,
+            kinds=kinds,
+            seed=seed,
+            dtypes={name: place.dtype for name, place in places.items()},
+            attacked=attacked,
+            teachers=teachers,
+            known=known,
+            keep=keep,
+        )
     columns, rows = with_errors(*summary(scores, names, kinds, baseline), scores)
     lines = [(*astuple(score), f"{score.error:.4f}") for score in scores]
     write_csv(out / "scores.csv", [*(field.name for field in fields(Score)), "error"], lines)
@@ -140,7 +164,8 @@ def measure_immunity(
         text += GRADIENTS + markdown(*attack_table(scores, names))
     write_text(out / "immunity.md", text)
     for kind in kinds:
-        curves(out / f"{kind}.png", panels(scores, names, kind), "severity", "accuracy (%)")
+        some = min(attacked, len(pixels)) if kind == "attack" else len(pixels)
+        draw_kind(out / f"{kind}.png", scores, names, kind, baseline, "Immunity", f"{some} test images, seed {seed}")
     run.write("results", {"baseline": baseline, "table": [columns, *rows]})
     return columns, rows
 
@@ -148,15 +173,15 @@ def measure_immunity(
 def _teachers(
     records: Sequence[Record], data: ImageSet, trust_code: bool, say: Callable[[str], None]
 ) -> dict[str, nn.Module]:
-    """By student its teacher, where that is still there."""
+    """By student its teacher, if that still exists."""
     found = {record.name: its_teacher(record, data, trust_code) for record in records if record.is_student}
     for name in (name for name, teacher in found.items() if teacher is None):
-        say(f"{name}: its teacher is not there, so it is attacked by its own gradients alone")
+        say(f"{name}: its teacher does not exist any more, so it is attacked by its own gradients only")
     return {name: teacher for name, teacher in found.items() if teacher is not None}
 
 
 def _count(measured: Sequence[tuple[str, str]], network: nn.Module, teacher: nn.Module | None) -> int:
-    """How many scores of a network there are at most."""
+    """The largest possible number of scores of a network."""
     attacks = sum(kind == "attack" for kind, _ in measured)
     each = len(measured) + attacks * len(gradients(network, teacher))
     return 1 + bool(attacks) + len(SEVERITIES) * each
@@ -165,7 +190,7 @@ def _count(measured: Sequence[tuple[str, str]], network: nn.Module, teacher: nn.
 def with_errors(
     columns: Sequence[str], rows: Sequence[Sequence[str]], scores: Sequence[Score]
 ) -> tuple[list[str], list[list[str]]]:
-    """A table of ``summary`` with number of images and number format, and the standard error of each accuracy."""
+    """The table of ``summary`` with numbers of images, number formats, and the standard error of each accuracy."""
     told = []
     for name, *cells in rows:
         mine = [score for score in scores if score.network == name]
@@ -180,7 +205,7 @@ def with_errors(
 
 
 def attack_table(scores: Sequence[Score], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """A row a network and attack: accuracy on the attacked images, clean, at worst, and by each gradient."""
+    """One row per network and attack: accuracy on the attacked images, clean, worst, and for each gradient."""
     by = dict.fromkeys(score.name.partition(" by ")[2] for score in scores if score.kind == "gradient")
     rows = []
     for name in names:
@@ -201,10 +226,10 @@ def _with_error(scores: Sequence[Score]) -> str:
 def summary(
     scores: Sequence[Score], names: Sequence[str], kinds: Sequence[str], baseline: str
 ) -> tuple[list[str], list[list[str]]]:
-    """A row a network: accuracy clean and as a mean over each kind, and where it stands against the baseline.
+    """One row per network: accuracy on clean images, mean over each kind, and the comparison with the baseline.
 
-    The relative corruption error comes first, as it alone leaves out what either network has on clean images. It is
-    given for disturbed inputs, which are the same for all networks; faults and attacks are others for each.
+    The relative corruption error comes first, as only it removes the clean accuracy. It is given for perturbed inputs,
+    which are the same for all networks. Faults and attacks differ from network to network.
     """
     disturbed = [kind for kind in kinds if kind in ("noise", "natural", "event")]
     columns = ["network", "clean", *kinds, *(f"relative mCE, {kind} ({baseline} = 100)" for kind in disturbed)]
@@ -221,7 +246,7 @@ def summary(
 
 
 def _relative(scores: Sequence[Score], name: str, baseline: str, kind: str) -> str:
-    """The relative corruption error, and of how many perturbations it is, where some have none."""
+    """The relative corruption error, with the number of its perturbations if it is not defined for some."""
     counted, all_of_them = comparable(scores, name, baseline, kind), shared(scores, name, baseline, kind)
     if not counted:
         return ""
@@ -230,7 +255,7 @@ def _relative(scores: Sequence[Score], name: str, baseline: str, kind: str) -> s
 
 
 def _wins(scores: Sequence[Score], name: str, baseline: str, kinds: Sequence[str]) -> list[str]:
-    """Under how many perturbations of each kind it loses less than the baseline does, and has the higher mean."""
+    """Under how many perturbations of each kind a network loses less than the baseline, and has the higher mean."""
     falls, means = [], []
     for kind in kinds:
         both = shared(scores, name, baseline, kind)
@@ -241,8 +266,55 @@ def _wins(scores: Sequence[Score], name: str, baseline: str, kinds: Sequence[str
     return [", ".join(falls), ", ".join(means)]
 
 
+def draw_kind(
+    path: Path, scores: Sequence[Score], names: Sequence[str], kind: str, baseline: str, title: str, note: str
+) -> None:
+    """Draw accuracy over severity, one panel per perturbation; for many a heat map of gains over the baseline.
+
+    Args:
+        path: the PNG file.
+        scores: scores of all networks.
+        names: the networks to show.
+        kind: the kind of perturbation.
+        baseline: the network that the others are compared to. A single network is compared to its clean accuracy.
+        title: title of the picture.
+        note: text below the picture: numbers of images and seeds.
+    """
+    drawn = panels(scores, names, kind)
+    if len(drawn) <= MOST_PANELS:
+        axes = "severity (0: clean)", "test accuracy (%)"
+        curves(path, drawn, *axes, title=f"{title}: {TITLES[kind]}", note=note)
+        return
+    columns = [str(severity) for severity in SEVERITIES]
+    title = f"{title}: {TITLES[kind]}, accuracy gained or lost"
+    heat_maps(path, gains(drawn, names, baseline), columns, "severity", "points", title=title, note=note)
+
+
+def gains(
+    drawn: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], names: Sequence[str], baseline: str
+) -> dict[str, dict[str, list[float]]]:
+    """Points above the baseline, by network, perturbation and severity 1..5.
+
+    Args:
+        drawn: the result of ``panels``.
+        names: the networks.
+        baseline: one of them. A single network is compared to its clean accuracy.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for what, curves_of in drawn.items():
+        theirs = dict(curves_of[baseline])
+        for name in names:
+            if name != baseline and name in curves_of:
+                points = [height - theirs[x] for x, height in curves_of[name] if x]
+                found.setdefault(f"{name}\nminus {baseline}", {})[what] = points
+        if len(names) == 1:
+            points = [height - theirs[0.0] for x, height in curves_of[baseline] if x]
+            found.setdefault(f"{baseline}\nminus itself on clean images", {})[what] = points
+    return found
+
+
 def panels(scores: Sequence[Score], names: Sequence[str], kind: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """For every perturbation of a kind the curve of each network over severity 0..5."""
+    """For every perturbation of a kind the accuracy of each network over severity 0..5."""
     drawn: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for _, what in perturbations([kind]):
         for name in names:

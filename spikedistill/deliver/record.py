@@ -1,14 +1,16 @@
-"""Finished runs, read back: one as a ``Record``, measured again; several on one data set."""
+"""Finished runs read back: one run as a ``Record``, several runs on one data set, and ``evaluate``."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
+from tyro.conf import Positional, arg
 
-from spikedistill.compute.place import Place
+from spikedistill.compute.place import Place, Precision
 from spikedistill.data.images import ImageSet, evenly
 from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.evaluate.early_exit import check_confidence
@@ -18,22 +20,26 @@ from spikedistill.student.build import Student
 from spikedistill.student.save import load_student
 from spikedistill.student.upgrade import upgrade
 from spikedistill.teacher.load import Architecture, Teacher, from_library, load_teacher, pretrained
+from spikedistill.train.machine import environment
+from spikedistill.train.progress import Progress, Seen
 from spikedistill.train.recipe import Data, Training
-from spikedistill.train.run import Run, differences, environment
+from spikedistill.train.run import Run, differences
 
 NO_TEACHER = "none"
-"""What a recipe calls its teacher where there is none."""
+"""The value of a recipe's teacher if it has none."""
+RunDirectories = Annotated[Sequence[Path], Positional, arg(metavar="RUN ...")]
+"""Paths of runs, positional arguments on the command line."""
 ROUNDING = 1.0
-"""Points by which an accuracy may move where it is computed elsewhere; more has another cause."""
+"""Points by which an accuracy may differ on another machine or device; a larger difference has another cause."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run directory of ``teach`` or ``distill``, finished or not; or the file of a student.
+    """A run directory of ``teach`` or ``distill``, finished or not, or the file of a student.
 
     Args:
-        path: the directory, or the file.
-        recipe: every choice of the run as names and values, in today's format whoever wrote it.
+        path: the directory or the file.
+        recipe: every choice of the run as names and values, upgraded to today's format.
     """
 
     path: Path
@@ -41,11 +47,13 @@ class Record:
 
     @staticmethod
     def read(path: str | Path) -> "Record":
-        """The record of a run directory or of a student's file; nothing that it names is executed.
+        """The record of a run directory or of a student's file. No code that it names is executed.
 
         Raises:
-            RunError: if it holds no recipe of a teacher or student.
+            RunError: if there is nothing, or no recipe of 'teach' or 'distill'.
         """
+        if not Path(path).exists():
+            raise RunError(f"'{path}' does not exist: give a run directory, or the model of a student's run.")
         facts = read_facts(Path(path))
         if Path(path).is_file() and "recipe" not in facts:
             raise RunError(f"'{path}' holds no recipe: give a run directory, or the model of a student's run.")
@@ -66,23 +74,38 @@ class Record:
 
     @property
     def data(self) -> Data:
-        """On what it was trained."""
+        """The data it was trained on."""
         return self._part(Data, "data")
 
     @property
     def training(self) -> Training:
-        """How it was trained, and where it computed."""
+        """How it was trained, with its device and precision."""
         return self._part(Training, "training")
 
-    def place(self) -> Place:
-        """Where the run computed, by its recipe, and by its own record (``timing.jsonl``) where that says 'auto'.
+    def place(self, device: str | None = None, precision: Precision | None = None) -> Place:
+        """Device and number format of the run, from its recipe, or from ``timing.jsonl`` if the recipe says 'auto'.
 
-        Without such a record, or such a device here, it is what 'auto' takes on this machine.
+        Without that file it is what 'auto' takes on this machine. The same holds, with a note, if this machine does not
+        have the run's device.
+
+        Args:
+            device: another device; ``auto`` takes the best one here.
+            precision: another number format; ``auto`` takes what suits the device.
+
+        Raises:
+            ConfigError: if the given device or precision does not exist here.
         """
+        wished = {"device": device, "precision": precision}
+        given: dict[str, Any] = {name: value for name, value in wished.items() if value is not None}
+        there = dataclasses.replace(self._where_it_was(), **given)
         try:
-            return self._where_it_was().place()
+            return there.place()
         except ConfigError:
-            return dataclasses.replace(self.training, device="auto").place()
+            if given:
+                raise
+            found = dataclasses.replace(self.training, device="auto").place()
+            note(f"'{self.path}' was computed on {there.device}, which cannot be used here: using {found.device}.")
+            return found
 
     def _where_it_was(self) -> Training:
         training = self.training
@@ -103,15 +126,18 @@ class Record:
             ) from error
 
     def results(self) -> dict[str, Any]:
-        """What was measured on the test set.
+        """The measurements on the test set, from results.json.
 
         Raises:
             RunError: if the run is not finished.
         """
-        return Run(self.path).read("results")
+        run = Run(self.path)
+        if not run.finished:
+            raise RunError(f"'{self.path}' {run.unfinished()}: finish it by the same command with --resume.")
+        return run.read("results")
 
     def stored_accuracy(self) -> float | None:
-        """The accuracy on the test set (percent) that was measured when the run ended, if it was written down."""
+        """The test accuracy (percent) that the run wrote when it ended, or None."""
         if self.path.is_file():
             found = read_facts(self.path).get("results", {})
         else:
@@ -119,7 +145,7 @@ class Record:
         return found.get("test_accuracy")
 
     def elsewhere(self, place: Place) -> list[str]:
-        """In what this machine, and this place on it, differ from those of the run, as far as it says."""
+        """How this machine, device and number format differ from those of the run, as far as it recorded them."""
         now = environment()
         there = {"device": str(place.device), "dtype": str(place.dtype).removeprefix("torch.")}
         there |= {"processor": now["processor"], "torch": now["versions"]["torch"]}
@@ -145,16 +171,16 @@ class Record:
             ConfigError: if its file names Python code and is not trusted.
         """
         if not weights_file(self.path).exists():
-            raise RunError(f"'{self.path}' holds no finished run: end it by the same command with --resume.")
+            raise RunError(f"'{self.path}' holds no finished run: finish it by the same command with --resume.")
         if self.is_student:
             return load_student(self.path, trust_code=trust_code)
         return load_teacher(self.path, trust_code=trust_code)[0]
 
     def images(self, data_dir: str | None = None) -> ImageSet:
-        """Its data set, which may lie in another place by now.
+        """Its data set, which may be in another folder by now.
 
         Raises:
-            DataError: if it is not there.
+            DataError: if it does not exist.
         """
         return dataclasses.replace(self.data, data_dir=data_dir or self.data.data_dir).load()
 
@@ -163,7 +189,7 @@ def read_records(paths: Sequence[Path], data_dir: str | None = None) -> tuple[li
     """Several runs on one data set, and that set.
 
     Raises:
-        ConfigError: if none is given, two have one name, or they were trained on different data.
+        ConfigError: if none is given, two have the same name, or they were trained on different data.
     """
     if not paths:
         raise ConfigError("No runs were given: name one or more run directories.")
@@ -179,83 +205,107 @@ def read_records(paths: Sequence[Path], data_dir: str | None = None) -> tuple[li
 
 
 def some_of(images: ImageSet, count: int | None) -> tuple[Tensor, Tensor]:
-    """So many test images, evenly spaced, and their labels; all by default.
+    """This number of test images, evenly spaced, and their labels; None takes all.
 
     Raises:
         ConfigError: if the count is below 1.
     """
     if count is not None and count < 1:
-        raise ConfigError(f"images (={count}) must be 1 or more; leave it away for the whole test set.")
+        raise ConfigError(f"images (={count}) must be 1 or more; omit it for the whole test set.")
     everything = len(images.test_images)
     places = evenly(everything, everything if count is None else count)
     return images.test_images[places], images.test_labels[places]
 
 
 def evaluate(
-    path: Path,
+    path: Annotated[Path, Positional, arg(metavar="RUN")],
     timesteps: int | None = None,
     data_dir: str | None = None,
     confidence: float | None = None,
     trust_code: bool = False,
+    device: str | None = None,
+    precision: Precision | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a finished run again on its test set: a student perhaps with other steps or early exit, or a teacher.
+    """Measure a finished run again on its test set.
 
-    Where the accuracy is not the one that the run wrote down, a note says so, and what may be the cause.
+    A student may run with another T than it was trained with. A note then says that thresholds belong to the T that
+    they were trained for. If the accuracy differs from the one that the run wrote, a note says so and names possible
+    causes.
 
     Args:
-        path: the run directory.
-        timesteps: another T.
-        data_dir: another place of the data.
-        confidence: of early exit, 0..1.
-        trust_code: execute the Python code that the run may name as its networks. Without it a teacher of such a kind
-            is left out.
+        path: run directory of 'teach' or 'distill', or the file of a student.
+        timesteps: another T than the student was trained with; its thresholds stay.
+        data_dir: folder of the data, if it is no longer the one of the run.
+        confidence: also measure early exit: a sample leaves once its likeliest class has more than this probability,
+            0 to 1.
+        trust_code: execute the Python code that the run may name as its networks. Without it such a teacher is left
+            out.
+        device: cpu, cuda ...; auto takes a GPU if there is one (default: where the run was trained).
+        precision: number format of the large operations; auto takes what suits the device (default: that of the run).
+        progress: shows the work; silent by default.
 
     Returns:
-        As ``measure_student``; the teacher is left out where its files are gone. Of a teacher ``test_accuracy``.
+        For a student see ``measure_student``; its teacher is left out if its files are gone. For a teacher
+        ``test_accuracy``.
 
     Raises:
-        ConfigError: if the number of steps is below 1, the confidence outside 0..1, or either is asked of a teacher.
+        ConfigError: if ``timesteps`` is below 1, the confidence is outside 0..1, either is given for a teacher, or the
+            device does not exist here.
     """
     if confidence is not None:
         check_confidence(confidence)
     record = Record.read(path)
     stored = record.stored_accuracy()
-    place, network = record.place(), record.network(trust_code)
+    place, network = record.place(device, precision), record.network(trust_code)
     if not isinstance(network, Student):
         if timesteps is not None or confidence is not None:
-            raise ConfigError(
-                f"'{path}' holds a teacher, which has no time steps: leave timesteps and confidence away."
-            )
-        found: dict[str, Any] = dict(measure_teacher(network, record.images(data_dir), place))
+            raise ConfigError(f"'{path}' holds a teacher, which has no time steps: omit timesteps and confidence.")
+        images = record.images(data_dir)
+        with _testing(images, 1, progress) as seen:
+            found: dict[str, Any] = dict(measure_teacher(network, images, place, seen))
         _compare(record, stored, found, place)
         return found
-    same = timesteps in (None, network.timesteps)
-    if timesteps is not None:
+    own = network.timesteps
+    if timesteps not in (None, own):
         network.set_timesteps(timesteps)
+        note(
+            f"the thresholds were trained or calibrated for T={own}: a student distilled for T={timesteps} may be"
+            f" better at it (distill --timesteps {timesteps})."
+        )
     images = record.images(data_dir)
-    found = measure_student(network, its_teacher(record, images, trust_code), images, place, confidence=confidence)
-    if same:
+    teacher = its_teacher(record, images, trust_code)
+    passes = 1 + (teacher is not None) + (confidence is not None)
+    with _testing(images, passes, progress) as seen:
+        found = measure_student(network, teacher, images, place, confidence=confidence, seen=seen)
+    if network.timesteps == own:
         _compare(record, stored, found, place)
     return found
 
 
+def _testing(images: ImageSet, passes: int, progress: Progress | None) -> AbstractContextManager[Seen]:
+    """The progress display of a measurement on the test set, with this number of passes."""
+    tested = len(images.test_images)
+    return (progress or Progress.silent()).part(f"measuring on {tested} test images", passes * tested)
+
+
 def _compare(record: Record, stored: float | None, found: Mapping[str, Any], place: Place) -> None:
-    """Say where an accuracy is not the one that the run wrote down: in the same place it is equal."""
+    """Note if an accuracy differs from the one that the run wrote. On the same machine both must be equal."""
     accuracy = found.get("test_accuracy")
     if stored is None or accuracy is None or accuracy == stored:
         return
     changed = record.elsewhere(place)
     if not changed:
-        why = "it is computed in the same place, so images, weights or the file are not those of the run"
+        why = "machine and device are those of the run, so images, weights or the file must have changed"
     elif abs(accuracy - stored) > ROUNDING:
-        why = f"more than computing elsewhere explains ({'; '.join(changed)}): compare the images with those of the run"
+        why = f"this is more than another machine explains ({'; '.join(changed)}): are the images those of the run?"
     else:
-        why = f"it is computed elsewhere ({'; '.join(changed)}), where rounding moves it a little"
-    note(f"the test accuracy is {accuracy:.2f} %, and the run '{record.path}' wrote down {stored:.2f} %: {why}.")
+        why = f"it is computed elsewhere ({'; '.join(changed)}), where rounding differs a little"
+    note(f"the test accuracy is {accuracy:.2f} %, but the run '{record.path}' wrote {stored:.2f} %: {why}.")
 
 
 def its_teacher(record: Record, images: ImageSet, trust_code: bool) -> nn.Module | None:
-    """The teacher of a finished student, if it is still there and saw the same inputs."""
+    """The teacher of a finished student, if it still exists and had the same inputs."""
     choice = record.recipe["teacher"]
     source, network = choice["source"], choice.get("network")
     there = Path(source).exists() or is_published(source, network)
@@ -273,7 +323,7 @@ def _names_code(source: str, network: str | None) -> bool:
 
 
 def is_published(source: str, network: str | None) -> bool:
-    """Whether a library's network with its published weights is meant."""
+    """Whether the source is a library's network with its published weights."""
     return network is None and from_library(source) and not Path(source).exists()
 
 
@@ -286,19 +336,20 @@ def find_teacher(
     std: Sequence[float] | None = None,
     trust_code: bool = False,
 ) -> tuple[Teacher | Student | None, Architecture | None]:
-    """The teacher that a recipe names, fit for the data: an ANN, or a student of ``distill``.
+    """The teacher that a recipe names, checked against the data: an ANN, or a student of ``distill``.
 
     Args:
-        images: what it will see.
+        images: the data set.
         source: a run directory, a weights file, a library's network, or ``none``.
-        network: what a bare weights file belongs to.
-        width: of a zoo network.
-        mean: input normalisation of a bare weights file, per channel.
-        std: likewise.
+        network: the network of a weights file that does not name it.
+        width: channels of the first stage of a zoo network.
+        mean: mean per channel for the input normalisation of a weights file that does not hold it.
+        std: standard deviation per channel, likewise.
         trust_code: execute the Python code that a weights file may name as its network.
 
     Raises:
-        ConfigError: if it has another number of classes, or was never trained.
+        ConfigError: if it does not exist, does not fit the data, or was never trained.
+        RunError: if its run is not finished.
     """
     if source == NO_TEACHER:
         return None, None
@@ -310,14 +361,16 @@ def find_teacher(
             f"There is no teacher at '{source}': train one by 'spikedistill teach ... --out {source}', or give a"
             " weights file with --teacher-network, --teacher-mean and --teacher-std, or 'none'."
         )
+    elif (Path(source) / "recipe.json").exists() and not (run := Run(Path(source))).finished:
+        raise RunError(f"The teacher '{source}' {run.unfinished()}: end it by its own command with --resume.")
     elif (facts := read_facts(weights_file(source))).get("kind") == "student":
         return _spiking_teacher(images, source, facts, given, trust_code)
     else:
         teacher, architecture = load_teacher(source, architecture=given, mean=mean, std=std, trust_code=trust_code)
     if images.frames:
         raise ConfigError(
-            f"The teacher '{source}' is an ANN without time steps, '{images.name}' holds event frames: give it images"
-            " by --source, a spiking teacher, or none."
+            f"The teacher '{source}' is an ANN without time steps, but '{images.name}' holds event frames: give it"
+            " images by --source, or use a spiking teacher or none."
         )
     for what, its, ours in (
         ("knows {} classes", architecture.classes, images.classes),
@@ -325,7 +378,7 @@ def find_teacher(
     ):
         if its != ours:
             raise ConfigError(
-                f"The teacher '{source}' {what.format(its)}, '{images.name}' has {ours}: give the data that it was"
+                f"The teacher '{source}' {what.format(its)}, but '{images.name}' has {ours}: give the data that it was"
                 " trained on."
             )
     check_fits(teacher, images, f"The teacher '{source}' ({architecture.name})")
@@ -335,7 +388,7 @@ def find_teacher(
 def _spiking_teacher(
     images: ImageSet, source: str, facts: Mapping[str, Any], given: Architecture | None, trust_code: bool
 ) -> tuple[Student, Architecture | None]:
-    """A student as teacher, with its architecture if its file names one."""
+    """A student as the teacher, with its architecture if its file names one."""
     student = load_student(source, None if given is None else given.build(), trust_code)
     check_fits(student, images, f"The spiking teacher '{source}'")
     named = facts.get("network", facts.get("architecture", {}))
@@ -343,5 +396,5 @@ def _spiking_teacher(
         return student, given or (Architecture(**named) if "name" in named else None)
     except TypeError as error:
         raise WeightsError(
-            f"'{source}' names its network in a way that this version does not know ({error})."
+            f"This version cannot read the description of the network in '{source}' ({error}): save it again."
         ) from error

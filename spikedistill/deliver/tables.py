@@ -1,56 +1,100 @@
-"""Tables of finished runs, and of anything else as Markdown."""
+"""Tables as Markdown, CSV and plain text, and how columns fit into a width."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import csv
+import io
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
-from spikedistill.deliver.record import Record
-from spikedistill.errors import RunError
-from spikedistill.train.run import Run
+from rich.cells import cell_len
+
+Row = Sequence[str]
+Place = tuple[int, int]
+"""Row and column of a cell, from 0."""
+NARROW = 10
+"""A head that is wider than its cells is broken at spaces, into lines of at most this width or its longest word."""
+GAP = 2
+"""Columns of a terminal between those of a table."""
 
 
-def compare(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows that set finished runs side by side; no code that they name is executed.
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption and notes.
 
-    The last column is the teacher's accuracy on training images that were held out, with their number; a question mark
-    says that the run warned of the teacher (``results.json``, teacher).
-
-    Raises:
-        RunError: if a directory holds no finished run.
+    Args:
+        columns: heads, with units.
+        rows: cells as text, one for each column.
+        caption: what columns and signs mean.
+        notes: notes on single rows.
+        bold: cells to be set in bold, if the format supports it.
     """
-    found = [(record, record.results()) for record in map(Record.read, paths)]
-    most = max(len(results.get("accuracy_by_step", [])) for _, results in found)
-    steps = [f"t={t + 1}" for t in range(most)]
-    columns = ["run", "network", "weights", "method", "accuracy", *steps, "firing rate", "agreement", "teacher"]
-    try:
-        return columns, [_row(record, results, most) for record, results in found]
-    except (KeyError, TypeError) as error:
-        named = ", ".join(str(path) for path in paths)
-        raise RunError(f"A file of {named} lacks {error}: give directories of finished runs.") from error
+
+    columns: Row
+    rows: Sequence[Row]
+    caption: str = ""
+    notes: Sequence[str] = ()
+    bold: frozenset[Place] = frozenset()
 
 
-def _row(record: Record, results: Mapping[str, Any], most: int) -> list[str]:
-    if record.is_student:
-        conversion = Run(record.path).read("conversion")
-        network, method = f"{conversion['network']} T={conversion['timesteps']}", record.recipe["method"]["name"]
-        weights = "inherited" if conversion["inherited"] else "fresh"
-    else:
-        network, weights, method = record.recipe["network"], "", "teacher (ANN)"
-    steps = [f"{value:.2f}" for value in results.get("accuracy_by_step", [])]
-    steps += [""] * (most - len(steps))
-    rates = [f"{results[name]:.2f} %" if name in results else "" for name in ("firing_rate", "agreement")]
-    accuracy, teacher = f"{results['test_accuracy']:.2f} %", _teacher(results.get("teacher", {}))
-    return [record.path.name, network, weights, method, accuracy, *steps, *rates, teacher]
+def markdown(columns: Row, rows: Sequence[Row], bold: Collection[Place] = ()) -> str:
+    r"""A table in Markdown; a bar inside a cell is escaped.
 
-
-def _teacher(found: Mapping[str, Any]) -> str:
-    """What a run found of its teacher, if anything."""
-    if not found:
-        return ""
-    return f"{found['accuracy']:.2f} % ({found['images']}){' ?' if found['doubts'] else ''}"
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
+    >>> print(markdown(["run", "accuracy (%)"], [["a|b", "91.60"]], bold=[(0, 1)]), end="")
+    | run | accuracy (%) |
+    | --- | --- |
+    | a\|b | **91.60** |
+    """
+    marked = [["**{}**" if (i, j) in bold else "{}" for j in range(len(row))] for i, row in enumerate(rows)]
+    told = [[mark.format(_escaped(cell)) for mark, cell in zip(marks, row)] for marks, row in zip(marked, rows)]
+    lines = [list(map(_escaped, columns)), ["---"] * len(columns), *told]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def one_line(cell: str) -> str:
+    """Text without line breaks."""
+    return " ".join(cell.split())
+
+
+def _escaped(cell: str) -> str:
+    return one_line(cell).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def blocks(widths: Sequence[int], room: int) -> list[list[int]]:
+    """The indices of columns in groups that fit into a width; each group begins with the first column.
+
+    >>> blocks([4, 5, 5, 9], 20)
+    [[0, 1, 2], [0, 3]]
+    """
+    found: list[list[int]] = []
+    left = -1
+    for place, width in enumerate(widths[1:], 1):
+        if left < width + GAP:
+            found.append([0])
+            left = room - widths[0]
+        found[-1].append(place)
+        left -= width + GAP
+    return found or [[0]]
+
+
+def head_width(head: str, cells: Iterable[str]) -> int:
+    """The width that a column needs for its cells and for its head, which may be broken at spaces."""
+    words = max(map(cell_len, head.split()), default=0)
+    return max([words, min(cell_len(head), NARROW), *map(cell_len, cells), 1])
+
+
+def csv_text(columns: Row, rows: Sequence[Sequence[object]]) -> str:
+    """Comma-separated values, the columns named in the first line."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def plain(columns: Row, rows: Sequence[Row]) -> str:
+    """Columns two spaces apart, each as wide as its widest cell; one line per row, however long."""
+    lines = [[one_line(cell) for cell in line] for line in (columns, *rows)]
+    widths = [max(map(cell_len, cells)) for cells in zip(*lines)]
+    return "".join(
+        "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths)).rstrip() + "\n"
+        for line in lines
+    )

@@ -1,4 +1,4 @@
-"""How often the answer is right, at every time step."""
+"""Accuracy after every time step, and the logits of a whole set."""
 
 import math
 from collections.abc import Callable
@@ -17,19 +17,24 @@ Result = TypeVar("Result")
 
 
 def predict(
-    network: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32, batch_size: int | None = None
+    network: nn.Module,
+    images: Tensor,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int | None = None,
+    seen: Callable[[int], None] = lambda images: None,
 ) -> Logits:
     """The logits of a network for a whole set, in evaluation mode, on the CPU.
 
     Args:
-        network: from images in 0..1 ``[B, C, H, W]``, or counts of events ``[T, B, 2, H, W]``, to logits
-            ``[T, B, K]`` or ``[B, K]``; left in the mode it was in.
+        network: from images in 0..1 ``[B, C, H, W]``, or event counts ``[T, B, 2, H, W]``, to logits ``[T, B, K]`` or
+            ``[B, K]``. It is left in its own mode, training or evaluation.
         images: bytes ``[N, C, H, W]``, or event frames ``[N, T, 2, H, W]``.
         dtype: number format of the large operations.
-        batch_size: images at a time; by default 250, fewer for a student of more than four time steps.
+        batch_size: images at a time (default: 250, fewer for a student with more than four time steps).
+        seen: called after each batch with the number of its images.
 
     Returns:
-        Logits ``[T, N, K]``; T = 1 for a network without time. NaN where an image or the network is broken.
+        Logits ``[T, N, K]``; T = 1 for a network without time. They are NaN if an image or the network holds NaN.
     """
 
     def forward(batch: Tensor) -> Tensor:
@@ -38,14 +43,19 @@ def predict(
 
     if batch_size is None:
         batch_size = network.at_once if isinstance(network, Student) else 250
-    return torch.cat(in_batches(network, forward, images, dtype, batch_size), dim=1)
+    return torch.cat(in_batches(network, forward, images, dtype, batch_size, seen), dim=1)
 
 
 @torch.no_grad()
 def in_batches(
-    network: nn.Module, work: Callable[[Tensor], Result], images: Tensor, dtype: torch.dtype, batch_size: int
+    network: nn.Module,
+    work: Callable[[Tensor], Result],
+    images: Tensor,
+    dtype: torch.dtype,
+    batch_size: int,
+    seen: Callable[[int], None] = lambda images: None,
 ) -> list[Result]:
-    """What ``work`` makes of each batch of a whole set, with the network in evaluation mode; see ``predict``."""
+    """The results of ``work`` for each batch of a whole set, with the network in evaluation mode; see ``predict``."""
     first = next(network.parameters())
     layout = _layout(network)
     modes = {module: module.training for module in network.modules()}
@@ -56,19 +66,20 @@ def in_batches(
             given = to_inputs(pixels)
             order = layout if given.ndim == 4 else torch.preserve_format
             results.append(work(given.to(first.device, memory_format=order)))
+        seen(len(pixels))
     for module, training in modes.items():
         module.training = training
     return results
 
 
 def _layout(network: nn.Module) -> torch.memory_format:
-    """The memory order that the network's kernels are in."""
+    """The memory format of the network's convolution weights."""
     last = any(p.ndim == 4 and not p.is_contiguous() for p in network.parameters())
     return torch.channels_last if last else torch.contiguous_format
 
 
 def cumulative(logits: Logits) -> Logits:
-    """The answer after each step: the mean over steps 1..t, for every t.
+    """The mean logits over steps 1..t, for every t.
 
     >>> cumulative(torch.tensor([[[2.0]], [[4.0]]])).flatten().tolist()
     [2.0, 3.0]
@@ -78,24 +89,24 @@ def cumulative(logits: Logits) -> Logits:
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse logits ``[..., N, K]`` that are not finite: whatever was computed of them would look like a figure.
+    """Refuse logits ``[..., N, K]`` that are not finite: an accuracy computed from them would look valid.
 
     Raises:
-        ConfigError: if there are such; it says of how many samples.
+        ConfigError: if any are not; the message gives the number of samples.
     """
     samples = ~torch.isfinite(logits).all(-1).reshape(-1, logits.shape[-2]).all(0)
     if samples.any():
         raise ConfigError(
-            f"The logits of {int(samples.sum())} of {len(samples)} samples hold NaN or infinity, those of sample"
-            f" {int(samples.nonzero()[0])} first: check the images, the normalisation, and the weights of the network."
+            f"The logits of {int(samples.sum())} of {len(samples)} samples hold NaN or infinity, the first at sample"
+            f" {int(samples.nonzero()[0])}: check the images, the normalisation, and the weights of the network."
         )
 
 
 def accuracy_by_step(logits: Logits, labels: Labels) -> list[float]:
-    """Top-1 accuracy in percent after each of 1..T steps; the last is the accuracy.
+    """Top-1 accuracy in percent after each of 1..T steps; the last is the accuracy of the network.
 
     Raises:
-        ConfigError: if logits are not finite, of which there is no largest one.
+        ConfigError: if logits are not finite, so that there is no largest one.
 
     >>> accuracy_by_step(torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]), torch.tensor([1, 0]))
     [50.0]
@@ -106,10 +117,10 @@ def accuracy_by_step(logits: Logits, labels: Labels) -> list[float]:
 
 
 def standard_error(accuracy: float, images: int) -> float:
-    """The standard error of an accuracy in percent, in points, as of so many images drawn at random; NaN of none.
+    """The standard error, in points, of an accuracy in percent on n images drawn at random; NaN for no images.
 
-    ``sqrt(p (1 - p) / n)``, where p counts one more right and one more wrong (Laplace), so that all right of a few is
-    not taken for certain. A mean of accuracies on the same images has at most as large an error.
+    ``sqrt(p (1 - p) / n)``, where p counts one more correct and one more wrong image (Laplace). So the error is not
+    zero if all of a few images are correct. A mean of accuracies on the same images has at most this error.
 
     >>> round(standard_error(90.0, 900), 2), round(standard_error(100.0, 20), 2)
     (1.0, 4.66)

@@ -1,4 +1,4 @@
-"""How much a student spikes, and how many synaptic operations a network takes."""
+"""Firing rates of a student, and synaptic operations of a network."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,39 +23,39 @@ ACTIVATIONS = frozenset(
         *("tanh_", "softplus", "softsign", "logsigmoid", "threshold"),
     )
 )
-"""Functions whose results are the activations of an ANN, as are those of ``CLAMPS`` from 0 on."""
+"""Functions whose results count as activations of an ANN. Results of ``CLAMPS`` count if they clamp at 0."""
 CLAMPS = frozenset(("clamp", "clamp_", "clamp_min", "clamp_min_"))
 
 
 @dataclass
 class FiringRates:
-    """Spikes and chances to spike, counted layer by layer."""
+    """Spikes, and possible spikes (neurons times steps), counted for each layer."""
 
     spikes: dict[str, float] = field(default_factory=dict)
     chances: dict[str, int] = field(default_factory=dict)
 
     def add(self, layer: str, emitted: Tensor) -> None:
-        """Count what a layer emitted."""
+        """Count the output of a layer."""
         self.spikes[layer] = self.spikes.get(layer, 0.0) + float(torch.count_nonzero(emitted))
         self.chances[layer] = self.chances.get(layer, 0) + emitted.numel()
 
     def by_layer(self) -> dict[str, float]:
-        """Spikes a neuron and step, 0..1, for each layer in order."""
+        """Spikes per neuron and step, 0..1, for each layer in order."""
         return {layer: self.spikes[layer] / self.chances[layer] for layer in self.spikes}
 
     def mean(self) -> float:
-        """Spikes a neuron and step, 0..1, over all neurons."""
+        """Spikes per neuron and step, 0..1, over all neurons."""
         return sum(self.spikes.values()) / max(1, sum(self.chances.values()))
 
 
 @contextmanager
 def firing_rates(network: nn.Module) -> Iterator[FiringRates]:
-    """Count the spikes of every call of a student, or an ANN's activations that are not zero, while it is open.
+    """Count the spikes of a student, or the non-zero activations of an ANN, in every call while the context is open.
 
     An ANN's activations count whether they are modules, functions or methods.
 
     Raises:
-        ConfigError: if it is neither, or an ANN that is compiled.
+        ConfigError: if the network is neither, or is a compiled ANN.
     """
     rates = FiringRates()
     if not isinstance(network, Student):
@@ -85,24 +85,24 @@ MAPS: dict[str, Callable[..., Tensor]] = {
     **{f"conv{dims}d": getattr(F, f"conv{dims}d") for dims in (1, 2, 3)},
     **{f"conv_transpose{dims}d": getattr(F, f"conv_transpose{dims}d") for dims in (1, 2, 3)},
 }
-"""Functions ``(input, weight, bias, ...)`` of rows of inputs, linear in them."""
+"""Functions ``(input, weight, bias, ...)`` that are linear in a batch of inputs."""
 OPTIONS = {
     False: ("stride", "padding", "dilation", "groups"),
     True: ("stride", "padding", "output_padding", "groups", "dilation"),
 }
-"""What follows the bias of a convolution, and of a transposed one."""
+"""The arguments after the bias of a convolution, and of a transposed convolution."""
 PRODUCTS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("matmul", "__matmul__", "linalg_matmul", "mm", "bmm", "mv", "dot", "vdot", "inner"), (0, 1)),
     "__rmatmul__": (1, 0),
     **dict.fromkeys(("addmm", "addmm_", "addbmm", "baddbmm", "addmv"), (1, 2)),
 }
-"""Products of matrices and vectors, and at which places their operands stand."""
+"""Products of matrices and vectors, and the positions of their operands."""
 OPERANDS: tuple[tuple[str, ...], ...] = (
     ("input",),
     ("other", "mat1", "mat2", "batch1", "mat", "tensor", "vec"),
     ("mat2", "batch2", "vec"),
 )
-"""What the operand at a place may be called where it is given by name."""
+"""The names of the operand at each position, if it is given by name."""
 UNCOUNTED = frozenset(
     (
         *(
@@ -124,23 +124,24 @@ UNCOUNTED = frozenset(
         *("multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
     )
 )
-"""What multiplies too and is refused."""
+"""Other functions that multiply; they cannot be counted and are refused."""
 
 
 @dataclass
 class Operations:
-    """Synaptic operations, counted call site by call site and connection by connection.
+    """Synaptic operations, counted for each call site.
 
-    An operation is one non-zero input value meeting one non-zero weight: an accumulate (``acs``) where the inputs are
-    spikes, that is zero or one height in every channel, else a multiply-accumulate (``macs``). ``dense`` counts
-    all inputs, zeros too. Biases do not count. These are the rules of NeuroBench (arXiv 2304.04640), but that a spike
-    there is 1 or -1, and that its dense operations count weights of zero too. Beside them, for a network that would run
-    once: ``once``, all connections of a layer, and ``active``, those whose input is not zero at some time step; both
-    summed over images.
+    An operation is one non-zero input value times one non-zero weight. It is an accumulate (``acs``) if the inputs are
+    spikes, that is zero or one height in every channel, else a multiply-accumulate (``macs``). ``dense`` counts all
+    inputs, zeros too. Biases do not count. These are the rules of NeuroBench (arXiv 2304.04640), with two differences:
+    there a spike is 1 or -1, and dense operations count weights of zero too.
 
-    What has no connections with weights does not count: batch norm, folded or not, pooling, the additions of residual
-    connections, and a neuron's own arithmetic. The product of two signals, as in attention, takes a multiply-accumulate
-    for every pair of values that are not zero.
+    Two more counts are for a network that runs once per image: ``once``, all connections of a layer, and ``active``,
+    those whose input is not zero at some time step. Both are sums over images.
+
+    Operations without weighted connections do not count: batch norm, folded or not, pooling, the additions of residual
+    connections, and a neuron's own arithmetic. A product of two signals, as in attention, counts one
+    multiply-accumulate for every pair of non-zero values.
     """
 
     acs: dict[str, float] = field(default_factory=dict)
@@ -151,14 +152,15 @@ class Operations:
     images: int = 0
 
     def add(self, layer: str, inputs: Tensor, fan: Tensor, ever: Tensor | None = None, begins: bool = True) -> None:
-        """Count what a layer did with its inputs.
+        """Count the operations of a layer on its inputs.
 
         Args:
             layer: its name.
             inputs: ``[N, ...]``.
-            fan: the connections of each input value, ``[...]``.
-            ever: which inputs of each image became active, ``[B, ...]``; those that are, where every row is an image.
-            begins: whether the images are new, or go on a step.
+            fan: the number of connections of each input value, ``[...]``.
+            ever: which inputs of each image became active in this call for the first time, ``[B, ...]``. None if every
+                row is an image; then all non-zero inputs.
+            begins: whether the images are new, or this is a further step of a stream.
         """
         active = inputs != 0
         ever = active if ever is None else ever
@@ -187,14 +189,14 @@ class Operations:
         """
         if not self.images:
             raise ConfigError(
-                "No image was counted: call the network itself while the context is open, a student in evaluation mode."
+                "No image was counted: call the network while the context is open, and call eval() on a student first."
             )
         kinds = {"acs": self.acs, "macs": self.macs, "dense": self.dense}
         return {name: sum(counts.values()) / self.images for name, counts in kinds.items()}
 
 
 def _are_spikes(inputs: Tensor) -> bool:
-    """Whether values ``[N, C, ...]`` are zero or one height in every channel; a channel of one value proves nothing."""
+    """Whether values ``[N, C, ...]`` are zero or one height in every channel. Channels of one value prove nothing."""
     alone = inputs.numel() == inputs.shape[1]
     heights = inputs.amax() if alone else inputs.amax((0, *range(2, inputs.ndim)), keepdim=True)
     return bool(((inputs == 0) | (inputs == heights)).all())
@@ -204,16 +206,15 @@ def _are_spikes(inputs: Tensor) -> bool:
 def operations(network: nn.Module) -> Iterator[Operations]:
     """Count the synaptic operations of every call of a student or an ANN while the context is open.
 
-    Fan-out is exact: at borders, strides, groups and dilations a value is counted as often as it is used. What a
-    student computes once for all time steps (the part before the first neuron) counts once, but at each step of a
-    stream (``Student.step``), where it is computed again. How many images there were the student's coding says; of an
-    ANN each row of its input is one. Of a student, calls in training by another gradient than the exact one are not
-    counted.
+    The fan-out is exact: at borders, and with strides, groups and dilations, a value counts as often as it is used.
+    The part of a student before its first neurons runs once for all time steps and counts once. In a stream
+    (``Student.step``) it runs at each step and counts at each. For a student the coding gives the number of images; for
+    an ANN each row of the input is an image. A student's calls in training count only with the exact gradient.
 
     Raises:
-        ConfigError: if it is neither, or an ANN that is compiled; on a call, if it multiplies in a way that cannot be
-            counted.
-        ShapeError: on a step of a stream whose batch has changed.
+        ConfigError: if the network is neither, or is a compiled ANN; during a call, if it multiplies in a way that
+            cannot be counted.
+        ShapeError: at a step of a stream, if its batch has changed.
     """
     counts = Operations()
     tally = _Tally(counts)
@@ -233,7 +234,7 @@ def operations(network: nn.Module) -> Iterator[Operations]:
 
 
 class _Tally:
-    """Counts calls; of a student it is told how the rows of a call are made up."""
+    """Counts the operations of calls. For a student ``_Counted`` tells it which rows are time steps."""
 
     def __init__(self, counts: Operations) -> None:
         self.counts = counts
@@ -244,7 +245,7 @@ class _Tally:
         self.fans: dict[object, tuple[Tensor, Tensor]] = {}
 
     def hear(self, call: Call) -> None:
-        """Count a call, if it multiplies and is no making of weights from others."""
+        """Count a call if it multiplies a signal; products of weights alone do not count."""
         if "parametrizations" in call.where.split("."):
             return
         if call.name in MAPS:
@@ -262,7 +263,7 @@ class _Tally:
         elif call.name in UNCOUNTED or call.name == "einsum":
             raise ConfigError(
                 f"'{call.name}' at '{call.where}' multiplies, and its operations cannot be counted: expected"
-                " convolutions, linear layers and products of matrices. Leave this network away."
+                " convolutions, linear layers and matrix products. Leave this network out."
             )
 
     def _map(self, call: Call) -> None:
@@ -275,7 +276,7 @@ class _Tally:
         self.counts.add(call.where, inputs, fan, self._ever(inputs), self.begins)
 
     def _fan(self, call: Call, shape: Sequence[int], weight: Tensor, options: dict[str, Any]) -> Tensor:
-        """``fan_out``, known from an earlier call with the same weights."""
+        """``fan_out``, kept from an earlier call with the same weights."""
         key = self.site, call.where, call.name, tuple(shape), str(options)
         held = call.of(1, "weight")
         if key not in self.fans or self.fans[key][0] is not held:
@@ -283,7 +284,7 @@ class _Tally:
         return self.fans[key][1]
 
     def _ever(self, inputs: Tensor) -> Tensor | None:
-        """Which inputs ``[B, ...]`` of a student's images became active in this call."""
+        """Which inputs ``[B, ...]`` of a student's images became active in this call for the first time."""
         if self.batch is None:
             return None
         ever = (inputs != 0).unflatten(0, (-1, self.batch)).any(0)
@@ -293,7 +294,7 @@ class _Tally:
         if before is None or before.shape != ever.shape:
             raise ShapeError(
                 f"A stream of {'other' if before is None else len(before)} samples goes on with {len(ever)} while its"
-                " operations are counted: begin and end a stream inside the context, all its samples at each step."
+                " operations are counted: begin and end a stream inside the context, with all its samples at each step."
             )
         self.seen[self.site] = before | ever
         return ever & ~before
@@ -305,21 +306,21 @@ class _Tally:
 
 
 def _operand(call: Call, place: int) -> Tensor:
-    """What a product multiplies, by position or by name."""
+    """An operand of a product, by position or by name."""
     named = next((name for name in OPERANDS[place] if name in call.options), "")
     operand: Tensor = call.of(place, named)
     return operand
 
 
 class _Counted(Charges):
-    """Runs a student's graph and has every call of it counted, but those of its neurons."""
+    """Runs a student's graph and counts every call in it, except those of its neurons."""
 
     def __init__(self, tally: _Tally, core: fx.GraphModule, keep: Collection[str], layers: Collection[str]) -> None:
         super().__init__(core, keep, layers)
         self.tally, self.listener = tally, Listener(tally.hear)
 
     def run(self, rows: Any, timesteps: int, repeats: int, states: Any, keep: bool) -> Any:  # type: ignore[override]
-        """As ever: ``rows`` of ``timesteps``, each used ``repeats`` times."""
+        """As in ``Charges``: ``rows`` of ``timesteps`` steps, each row used at ``repeats`` steps."""
         tally = self.tally
         tally.batch, tally.goes_on = len(rows) * repeats // timesteps, keep
         tally.begins = states[0] is None
@@ -327,19 +328,19 @@ class _Counted(Charges):
         return super().run(rows, timesteps, repeats, states, keep)
 
     def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        """As ever, under the layer's own name."""
+        """As in ``Charges``, counted under the layer's own name."""
         with self._heard(str(self.current.target)):
             result = super().apply(layer, args, kwargs)
             self.listener.tell_convolution(layer, args[0], result)
         return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """As ever, under the name of the call site."""
+        """As in ``Charges``, counted under the name of the call site."""
         with self._heard(self.current.name):
             return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """As ever, under the name of the call site."""
+        """As in ``Charges``, counted under the name of the call site."""
         with self._heard(self.current.name):
             return super().call_method(target, args, kwargs)
 
@@ -351,7 +352,7 @@ class _Counted(Charges):
 
 
 def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:
-    """``fan_of`` a convolution or linear layer.
+    """``fan_of`` for a convolution or linear layer.
 
     >>> fan_out(nn.Conv2d(1, 2, 3, padding=1), (1, 2, 3))[0].int().tolist()
     [[8, 12, 8], [8, 12, 8]]
@@ -365,12 +366,12 @@ def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:
 
 
 def fan_of(function: Callable[..., Tensor], weight: Tensor, shape: Sequence[int]) -> Tensor:
-    """How many connections with a non-zero weight start at each value of an input of that shape ``[...]``, float64.
+    """The number of connections with a non-zero weight from each value of an input ``[...]``, as float64.
 
     Args:
-        function: from input and weight, linear in the input.
+        function: of input and weight, linear in the input.
         weight: its weight.
-        shape: of one input.
+        shape: the shape of one input.
 
     >>> fan_of(F.linear, torch.tensor([[0.5, 0.0], [0.1, 2.0]]), (2,)).tolist()
     [2.0, 1.0]

@@ -1,4 +1,4 @@
-"""How far the student answers as its teacher does, right or wrong."""
+"""How well a student agrees with its teacher, whether the teacher is right or wrong."""
 
 import torch.nn.functional as F
 
@@ -7,7 +7,7 @@ from spikedistill.shapes import ClassLogits, Logits
 
 
 def agreement(student: Logits, teacher: ClassLogits) -> float:
-    """Share of samples, in percent, to which both give the same class.
+    """Percentage of samples for which student and teacher give the same class.
 
     Raises:
         ConfigError: if logits are not finite.
@@ -22,7 +22,7 @@ def agreement(student: Logits, teacher: ClassLogits) -> float:
 
 
 def divergence(student: Logits, teacher: ClassLogits) -> float:
-    """Mean ``KL(teacher || student)`` of the class probabilities, in nats.
+    """Mean divergence ``KL(teacher || student)`` of the class probabilities, in nats.
 
     Raises:
         ConfigError: if logits are not finite.

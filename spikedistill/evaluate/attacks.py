@@ -1,9 +1,9 @@
-"""Attacks: images changed within a reach so that a network errs, by its own gradient and by its teacher's.
+"""Adversarial attacks: small changes of images that make a network err, found by its own and its teacher's gradient.
 
-A spiking network has no gradient of its own, only that of a surrogate, and a narrow one is zero nearly everywhere: the
-network then looks immune, though it is only hidden. So it is attacked through several surrogates and by what fools its
-teacher (a transfer), and an image counts as fooled where any of them fools it or the network errs without. Which
-surrogates is this project's choice.
+A spiking network has only a surrogate gradient. A narrow surrogate is zero nearly everywhere, so the network looks
+immune although it is not (gradient masking). Here every network is attacked through several surrogates, and with
+images that fool its teacher (a transfer attack). An image counts as fooled if any of these fools the network, or if it
+is misclassified without an attack. The list of surrogates is our choice.
 """
 
 import dataclasses
@@ -23,29 +23,29 @@ from spikedistill.student.build import Student
 from spikedistill.student.coding import Latency, Rate
 
 AT_ONCE = 100
-"""Images of a batch under attack, at most."""
+"""Most images in a batch under attack."""
 ATTACKS: dict[str, tuple[int, tuple[float, float, float, float, float]]] = {
     "fgsm": (1, (0.5, 1.0, 2.0, 4.0, 8.0)),
     "pgd": (10, (0.5, 1.0, 2.0, 4.0, 8.0)),
 }
-"""Attack -> gradient steps, and the largest change of a value in 255ths (l-infinity) at the five severities."""
+"""Attack -> number of gradient steps, and the largest change of a value (l-infinity) in 1/255 at five severities."""
 SURROGATES: dict[str, Surrogate] = {
     "atan 1": ATan(1.0),
     "sigmoid 4": Sigmoid(4.0),
     "triangle 1": Triangle(1.0),
     "triangle 2": Triangle(2.0),
 }
-"""Besides a network's own, by name and alpha or width: of eleven those that fooled the shipped example most."""
+"""Surrogates besides the network's own, by name and alpha or width: those of eleven that fooled the example most."""
 OWN, TEACHER = "own", "teacher"
 
 
 def attack(
     network: nn.Module, images: Image, labels: Labels, *, reach: float, steps: int, generator: Generator
 ) -> Image:
-    """Images changed by at most ``reach`` a value so that the network errs, through the surrogate gradient that it has.
+    """Images whose values are changed by at most ``reach`` to raise the network's loss, by its surrogate gradient.
 
-    One step is FGSM (Goodfellow et al., arXiv 1412.6572); more are PGD from a random start, each of 2.5 reach / steps
-    (Madry et al., arXiv 1706.06083).
+    One step is FGSM (Goodfellow et al., arXiv 1412.6572). More steps are PGD from a random start, each of size
+    2.5 reach / steps (Madry et al., arXiv 1706.06083).
     """
     start = images
     if steps > 1:
@@ -61,18 +61,19 @@ def attack(
 
 
 def gradients(network: nn.Module, teacher: nn.Module | None) -> list[str]:
-    """By whose gradient a network is attacked: its own, and through each surrogate if it spikes, and its teacher's.
+    """The gradients that a network is attacked by: its own, through each surrogate if it spikes, and its teacher's.
 
-    A student that sees pixels only as spikes has no gradient to them: its own would be zero and every image withstood.
+    A student whose coding turns pixels into spikes has no gradient with respect to pixels: it would be zero, and no
+    image would be fooled. Such a student is attacked by its teacher's gradient only.
 
     Raises:
-        ConfigError: if there is none at all.
+        ConfigError: if no gradient is left.
     """
     if isinstance(network, Student) and isinstance(network.coding, Rate | Latency):
         if teacher is None:
             raise ConfigError(
                 f"No gradient reaches the pixels of a student with coding={network.coding}, so it cannot be attacked by"
-                " its own: give its teacher, or leave the kind 'attack' away."
+                " its own: give its teacher, or omit the kind 'attack'."
             )
         return [TEACHER]
     owns = [layer.neuron.surrogate for layer in network.modules() if isinstance(layer, Spiking)]
@@ -81,18 +82,18 @@ def gradients(network: nn.Module, teacher: nn.Module | None) -> list[str]:
 
 
 class Target:
-    """A network under attack, and which images it still answers rightly.
+    """A network under attack, and which images it still classifies correctly.
 
     Args:
-        network: from images in 0..1 to logits; left as it was.
-        teacher: the network whose gradient is tried on this one too, on the same device; None for no transfer.
+        network: from images in 0..1 to logits; not changed.
+        teacher: a network on the same device whose gradient is also used; None for no transfer attack.
         images: bytes ``[N, C, H, W]``.
         labels: ``[N]``.
         dtype: number format of the large operations.
-        seed: of the start of PGD.
+        seed: seed of the random start of PGD.
 
     Attributes:
-        gradients: those that it is attacked by: of ``OWN``, ``SURROGATES`` and ``TEACHER``.
+        gradients: names of the gradients it is attacked by: from ``OWN``, ``SURROGATES`` and ``TEACHER``.
     """
 
     def __init__(
@@ -118,12 +119,12 @@ class Target:
         return 100.0 * float(self.right(name, severity, gradient).double().mean())
 
     def worst(self, name: str, severity: int) -> float:
-        """Accuracy (percent) on images that none of the gradients fools, and that are answered rightly without."""
+        """Accuracy (percent) if an image counts only when it is correct without attack and no gradient fools it."""
         masks = [self.right("", 0, OWN), *(self.right(name, severity, gradient) for gradient in self.gradients)]
         return 100.0 * float(torch.stack(masks).all(0).double().mean())
 
     def right(self, name: str, severity: int, gradient: str) -> Tensor:
-        """Which images are answered rightly under an attack, ``[N]`` booleans; severity 0 is none. Found once."""
+        """Which images are classified correctly under an attack, ``[N]`` booleans. Severity 0 is no attack. Cached."""
         if (name, severity, gradient) not in self._right:
             self._right[name, severity, gradient] = self._withstands(name, severity, gradient)
         return self._right[name, severity, gradient]
@@ -147,14 +148,14 @@ class Target:
 
 
 def _mean_logits(network: nn.Module, images: Image) -> Tensor:
-    """Logits ``[B, K]`` of a network with time or without."""
+    """Logits ``[B, K]`` of any network, the mean over time if it has time steps."""
     logits = network(images).float()
     return logits.mean(0) if logits.ndim == 3 else logits
 
 
 @contextmanager
 def _through(network: nn.Module, surrogate: Surrogate | None) -> Iterator[None]:
-    """The network with that surrogate in all its neurons; as it is where None."""
+    """The network with this surrogate in all its neurons; None leaves it as it is."""
     neurons = [(layer, layer.neuron) for layer in network.modules() if isinstance(layer, Spiking)]
     try:
         for layer, own in neurons:

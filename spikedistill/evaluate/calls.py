@@ -1,6 +1,6 @@
-"""The calls that a network makes, whoever makes them: a module, a function, a method or an operator.
+"""All calls that a network makes: modules, functions, methods and operators.
 
-A layer and the function behind it are one call here, so what is counted does not depend on how a network is written.
+A layer and the function that it calls are one call here. So counts do not depend on how a network is written.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ from spikedistill.neuron.layer import Spiking
 
 @dataclass(frozen=True)
 class Call:
-    """One call: where it was made, of what, with what, and what it returned."""
+    """One call: the path of its module, the function's name, the arguments and the result."""
 
     where: str
     name: str
@@ -33,13 +33,14 @@ class Call:
 
 
 class Listener(TorchFunctionMode):
-    """Tells of every function of torch that is called while it is active.
+    """Reports every function of torch that is called while it is active.
 
     Args:
-        hear: told each call; what it computes itself is heard by no one.
+        hear: called with each call. Its own computations are not reported.
 
     Attributes:
-        where: what runs now, the innermost last; a name that ends with a dot gets that of the function behind it.
+        where: paths of the modules that run now, the innermost last. The function's name is appended to a path that
+            ends with a dot.
     """
 
     def __init__(self, hear: Callable[[Call], None]) -> None:
@@ -53,7 +54,7 @@ class Listener(TorchFunctionMode):
         return result
 
     def tell_convolution(self, layer: nn.Module, x: Any, result: Any) -> None:
-        """Tell of a convolution that our own code computed, if it did: that is no function of torch's."""
+        """Report a convolution that our own code computed, which is not a function of torch."""
         if isinstance(layer, WinogradConv2d) and applies(x, layer.weight):
             rest = (layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
             self._tell("conv2d", (x, layer.weight, *rest), {}, result)
@@ -68,17 +69,17 @@ class Listener(TorchFunctionMode):
 def calls_of(
     network: nn.Module, hear: Callable[[Call], None], began: Callable[[Tensor], None] = lambda given: None
 ) -> Iterator[None]:
-    """Tell of the calls of an ANN while the context is open.
+    """Report the calls of an ANN while the context is open.
 
-    Each is told under the path of the module that makes it; that of a module that holds others as ``PATH.FUNCTION``.
+    Each call has the path of the module that makes it; if that module contains others, ``PATH.FUNCTION``.
 
     Args:
         network: the ANN.
-        hear: told each call.
-        began: told the first tensor that the network is given, before its calls.
+        hear: called with each call.
+        began: called with the first input tensor of the network, before its calls.
 
     Raises:
-        ConfigError: if the network's calls cannot be heard.
+        ConfigError: if the network's calls cannot be seen.
     """
     _refuse_deaf(network)
     listener = Listener(hear)
@@ -86,7 +87,7 @@ def calls_of(
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if given is None:
-            raise ConfigError(f"{type(network).__name__} was given no tensor: give it a batch of images, [B, ...].")
+            raise ConfigError(f"{type(network).__name__} got no tensor as input: give it a batch of images, [B, ...].")
         began(given)
         listener.__enter__()
 
@@ -100,7 +101,7 @@ def calls_of(
 
 
 def _name_calls(stack: ExitStack, listener: Listener, path: str, module: nn.Module) -> None:
-    """Let the listener know that a module runs."""
+    """Tell the listener when a module runs."""
     holds = any(True for _ in module.children())
 
     def begin(_: nn.Module, __: Any) -> None:
@@ -120,10 +121,10 @@ def _refuse_deaf(network: nn.Module) -> None:
         kind = type(module).__name__
         if isinstance(module, Spiking):
             raise ConfigError(
-                f"{type(network).__name__} holds neurons at '{path}' and is no Student, so nobody knows which of its"
-                " rows are time and which are samples: make it by to_spiking, or measure the student inside it."
+                f"{type(network).__name__} holds neurons at '{path}' but is not a Student, so it is not known which of"
+                " its rows are time steps: make it by to_spiking, or measure the student inside it."
             )
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             raise ConfigError(
-                f"{kind} at '{path}' is compiled, so its calls cannot be heard: give the network as it was before."
+                f"{kind} at '{path}' is compiled, so its calls cannot be seen: give the network before compilation."
             )

@@ -1,10 +1,11 @@
-"""Early exit by confidence: a sample leaves once its answer so far is sure, and the batch shrinks to those that stay.
+"""Early exit by confidence: a sample leaves once its prediction is confident, and the batch shrinks.
 
-The confidence of a sample after t steps is the largest softmax probability of its mean logits over steps 1..t, and it
-leaves where that is above a threshold. This is SEENN-I (Li et al., NeurIPS 2023, arXiv 2304.01230); DT-SNN (Li et al.,
-DAC 2023, arXiv 2305.17346) takes the entropy instead. The threshold is the user's choice: not to be made on test data.
+The confidence of a sample after t steps is the largest softmax probability of its mean logits over steps 1..t. The
+sample leaves once this is above a threshold. This is SEENN-I (Li et al., NeurIPS 2023, arXiv 2304.01230). DT-SNN (Li et
+al., DAC 2023, arXiv 2305.17346) uses the entropy instead. The user chooses the threshold, but not on test data.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,19 +19,19 @@ from spikedistill.student.build import Student
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """What every sample was answered when it left, and after how many steps that was."""
+    """The mean logits of every sample when it left ``[B, K]``, and the number of its steps ``[B]``."""
 
     logits: ClassLogits
     steps: StepCounts
 
     @property
     def mean_steps(self) -> float:
-        """Steps a sample took, on average."""
+        """Mean number of steps per sample."""
         return float(self.steps.double().mean())
 
 
 def check_confidence(confidence: float) -> None:
-    """Refuse a confidence that is no probability.
+    """Refuse a confidence that is not a probability.
 
     Raises:
         ConfigError: if it is outside 0..1.
@@ -44,25 +45,25 @@ def check_confidence(confidence: float) -> None:
 
 @torch.no_grad()
 def early_exit(student: Student, images: Tensor, confidence: float) -> EarlyExit:
-    """The answers of a batch in at most T steps, each as sure as it is asked to be, or that of all T steps.
+    """Run a batch step by step. A sample leaves once its confidence is above the given one, or after T steps.
 
-    A sample's answer is that of the whole run cut after its last step, whoever else is in the batch. The steps run one
-    by one, so the layers before the first neurons run at each, not once as in a whole run.
+    The logits of a sample equal those of a whole run cut after its last step. They do not depend on the rest of the
+    batch. Steps run one by one, so the layers before the first neurons run at every step, not once as in a whole run.
 
     Args:
-        student: in evaluation mode; its T is the most steps that a sample takes.
+        student: in evaluation mode; its T is the largest number of steps.
         images: as for the student: ``[B, C, H, W]`` in 0..1, or frames ``[T, B, C, H, W]``.
-        confidence: the probability of the likeliest class above which a sample leaves, 0..1.
+        confidence: a sample leaves once its likeliest class has more than this probability, 0..1.
 
     Returns:
-        Mean logits ``[B, K]`` over the steps that a sample took, and their number ``[B]``.
+        Mean logits ``[B, K]`` over the steps of each sample, and the number of these steps ``[B]``.
 
     Raises:
         ConfigError: if the confidence is outside 0..1, or the student is in training mode.
     """
     check_confidence(confidence)
     if student.training:
-        raise ConfigError("The student is in training mode, where samples of a batch meet: call student.eval() first.")
+        raise ConfigError("The student is in training mode, where samples of a batch interact: call student.eval().")
     rows, repeats = student.coding.encode(images, student.timesteps)
     frames = rows.unflatten(0, (student.timesteps // repeats, -1))
     answer, state = student.step(frames[0])
@@ -87,6 +88,7 @@ def predict_early(
     confidence: float,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 250,
+    seen: Callable[[int], None] = lambda images: None,
 ) -> EarlyExit:
     """``early_exit`` for a whole set of bytes ``[N, C, H, W]``, in evaluation mode; see ``accuracy.predict``."""
 
@@ -94,5 +96,5 @@ def predict_early(
         found = early_exit(student, batch, confidence)
         return found.logits.float().cpu(), found.steps.cpu()
 
-    logits, steps = zip(*in_batches(student, leave, images, dtype, batch_size))
+    logits, steps = zip(*in_batches(student, leave, images, dtype, batch_size, seen))
     return EarlyExit(torch.cat(logits), torch.cat(steps))

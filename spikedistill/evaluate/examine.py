@@ -1,7 +1,7 @@
-"""Whether a teacher can teach: its accuracy on images held out of the training part, and what speaks against it.
+"""A check of the teacher before distillation: its accuracy on held-out images, and doubts about it.
 
-Every doubt is a test at one percent on the same images, so that few images raise none that they cannot carry. Which
-doubts there are is this project's choice.
+Every doubt is a statistical test at one percent on the same images, so few images cannot raise a doubt by chance. The
+list of doubts is our choice.
 """
 
 import math
@@ -18,27 +18,27 @@ from spikedistill.evaluate.accuracy import predict
 from spikedistill.shapes import ClassLogits, Labels
 
 MOST = 1000
-"""So many images, evenly spaced, are looked at."""
+"""Number of images that are examined, evenly spaced."""
 VALUES = 4096
-"""About so many values of an image are compared with class means."""
+"""About this many values of an image are compared with class means."""
 LEVEL = 0.01
-"""What a test finds by chance at most this often is no doubt; what a guess reaches more often is no knowledge."""
+"""Level of the tests: a result that is likelier than this by chance counts as chance."""
 
 
 def examine_teacher(
     teacher: nn.Module, images: ImageSet, validation: float, place: Place, stored: float | None = None
 ) -> dict[str, Any]:
-    """The accuracy of a teacher before it teaches, and doubts about it.
+    """The accuracy of a teacher before distillation, and doubts about it.
 
     Args:
         teacher: ANN or student.
-        images: what it sees.
-        validation: the share of the training part that is held out; of 0, training images are looked at.
-        place: where it computes.
-        stored: the test accuracy in percent that its file tells of.
+        images: the data set.
+        validation: the fraction of the training part that is held out. With 0, training images are examined.
+        place: device and number format.
+        stored: the test accuracy in percent that its file reports.
 
     Returns:
-        ``accuracy`` (percent), ``images`` (how many), ``held_out`` (whether they are held out of training) and
+        ``accuracy`` (percent), ``images`` (their number), ``held_out`` (whether they are held out of training) and
         ``doubts`` (sentences).
 
     Raises:
@@ -48,7 +48,7 @@ def examine_teacher(
     some = held[evenly(len(held), MOST)] if len(held) else train[evenly(len(train), MOST)]
     pixels, labels = images.train_images[some], images.train_labels[some]
     place.prepare(teacher)
-    with torch.random.fork_rng(devices=[]):  # what is trained afterwards is to draw what it drew without
+    with torch.random.fork_rng(devices=[]):  # training afterwards must draw the same random numbers as without
         logits = predict(teacher, pixels, place.dtype).mean(0)
     if not logits.isfinite().all():
         raise ConfigError(
@@ -64,32 +64,30 @@ def examine_teacher(
 
 
 def _as_a_guess(right: Tensor, labels: Labels) -> list[str]:
-    """Whether naming the most frequent class is as good, as far as so many images can tell."""
+    """A doubt if always naming the most frequent class is as good, as far as this number of images can tell."""
     share, hits = float(labels.bincount().max()) / len(labels), int(right.sum())
     if 1 - _at_most(hits - 1, len(right), share) <= LEVEL:
         return []
-    return [f"this cannot be told from a guess, which has {100 * share:.2f} %"]
+    return [f"its accuracy is no better than that of a guess, {100 * share:.2f} %"]
 
 
 def _below_its_file(right: Tensor, stored: float | None, count: int) -> list[str]:
-    """Whether it is worse than its file says, which may rest on few test images too."""
+    """A doubt if the accuracy is below the one in the teacher's file, which may itself be from few test images."""
     if stored is None or _at_most(int(right.sum()), len(right), (stored / 100 * count + 1) / (count + 2)) >= LEVEL:
         return []
-    return [
-        f"its file tells of {stored:.2f} % on its test images: were those like these, and its inputs normalised so?"
-    ]
+    return [f"its file reports {stored:.2f} % on its test images: are these images like those, and normalised alike?"]
 
 
 def _below_class_means(right: Tensor, pixels: Tensor, labels: Labels, images: ImageSet, train: Tensor) -> list[str]:
-    """Whether the nearest mean image of a class is the better answer."""
+    """A doubt if choosing the class with the nearest mean image is more accurate."""
     found = _nearest(pixels, _class_means(images, train[evenly(len(train), 10 * MOST)])) == labels
     if not _better(found, right):
         return []
-    return [f"to name the class whose mean image is nearest has {100 * float(found.double().mean()):.2f} %"]
+    return [f"choosing the class with the nearest mean image is better, {100 * float(found.double().mean()):.2f} %"]
 
 
 def _class_means(images: ImageSet, places: Tensor) -> Tensor:
-    """The mean image of each class ``[K, n]``; far away where it has none."""
+    """The mean image of each class ``[K, n]``; far from everything for a class without images."""
     sums = torch.zeros(images.classes, _thinned(images.train_images[:1]).shape[1])
     for part in places.split(256):
         sums.index_add_(0, images.train_labels[part], _thinned(images.train_images[part]))
@@ -104,18 +102,18 @@ def _nearest(pixels: Tensor, means: Tensor) -> Tensor:
 
 
 def _thinned(pixels: Tensor) -> Tensor:
-    """Samples as rows ``[N, n]``; of large ones some of the values, evenly spaced."""
+    """Samples as rows ``[N, n]``; large samples keep only some of their values, evenly spaced."""
     rows = pixels.flatten(1)
     return rows[:, :: max(1, rows.shape[1] // VALUES)].float()
 
 
 def _in_another_order(logits: ClassLogits, labels: Labels, names: Sequence[str]) -> list[str]:
-    """Whether the outputs mean the classes in another order: matched on half of the images, tested on the others."""
+    """A doubt if outputs and classes are in another order: matched on half of the images, tested on the other half."""
     from scipy.optimize import linear_sum_assignment
 
     answers = logits.argmax(1)
     order = torch.arange(len(labels)) % 2 == 0
-    table = 0.5 * torch.eye(logits.shape[1])  # where others are no better, an output means its own class
+    table = 0.5 * torch.eye(logits.shape[1])  # in a tie an output keeps its own class
     table.index_put_((answers[order], labels[order]), torch.ones(()), accumulate=True)
     matched = torch.from_numpy(linear_sum_assignment(table.numpy(), maximize=True)[1])
     found, right = matched[answers[~order]] == labels[~order], (answers == labels)[~order]
@@ -130,7 +128,7 @@ def _in_another_order(logits: ClassLogits, labels: Labels, names: Sequence[str])
 
 
 def _within_one(logits: ClassLogits) -> list[str]:
-    """Whether logits look like probabilities of single classes."""
+    """A doubt if the logits look like the probabilities of single classes."""
     low, high = float(logits.min()), float(logits.max())
     if low < 0 or high > 1 or low == high:
         return []
@@ -138,13 +136,13 @@ def _within_one(logits: ClassLogits) -> list[str]:
 
 
 def _better(ours: Tensor, theirs: Tensor) -> bool:
-    """The sign test: whether of the images that one alone has right, too many are ours for chance."""
+    """The sign test: whether, of the images that only one of the two classifies correctly, too many are ours."""
     won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     return won > lost and _at_most(lost, won + lost, 0.5) < LEVEL
 
 
 def _at_most(hits: int, count: int, share: float) -> float:
-    """The probability of at most so many hits, where each has this share.
+    """The probability of at most this many hits among ``count`` trials, each with probability ``share``.
 
     >>> round(_at_most(1, 3, 0.5), 9), _at_most(-1, 3, 0.5)
     (0.5, 0.0)

@@ -1,11 +1,14 @@
-"""The noise-immunity suite: how much accuracy noise costs, network by network, on equal terms.
+"""The noise-immunity suite: how much accuracy each network loses under perturbations.
 
-Kinds of perturbation, five severities each: ``noise`` and ``natural`` corruptions of the pixels (``data/noise.py``),
-``hardware`` faults of weights and neurons (of an ANN: of weights alone), ``attack`` by each network's own gradient and
-its teacher's (``evaluate/attacks.py``), and of event frames, which know no pixels, ``event``: what event cameras do
-wrong.
-Every network meets the same noise and corruptions; faults are drawn from the seed alone. The levels of faults and
-attacks are this project's choice.
+Kinds of perturbation, at five severities each:
+
+- ``noise`` and ``natural``: noise on pixels, and corruptions (``data/noise.py``).
+- ``hardware``: faults of weights and neurons; for an ANN of weights only.
+- ``attack``: by each network's own gradient and its teacher's (``evaluate/attacks.py``).
+- ``event``: faults of event cameras, for event frames, which have no pixels.
+
+All networks get the same noise and corruptions. Faults depend on the seed only. The levels of faults and attacks are
+our choice.
 """
 
 import copy
@@ -27,20 +30,21 @@ from spikedistill.shapes import Labels
 from spikedistill.student.graph import repeat_time
 
 KINDS = ("noise", "natural", "hardware", "attack")
-"""Of images."""
+"""Kinds of perturbation for images."""
 EVENT_KINDS = ("event", "hardware")
-"""Of event frames."""
+"""Kinds of perturbation for event frames."""
 
 
 @dataclass(frozen=True)
 class Score:
     """The accuracy (percent) of one network under one perturbation.
 
-    Severity 0 is images as they are: all of them (kind and name ``clean``), or those that are attacked (``attacked``).
-    Kind ``gradient`` is an attack by one of several gradients, kind ``attack`` the worst of them, image by image.
+    Severity 0 is the unchanged images: all of them (kind and name ``clean``), or those that are attacked
+    (``attacked``). Kind ``gradient`` is an attack by one of several gradients. Kind ``attack`` is the worst of them for
+    each image.
 
     Args:
-        images: how many were answered; 0 where that is not known.
+        images: the number of images; 0 if it is not known.
         format: number format of the large operations.
     """
 
@@ -54,7 +58,7 @@ class Score:
 
     @property
     def error(self) -> float:
-        """Standard error of the accuracy in points, as of so many independent images; NaN where that is not known."""
+        """Standard error of the accuracy in points, for independent images; NaN if their number is not known."""
         return standard_error(self.accuracy, self.images)
 
 
@@ -74,30 +78,30 @@ def immunity(
     """Measure every network under every perturbation.
 
     Args:
-        networks: name -> network, from images in 0..1, or counts of events ``[T, B, 2, H, W]``, to logits
-            ``[T, B, K]`` or ``[B, K]``; left as they were.
+        networks: name -> network, from images in 0..1, or event counts ``[T, B, 2, H, W]``, to logits ``[T, B, K]`` or
+            ``[B, K]``. They are not changed.
         images: bytes ``[N, C, H, W]``, or event frames ``[N, T, 2, H, W]`` (``data.events.to_frames``).
         labels: ``[N]``.
-        kinds: which kinds of perturbation; by default all that there are for such images.
-        seed: of all that is drawn.
-        dtypes: by network the number format of its large operations; float32 where none is named.
-        attacked: how many of the images are attacked, drawn by the seed: it takes eleven gradients an image, severity
-            and one of ``attacks.gradients``.
-        teachers: by network the one whose gradient is tried on it too, on its device; without, there is no transfer.
+        kinds: kinds of perturbation (default: all kinds for such images).
+        seed: seed of all random choices.
+        dtypes: by network the number format of its large operations (default: float32).
+        attacked: number of images that are attacked, drawn by the seed. Attacks take eleven gradients per image,
+            severity and entry of ``attacks.gradients``.
+        teachers: by network its teacher, on the same device, for a transfer attack (default: no transfer attack).
         known: scores of an interrupted call with the same arguments; they are not measured again.
-        keep: told every score that was measured.
+        keep: called with every score after it is measured.
 
     Returns:
-        One score a network, perturbation and severity; faults of neurons only for networks that have some, saturation
-        only of colours. Attacks as ``Score`` says.
+        One score per network, perturbation and severity. Faults of neurons are only for networks with neurons,
+        saturation only for colour images. For attacks see ``Score``.
 
     Raises:
-        ConfigError: if there is no such kind, or not for such images, or they are no bytes with a label each; if no
-            image is attacked, or no gradient reaches the pixels of a network without a teacher.
+        ConfigError: if a kind does not exist, or not for such images; if images are not bytes with one label each; if
+            no image is attacked; or if no gradient reaches the pixels of a network without a teacher.
     """
     measured = _asked(images, labels, kinds)
     if attacked < 1:
-        raise ConfigError(f"attacked (={attacked}) must be 1 image or more; to leave attacks away name other kinds.")
+        raise ConfigError(f"attacked (={attacked}) must be 1 image or more. To omit attacks, name the other kinds.")
     formats = {who: (dtypes or {}).get(who, torch.float32) for who in networks}
     found = {(score.network, score.name, score.severity): score for score in known}
     scores: list[Score] = []
@@ -111,19 +115,19 @@ def immunity(
 
 
 def _asked(images: Tensor, labels: Labels, kinds: Sequence[str] | None) -> list[tuple[str, str]]:
-    """Kind and name of every perturbation that is measured."""
+    """Kind and name of every perturbation to be measured."""
     possible = EVENT_KINDS if images.ndim == 5 else KINDS
     measured = perturbations(possible if kinds is None else kinds)
     for kind in () if kinds is None else kinds:
         if kind not in possible:
             raise ConfigError(
                 f"The kind '{kind}' is not for inputs of shape {tuple(images.shape)}: 'event' is for event frames"
-                f" [N, T, 2, H, W], 'noise', 'natural' and 'attack' for images. Choose among {', '.join(possible)}."
+                f" [N, T, 2, H, W], 'noise', 'natural' and 'attack' are for images. Choose from {', '.join(possible)}."
             )
     if images.dtype != torch.uint8 or not len(images) or labels.shape != images.shape[:1]:
         raise ConfigError(
             f"{tuple(images.shape)} of {images.dtype} were given with labels of shape {tuple(labels.shape)}: expected"
-            " bytes (torch.uint8), one sample or more, and a label each."
+            " bytes (torch.uint8), at least one sample, and one label per sample."
         )
     colours = images.ndim == 4 and images.shape[1] == 3
     return [(kind, name) for kind, name in measured if colours or name != "saturate"]
@@ -131,7 +135,7 @@ def _asked(images: Tensor, labels: Labels, kinds: Sequence[str] | None) -> list[
 
 @dataclass(frozen=True)
 class _Task:
-    """One accuracy that is to be measured, on so many images."""
+    """One accuracy to be measured, and the number of its images."""
 
     network: str
     kind: str
@@ -151,7 +155,7 @@ def _tasks(
     attacked: int,
     teachers: Mapping[str, nn.Module],
 ) -> Iterator[_Task]:
-    """All that there is to measure, in order; what a task needs is made when it is measured."""
+    """All measurements in order. What a task needs is made only when it is measured."""
     for who, network in networks.items():
         clean = partial(_accuracy, network, images, labels, formats[who])
         yield _Task(who, "clean", "clean", 0, len(images), clean)
@@ -185,7 +189,7 @@ def _attacks(who: str, target: Target, name: str, severity: int) -> Iterator[_Ta
 
 
 def sample(total: int, count: int, seed: int) -> Tensor:
-    """So many different places out of a total, drawn, in ascending order; all where there are no more."""
+    """``count`` different random places below ``total``, in ascending order; all of them if there are no more."""
     return torch.randperm(total, generator=Generator().manual_seed(seed))[:count].sort().values
 
 
@@ -193,7 +197,7 @@ def perturbations(kinds: Sequence[str]) -> list[tuple[str, str]]:
     """Kind and name of every perturbation of these kinds.
 
     Raises:
-        ConfigError: if there is no such kind.
+        ConfigError: if a kind does not exist.
     """
     for kind in kinds:
         one_of("kind of perturbation", kind, dict.fromkeys((*KINDS, *EVENT_KINDS)))
@@ -222,7 +226,7 @@ def fault(network: nn.Module, name: str, severity: int, seed: int = 0) -> nn.Mod
     """A copy of the network with a fault of that severity.
 
     Raises:
-        ConfigError: if there is no such fault or severity.
+        ConfigError: if the fault or severity does not exist.
     """
     one_of("fault", name, FAULTS)
     check_severity(severity)
@@ -235,7 +239,7 @@ def fault(network: nn.Module, name: str, severity: int, seed: int = 0) -> nn.Mod
 
 
 def weight_noise(network: nn.Module, deviation: float, generator: Generator) -> None:
-    """Every weight of a convolution or linear layer times ``1 + deviation x normal``: device mismatch."""
+    """Multiply every weight of a convolution or linear layer by ``1 + deviation x normal``: device mismatch."""
     for parameter in network.parameters():
         if parameter.ndim > 1:
             drawn = torch.randn(parameter.shape, generator=generator)
@@ -243,7 +247,7 @@ def weight_noise(network: nn.Module, deviation: float, generator: Generator) -> 
 
 
 class _Pattern:
-    """What is drawn once for each neuron of a layer, when its shape is first seen."""
+    """One random number for each neuron of a layer, drawn when its shape is first known and then kept."""
 
     def __init__(self, draw: Callable[..., Tensor], generator: Generator) -> None:
         self.draw = draw
@@ -251,16 +255,16 @@ class _Pattern:
         self.drawn: Tensor | None = None
 
     def __call__(self, like: Tensor) -> Tensor:
-        """One number a neuron."""
+        """One number per neuron."""
         if self.drawn is None or self.drawn.shape != like.shape[1:]:
             self.drawn = self.draw(like.shape[1:], generator=Generator().manual_seed(self.seed)).to(like.device)
         return self.drawn
 
 
 def threshold_mismatch(network: nn.Module, deviation: float, generator: Generator) -> None:
-    """Each neuron with a threshold of its own, ``1 + deviation x normal`` times the layer's, at least a tenth of it.
+    """Multiply each neuron's threshold by ``1 + deviation x normal``, at least by 0.1.
 
-    Potentials count in thresholds, so a higher threshold is a weaker current.
+    Potentials are in units of the threshold, so a higher threshold is implemented as a smaller current.
     """
     for layer in _neurons(network).values():
         pattern = _Pattern(torch.randn, generator)
@@ -274,7 +278,7 @@ def threshold_mismatch(network: nn.Module, deviation: float, generator: Generato
 
 
 def dropped_spikes(network: nn.Module, share: float, generator: Generator) -> None:
-    """Each spike lost with that probability."""
+    """Drop each spike with this probability."""
     for layer in _neurons(network).values():
         own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
@@ -286,7 +290,7 @@ def dropped_spikes(network: nn.Module, share: float, generator: Generator) -> No
 
 
 def stuck_neurons(network: nn.Module, share: float, generator: Generator) -> None:
-    """That share of the neurons broken: half of them never fire, half fire at every step."""
+    """Break this fraction of the neurons: half of them never fire, half fire at every step."""
     for layer in _neurons(network).values():
         pattern = _Pattern(torch.rand, generator)
 
@@ -303,9 +307,9 @@ def stuck_neurons(network: nn.Module, share: float, generator: Generator) -> Non
 
 
 def membrane_noise(network: nn.Module, deviation: float, generator: Generator) -> None:
-    """Normal noise on every potential after the charge of every step, in thresholds.
+    """Add normal noise to every potential after the charge of every step, in units of the threshold.
 
-    It comes in with the current, so it is made larger by what a decayed input is made smaller.
+    The noise is added to the current. If the neuron scales its input down, the noise is scaled up to compensate.
     """
     for layer in _neurons(network).values():
         own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
@@ -331,4 +335,4 @@ FAULTS: dict[str, tuple[Callable[[nn.Module, float, Generator], None], Levels]] 
     "stuck-neurons": (stuck_neurons, (0.001, 0.002, 0.005, 0.01, 0.02)),
     "membrane-noise": (membrane_noise, (0.02, 0.05, 0.10, 0.15, 0.20)),
 }
-"""Fault -> what makes it, and its five levels."""
+"""Fault -> the function that applies it, and its five levels."""

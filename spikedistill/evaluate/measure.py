@@ -1,5 +1,6 @@
-"""What results.json holds of a network: all its figures on one set, from one pass over it."""
+"""The measurements of a network for results.json, all from one pass over a set of images."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,18 +26,21 @@ def measure_student(
     place: Place,
     limit: int | None = None,
     confidence: float | None = None,
+    seen: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Any]:
     """Accuracy at every step, agreement with the teacher and firing rates on the test set.
 
-    Batch norm is not folded for it: folded weights round in another way, and a spike at its threshold may tip.
+    Batch norm is not folded for this: folded weights round differently, which may change a spike near the threshold.
 
     Args:
         student: the network.
-        teacher: for comparison, if it sees the same inputs.
-        images: whose test part is used.
-        place: where it is measured.
-        limit: look at training images instead, so many, evenly spaced; nothing of the test part is then used.
-        confidence: measure early exit at this confidence too.
+        teacher: for comparison, if it takes the same inputs.
+        images: the data set, whose test part is used.
+        place: device and number format.
+        limit: measure on this many training images instead, evenly spaced. The test part is then not used.
+        confidence: also measure early exit at this confidence.
+        seen: called after each batch with the number of its images. Each pass (student, teacher, early exit) sees all
+            images.
 
     Returns:
         ``accuracy_by_step`` and ``test_accuracy`` (percent), ``firing_rate`` and ``firing_rate_by_layer``
@@ -50,7 +54,7 @@ def measure_student(
         pixels, labels = images.train_images[some], images.train_labels[some]
     place.prepare(student)
     with firing_rates(student) as rates:
-        logits = predict(student, pixels, place.dtype)
+        logits = predict(student, pixels, place.dtype, seen=seen)
     steps = accuracy_by_step(logits, labels)
     results: dict[str, Any] = {
         "test_accuracy" if limit is None else "train_accuracy": steps[-1],
@@ -60,29 +64,31 @@ def measure_student(
     }
     if teacher is not None:
         place.prepare(teacher)
-        theirs = predict(teacher, pixels, place.dtype)
+        theirs = predict(teacher, pixels, place.dtype, seen=seen)
         results["teacher_accuracy"] = accuracy_by_step(theirs, labels)[-1]
         results["agreement"] = agreement(logits, theirs.mean(0))
         results["divergence"] = divergence(logits, theirs.mean(0))
     if confidence is not None:
-        early = predict_early(student, pixels, confidence, place.dtype)
+        early = predict_early(student, pixels, confidence, place.dtype, seen=seen)
         results["early_exit_accuracy"] = accuracy_by_step(early.logits[None], labels)[-1]
         results["early_exit_steps"] = early.mean_steps
     return results
 
 
-def measure_teacher(network: nn.Module, images: ImageSet, place: Place) -> dict[str, float]:
+def measure_teacher(
+    network: nn.Module, images: ImageSet, place: Place, seen: Callable[[int], None] = lambda images: None
+) -> dict[str, float]:
     """The accuracy of an ANN on the test set, ``test_accuracy`` in percent."""
     place.prepare(network)
-    logits = predict(network, images.test_images, place.dtype)
+    logits = predict(network, images.test_images, place.dtype, seen=seen)
     return {"test_accuracy": accuracy_by_step(logits, images.test_labels)[-1]}
 
 
 def check_fits(network: nn.Module, images: ImageSet, name: str) -> None:
-    """Show a network two samples; event frames to a student, a single frame to an ANN.
+    """Try a network on two samples: a student on event frames if there are any, an ANN on a single frame.
 
     Raises:
-        ConfigError: if it does not accept them, returns no tensor, has not one output per class, or returns
+        ConfigError: if it does not accept them, returns no tensor, does not have one output per class, or returns
             probabilities.
     """
     inputs = to_inputs(images.train_images[:2])
@@ -95,19 +101,19 @@ def check_fits(network: nn.Module, images: ImageSet, name: str) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{name} does not accept the images of '{images.name}' of shape {tuple(images.train_images.shape[1:])}"
-            f" ({reason}). Give a network that was made for them, or for a folder of images another --image-size."
+            f" ({reason}). Give a network for such images; for a folder of images you can also change --image-size."
         ) from error
     finally:
         network.train(training)
     if logits.shape[-2:] != (2, images.classes) or logits.ndim not in (2, 3):
         raise ConfigError(
-            f"{name} returns logits of shape {tuple(logits.shape[1:])}, '{images.name}' has {images.classes} classes:"
-            " give it one output per class."
+            f"{name} returns logits of shape {tuple(logits.shape[1:])}, but '{images.name}' has {images.classes}"
+            " classes: give it one output per class."
         )
     if (logits >= 0).all() and bool((logits.float().sum(-1) - 1).abs().max() < 1e-3):
         raise ConfigError(
-            f"{name} returns probabilities, not logits: for two images all are 0 or more and add up to 1. Leave the"
-            " softmax at its end away, or return their logarithm."
+            f"{name} returns probabilities, not logits: for two images all are 0 or more and add up to 1. Remove the"
+            " softmax at its end, or return their logarithm."
         )
 
 

@@ -1,7 +1,7 @@
-"""What scores under noise amount to: accuracy that is lost, and corruption errors beside a baseline.
+"""Summaries of scores under perturbations: lost accuracy, and corruption errors relative to a baseline.
 
-A network that is the more accurate on clean images stands higher under most corruptions too, though it may lose more
-by them. Only the relative corruption error takes the clean accuracy away: it says what the corruptions cost.
+A network with the higher clean accuracy is often more accurate under corruptions too, even if it loses more by them.
+Only the relative corruption error removes the clean accuracy: it measures what the corruptions cost.
 """
 
 import statistics
@@ -13,10 +13,10 @@ from spikedistill.evaluate.immunity import Score
 
 
 def mean_accuracy(scores: Sequence[Score], network: str, name: str) -> float:
-    """Accuracy (percent) of a network under a perturbation, mean over the five severities, rounded to a billionth.
+    """Mean accuracy (percent) of a network over the five severities of a perturbation, rounded to 1e-9.
 
     Raises:
-        ConfigError: if the scores do not hold each severity once.
+        ConfigError: if the scores do not hold each severity exactly once.
     """
     found = {score.severity: score.accuracy for score in scores if score.network == network and score.name == name}
     if sorted(found) != list(SEVERITIES):
@@ -25,7 +25,7 @@ def mean_accuracy(scores: Sequence[Score], network: str, name: str) -> float:
 
 
 def clean_accuracy(scores: Sequence[Score], network: str, kind: str = "clean") -> float:
-    """Accuracy (percent) of a network on images as they are: all, or with kind ``attacked`` those that are attacked.
+    """Accuracy (percent) of a network on unchanged images: all of them, or with kind ``attacked`` the attacked ones.
 
     Raises:
         ConfigError: if the scores do not hold it.
@@ -37,9 +37,9 @@ def clean_accuracy(scores: Sequence[Score], network: str, kind: str = "clean") -
 
 
 def fall(scores: Sequence[Score], network: str, name: str) -> float:
-    """Points that a perturbation costs: clean accuracy less the mean over severities; negative where it gains.
+    """Points that a perturbation costs: clean accuracy minus the mean over severities; negative if accuracy rises.
 
-    Both are of the same images. Rounded to a billionth, so that equal losses compare as equal.
+    Both are on the same images. The result is rounded to 1e-9, so that equal losses compare as equal.
 
     Raises:
         ConfigError: if the scores do not hold what is needed.
@@ -50,12 +50,12 @@ def fall(scores: Sequence[Score], network: str, name: str) -> float:
 
 
 def names_of(scores: Sequence[Score], network: str, kind: str) -> list[str]:
-    """The perturbations of a kind that a network was measured under, in their order."""
+    """The perturbations of a kind that a network was measured under, in order."""
     return list(dict.fromkeys(score.name for score in scores if score.network == network and score.kind == kind))
 
 
 def shared(scores: Sequence[Score], network: str, other: str, kind: str) -> list[str]:
-    """The perturbations of a kind that both networks were measured under, in their order."""
+    """The perturbations of a kind that both networks were measured under, in order."""
     theirs = set(names_of(scores, other, kind))
     return [name for name in names_of(scores, network, kind) if name in theirs]
 
@@ -69,12 +69,12 @@ def comparable(scores: Sequence[Score], network: str, baseline: str, kind: str) 
 
 
 def mean_corruption_error(scores: Sequence[Score], network: str, baseline: str, kind: str = "natural") -> float:
-    """Errors over all severities in percent of a baseline's, mean over perturbations, after mCE (arXiv 1903.12261).
+    """Error over all severities in percent of a baseline's, mean over perturbations, after mCE (arXiv 1903.12261).
 
-    That one takes 15 corruptions, noises among them, and AlexNet as baseline: its figures are others than these.
+    The paper uses 15 corruptions including noise, and AlexNet as baseline. Its numbers cannot be compared with these.
 
     Raises:
-        ConfigError: if the scores hold nothing of that kind, or no such network.
+        ConfigError: if the scores hold no perturbation of this kind, or not this network.
     """
     names = names_of(scores, network, kind)
     if not names:
@@ -87,12 +87,13 @@ def mean_corruption_error(scores: Sequence[Score], network: str, baseline: str, 
 
 
 def relative_corruption_error(scores: Sequence[Score], network: str, baseline: str, kind: str = "natural") -> float:
-    """What perturbations cost, in percent of what they cost a baseline: relative mCE (arXiv 1903.12261, section 4).
+    """Lost accuracy in percent of a baseline's loss: relative mCE (arXiv 1903.12261, section 4).
 
-    For each perturbation the rise of the error above the clean one, summed over severities, is divided by the
-    baseline's; the mean over perturbations is taken. Below 100 the network loses less than the baseline, whatever
-    either has on clean images. Theirs has 15 corruptions and AlexNet as baseline. A perturbation that costs the
-    baseline nothing has no such ratio, of which the paper is silent: it is left out here (``comparable``).
+    For each perturbation the rise of the error above the clean error, summed over severities, is divided by the
+    baseline's. The result is the mean over perturbations. Below 100 the network loses less than the baseline,
+    whatever their clean accuracies. The paper uses 15 corruptions and AlexNet as baseline. If a perturbation costs the
+    baseline nothing, the ratio is not defined. The paper does not say what to do then; our choice is to leave the
+    perturbation out (``comparable``).
 
     Raises:
         ConfigError: if no perturbation of that kind, measured for both, costs the baseline accuracy.
@@ -100,7 +101,7 @@ def relative_corruption_error(scores: Sequence[Score], network: str, baseline: s
     names = comparable(scores, network, baseline, kind)
     if not names:
         raise ConfigError(
-            f"No '{kind}' that was measured for '{network}' and '{baseline}' costs '{baseline}' accuracy, so there is"
-            " no relative corruption error: measure others, or name another baseline."
+            f"No '{kind}' that was measured for '{network}' and '{baseline}' costs '{baseline}' accuracy, so the"
+            " relative corruption error is not defined: measure other kinds, or name another baseline."
         )
     return 100.0 * statistics.fmean(fall(scores, network, name) / fall(scores, baseline, name) for name in names)

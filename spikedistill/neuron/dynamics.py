@@ -1,19 +1,22 @@
-"""The reference: one time step of a neuron, and T of them in a loop that can be read.
+"""The reference implementation of a neuron: one time step, and T steps in a plain loop.
 
-With current x and potential v in units of the threshold, leak l, and input gain g (1, or 1 - l where the input decays):
+Current x and potential v are in units of the threshold. With leak l and input gain g (1, or 1 - l with decayed input):
 
     charge       u = l v + g x
     fire         s = H(u - 1)
-    reset        v' = u - s           subtract what the spike carried away
-                 v' = u (1 - s)       or begin again at zero
+    reset        v' = u - s           subtract the threshold
+                 v' = u (1 - s)       or reset to zero
 
-IF has l = 1; LIF a fixed l < 1 (tau = 1 / (1 - l)); PLIF learns it (Fang et al., arXiv 2007.05785). The layer emits
-``threshold * s``: the mean over time then stands where the activation of the ANN stood, and the constant folds into the
-weights that follow. In one call the potential starts at ``initial`` thresholds; 1/2 makes the answer to a constant
-current round instead of truncate (Bu et al., arXiv 2303.04347).
+IF has l = 1. LIF has a fixed l < 1 (tau = 1 / (1 - l)). PLIF learns l (Fang et al., arXiv 2007.05785).
 
-A current that is NaN or infinite makes spikes and potential NaN from its step on: a comparison would call it "no
-spike", or "always", and what is broken would pass as an answer. This is our choice.
+The layer emits ``threshold * s``. Its mean over time approximates the activation of the ANN. The factor can be folded
+into the weights of the next layer.
+
+The potential starts at ``initial`` thresholds. At 1/2, the mean over time for a constant current rounds instead of
+truncating (Bu et al., arXiv 2303.04347).
+
+A current that is NaN or infinite makes spikes and potential NaN from that step on. Without this, the comparison with
+the threshold would give an ordinary spike or none, and hide the error. This is this project's choice.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +31,7 @@ from spikedistill.shapes import Current, Spikes
 
 
 class Reset(Enum):
-    """What a spike does to the potential."""
+    """What a spike does to the potential: subtract the threshold, or set it to zero."""
 
     SUBTRACT = "subtract"
     ZERO = "zero"
@@ -40,20 +43,21 @@ class Neuron:
 
     Args:
         leak: share of the potential that is left after a step, 0 < leak <= 1 (1: no leak).
-        learn_leak: whether each layer trains its own leak, from this value (PLIF).
+        learn_leak: whether each layer learns its own leak, from this value (PLIF).
         decay_input: whether the current is multiplied by 1 - leak, as SpikingJelly's LIF does by default.
-        reset: subtractive, or to zero.
-        detach_reset: whether the gradient leaves out the reset. Through a subtractive reset it is the more exact one.
-        threshold: where a layer without calibration starts, above 0.
-        learn_threshold: whether each layer trains its own threshold.
-        initial: potential at the first step in units of the threshold, 0 <= initial < 1.
-        learn_initial: whether each layer trains its own initial potential, per channel where thresholds are. While
-            learning it may leave 0..1; this project's choice.
-        surrogate: the derivative of the spike.
+        reset: subtract the threshold, or reset to zero.
+        detach_reset: whether the gradient leaves out the reset. For a subtractive reset, the gradient through it is the
+            more exact one.
+        threshold: initial threshold of a layer without calibration, above 0.
+        learn_threshold: whether each layer learns its own threshold.
+        initial: initial potential in units of the threshold, 0 <= initial < 1.
+        learn_initial: whether each layer learns its own initial potential, per channel if its thresholds are. A learned
+            value may leave 0..1; this is this project's choice.
+        surrogate: the surrogate gradient.
 
     Raises:
-        ConfigError: if a value is outside its range or of another kind, or a leak of 1 is to be learned or to decay
-            the input.
+        ConfigError: if a value is outside its range or of the wrong type, or ``learn_leak`` or ``decay_input`` is given
+            for a leak of 1.
     """
 
     leak: float = 1.0
@@ -85,22 +89,22 @@ class Neuron:
 
     @property
     def gain(self) -> float:
-        """Share of the current that charges at each step: 1, or 1 - leak where the input decays."""
+        """Share of the current that charges the potential at each step: 1, or 1 - leak with ``decay_input``."""
         return 1.0 - self.leak if self.decay_input else 1.0
 
 
 IF = Neuron()
-"""Integrate and fire: no leak, subtractive reset."""
+"""Integrate-and-fire: no leak, subtractive reset."""
 LIF = Neuron(leak=0.5)
-"""Leaky integrate and fire: half of the potential is left after each step (tau = 2)."""
+"""Leaky integrate-and-fire: half of the potential is left after each step (tau = 2)."""
 PLIF = Neuron(leak=0.5, learn_leak=True, decay_input=True, reset=Reset.ZERO)
-"""LIF with a leak trained per layer, decayed input and reset to zero, as its paper has it (there with arctan)."""
+"""LIF with a learned leak per layer, decayed input and reset to zero, as in its paper (which uses ``ATan``)."""
 
 NEURONS: dict[str, Neuron] = {"if": IF, "lif": LIF, "plif": PLIF}
 
 
 class _Step(torch.autograd.Function):
-    """The step function forward, the surrogate backward."""
+    """The step function forward, the surrogate gradient backward."""
 
     @staticmethod
     def forward(ctx, u: Tensor, surrogate: Surrogate) -> Tensor:  # type: ignore[no-untyped-def]
@@ -115,12 +119,12 @@ class _Step(torch.autograd.Function):
 
 
 def fire(u: Tensor, surrogate: Surrogate) -> Tensor:
-    """Spikes of potentials above threshold: ``H(u)``, differentiated by the surrogate."""
+    """Spikes ``H(u)`` of potentials above threshold u, with the surrogate gradient."""
     return _Step.apply(u, surrogate)
 
 
 def step(current: Tensor, potential: Tensor, neuron: Neuron, leak: Tensor) -> tuple[Tensor, Tensor]:
-    """One time step, everything in units of the threshold: ``(current, state) -> (spikes, state)``.
+    """One time step in units of the threshold: ``(current, potential) -> (spikes, potential)``.
 
     >>> spikes, state = step(torch.tensor([0.7, 1.2]), torch.zeros(2), IF, torch.tensor(1.0))
     >>> spikes.tolist(), [round(v, 1) for v in state.tolist()]
@@ -130,12 +134,12 @@ def step(current: Tensor, potential: Tensor, neuron: Neuron, leak: Tensor) -> tu
 
 
 def charge(current: Tensor, potential: Tensor, neuron: Neuron, leak: Tensor) -> Tensor:
-    """The potential after the current of one step has come in, in units of the threshold."""
+    """The potential after the current of one step is added, in units of the threshold."""
     return leak * potential + ((1.0 - leak) * current if neuron.decay_input else current)
 
 
 def discharge(charged: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor]:
-    """The spikes of one step, and the potential that they leave."""
+    """The spikes of one step, and the potential after the reset."""
     spikes = fire(charged - 1.0, neuron.surrogate)
     taken = spikes.detach() if neuron.detach_reset else spikes
     after = charged - taken if neuron.reset is Reset.SUBTRACT else charged * (1.0 - taken)
@@ -154,13 +158,13 @@ def run(
     """T time steps from a state.
 
     Args:
-        current: ``[T, ...]``, or ``[1, ...]`` for a current that is the same at every step.
-        state: potential ``[...]``, or what spreads over it, in units of the threshold; fresh where None.
-        neuron: the model.
+        current: ``[T, ...]``, or ``[1, ...]`` for a constant current.
+        state: potential ``[...]`` in units of the threshold, or what broadcasts to it; None: ``neuron.initial``.
+        neuron: the neuron model.
         leak: scalar tensor.
-        threshold: a scalar, or what spreads over the current; the spikes that leave have this height.
+        threshold: a scalar, or a shape that broadcasts to the current. It is also the height of the spikes.
         timesteps: T.
-        potentials: takes the potential ``[...]`` after the charge of every step, where given.
+        potentials: a list to which the potential ``[...]`` after the charge of each step is appended.
 
     Returns:
         Spikes ``[T, ...]`` in the dtype of the current, and the potential after the last step (at least float32).
@@ -180,10 +184,10 @@ def run(
 def slope_step(
     charged: Tensor, spikes: Tensor, tangent: Tensor, neuron: Neuron, leak: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How a shift of the current, the same at every step, moves this step's spike and the potential after it.
+    """Forward-mode derivative of one ``step`` by a shift of the current that is equal at every step.
 
-    Forward-mode differentiation of ``step``: with d the tangent of a quantity, ``du = gain + leak dv``, ``ds =
-    s'(u - 1) du``, and after the reset ``dv = du - ds`` (to zero: ``(1 - s) du - u ds``; detached: without ``ds``).
+    With d for derivatives by this shift: ``du = gain + leak dv``, ``ds = s'(u - 1) du``, and after the reset
+    ``dv = du - ds`` (reset to zero: ``(1 - s) du - u ds``; ``detach_reset``: without ``ds``).
 
     Returns:
         ``ds`` and ``dv``.
@@ -199,11 +203,14 @@ def slope_step(
 def run_with_slope(
     current: Current, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
 ) -> tuple[Spikes, Tensor, Tensor]:
-    """T time steps from a state (fresh where None) without graph: spikes ``[T, ...]``, their mean, and its slope.
+    """``run`` without a graph, and the slope of the mean output for the rate-based gradient.
 
-    The slope ``[...]`` is the derivative of the mean over time by a shift of the current that is equal at every step:
-    what the rate-based gradient multiplies with (Yu et al., arXiv 2410.11488: their eligibility, but for a detached
-    reset to zero).
+    The slope is the derivative of the mean over time by a shift of the current that is equal at every step. The
+    rate-based gradient multiplies by it (Yu et al., arXiv 2410.11488, who call it eligibility; a detached reset to zero
+    differs from theirs).
+
+    Returns:
+        Spikes ``[T, ...]``, their mean over time ``[...]``, and its slope ``[...]``.
     """
     exact = current.to(torch.promote_types(current.dtype, torch.float32)) / threshold
     potential = torch.full_like(exact[0], neuron.initial) if state is None else state

@@ -1,23 +1,26 @@
 """The mathematics of ``dynamics`` for all T steps in one pass over memory, forward and backward.
 
-Both passes are plain Python over tensors ``[T, N]`` (``[T, A, L]`` with thresholds per channel, which spread over A or
-L) that torch.compile turns into one loop over the N neurons, each of which keeps its potential in a register. Backward
-computes the potentials again from the current, so nothing is stored beyond what went in. With g_t the gradient that
-arrives at the spikes of step t, theta the threshold, ``'`` the surrogate, and r the gradient at the potential after the
-reset, from the last step to the first:
+Both passes are plain Python over tensors ``[T, N]``, or ``[T, A, L]`` with thresholds per channel, which broadcast over
+A or L. torch.compile makes of each pass one loop over the N neurons that keeps potentials in registers. The backward
+pass recomputes the potentials from the current, so only the inputs are stored.
+
+It goes from the last step to the first. Let g_t be the gradient at the spikes of step t, theta the threshold, ``'`` the
+surrogate gradient, and r the gradient at the potential after the reset:
 
     at the spike       q = theta g_t - r          (subtractive reset; to zero: theta g_t - u r; detached: theta g_t)
     at the charge      p = r + q s'(u - 1)        (to zero: (1 - s) r + q s'(u - 1))
     to the current     gain p / theta
     to the past        r <- leak p
 
-One compilation serves every layer size: the length N is dynamic, leak and threshold are tensors. Many steps run
-in chunks of ``CHUNK``, the potential handed from one to the next, so another T meets kernels that are there already.
+One kernel serves layers of every size: the length N is dynamic, leak and threshold are tensors. The T steps run in
+chunks of ``CHUNK`` that pass the potential on, so that another T can use the same kernels.
 """
 
 import dataclasses
 import functools
 import logging
+import threading
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikedistill.files import note
 from spikedistill.neuron.dynamics import Neuron, Reset, slope_step
 from spikedistill.neuron.surrogate import spike
 
@@ -34,7 +38,7 @@ log = logging.getLogger("spikedistill")
 Kernel = Callable[..., Any]
 
 CHUNK = 4
-"""Time steps that one kernel unrolls; longer runs are a chain of such."""
+"""Time steps that one kernel unrolls. More steps are a chain of kernels."""
 
 
 def chunks(timesteps: int) -> list[slice]:
@@ -47,7 +51,7 @@ def chunks(timesteps: int) -> list[slice]:
 
 
 def _fires(u: Tensor) -> Tensor:
-    """``spike`` for backward, which leaves the order of its sums as it is: NaN reaches it by the surrogate."""
+    """``spike`` for the backward pass, without NaN, which comes from the surrogate. So sums keep their order."""
     return (u >= 0).float()
 
 
@@ -60,7 +64,7 @@ def _charges(
     timesteps: int,
     fires: Callable[[Tensor], Tensor] = spike,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The potential before and after the charge, and spikes, of each step; the first list ends with the last one."""
+    """Potentials before and after the charge, and spikes, per step. The first list also has the final potential."""
     before = [torch.full_like(current[0], neuron.initial, dtype=torch.float32) if state is None else state]
     charged, spikes = [], []
     for t in range(timesteps):
@@ -89,9 +93,10 @@ def _forward_with_slope(
     timesteps: int,
     share: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Spikes ``[T, N]``; then their mean and its slope, ``[N]`` each, where ``share`` is 1 / (all steps).
+    """Spikes ``[T, N]``, their mean over time ``[N]`` and its slope ``[N]``; ``share`` is 1 over the number of steps.
 
-    Without ``share`` more steps follow, and ``[4, N]`` is for them: potential, tangent, sums of spikes and slopes.
+    If more steps follow, ``share`` is None. The second tensor is then ``[4, N]``, for the next chunk: potential,
+    tangent, sum of spikes, sum of slopes.
     """
     state, tangent, count, slope = (None, None, None, None) if carry is None else carry.unbind()
     before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps)
@@ -121,7 +126,7 @@ def _backward(
     grad: Tensor,
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to current ``[T, N]``, state (None: fresh), leak and threshold (None: fixed)."""
+    """Gradients of current ``[T, N]``, state (None without a state), leak and threshold (None if not learned)."""
     before, charged, spikes = _charges(neuron, current, state, leak, threshold, timesteps, _fires)
     gain = (1.0 - leak) if neuron.decay_input else torch.ones_like(leak)
     rest = torch.zeros_like(before[0]) if grad_state is None else grad_state
@@ -151,26 +156,62 @@ def _backward(
     )
 
 
+SAID = threading.Event()
+"""Set once the note that neurons are being compiled was printed."""
+PATIENCE = 20.0
+"""Seconds within which torch.compile looks for a kernel in its cache on disk."""
+
+
+def _not_in_cache() -> int:
+    """Number of kernels that torch.compile did not find on disk."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["inductor"][f"fxgraph_cache_{event}"] for event in ("miss", "bypass"))
+
+
+def _say_if_compiled(before: int) -> None:
+    """Print one note if a kernel has to be compiled, not if the cache on disk has it. Runs in a thread of its own."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and not SAID.is_set():
+        if _not_in_cache() > before:
+            SAID.set()
+            note("compiling neurons, once, about 10 s")
+        time.sleep(0.1)
+
+
 @functools.lru_cache(maxsize=512)
 def _compiled(function: Kernel, neuron: Neuron, *facts: object) -> Kernel:
-    """One kernel for one set of static facts: model, T, dtypes, what is given and asked. The length N stays dynamic.
+    """One kernel per set of static facts: model, T, dtypes, which arguments are given. The length N stays dynamic.
 
-    torch.compile counts recompilations by code object, so each kernel gets a code object of its own.
+    torch.compile limits recompilations per code object, so each kernel gets its own copy of the code object.
     """
     log.info("compiling a neuron kernel: %s, %s", neuron, facts)
+    if not SAID.is_set():
+        threading.Thread(target=_say_if_compiled, args=(_not_in_cache(),), daemon=True).start()
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
     )
-    return functools.partial(torch.compile(own, fullgraph=True), neuron)
+    return functools.partial(torch.compile(own, fullgraph=True, options=this_processor()), neuron)
+
+
+def this_processor() -> dict[str, Any]:
+    """Options of torch.compile by which its cache on disk tells kernels of other processors apart.
+
+    Torch picks the length of vectors by itself, and its cache does not ask for it. A kernel that was written for
+    vectors of 8 numbers and is found by a processor with 16 writes beyond the end of its results.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return {"cpp.simdlen": pick_vec_isa().bit_width()}
 
 
 def _facts(argument: Tensor) -> tuple[object, ...]:
-    """What a kernel may rely on: dtype, mode, and which of the dimensions are 1 and spread over others."""
+    """What a kernel may rely on: dtype, inference mode, and which dimensions are 1 and so broadcast."""
     return argument.dtype, argument.is_inference(), tuple(size == 1 for size in argument.shape)
 
 
 def _call(function: Kernel, neuron: Neuron, *arguments: Any) -> Any:
-    """Run a pass compiled; layers that differ only in threshold or in the value of a leak share a kernel."""
+    """Run a compiled pass. Layers that differ only in threshold or in the value of the leak share a kernel."""
     arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     facts: list[object] = [_facts(a) if isinstance(a, Tensor) else a for a in arguments]
     facts += [torch.is_inference_mode_enabled(), torch.get_num_threads()]
@@ -236,7 +277,7 @@ def _run(
     timesteps: int,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Spikes, and the states before each chunk and after the last (None where fresh or not kept)."""
+    """Spikes, and the states before each chunk and after the last (None: initial potential, or not kept)."""
     pieces = chunks(timesteps)
     if state is None and len(pieces) > 1:
         state = torch.full_like(current[0], neuron.initial, dtype=torch.float32)
@@ -251,7 +292,7 @@ def _run(
 
 
 def _steps(current: Tensor, steps: slice) -> Tensor:
-    """The current of a chunk; one that is the same at every step is copied for it, which saves a kernel of its own."""
+    """The current of a chunk. A constant current is copied for each step, so that it needs no kernel of its own."""
     if current.shape[0] > 1:
         return current[steps]
     return current.expand(steps.stop - steps.start, *current.shape[1:]).contiguous()
@@ -264,9 +305,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def fused_run(
     current: Tensor, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``dynamics.run``, for ``[T, N]`` (or ``[1, N]``), with the final state only where ``keep`` asks for it.
+    """As ``dynamics.run``, for a current ``[T, N]`` or ``[1, N]``. The final state is None without ``keep``.
 
-    A state that spreads over the neurons (a potential for each channel) is not written out for all of them.
+    A state that broadcasts to the neurons, as one potential per channel, is not expanded in memory.
     """
     current = current.contiguous()
     given = (current, leak, threshold) if state is None else (current, leak, threshold, state)
@@ -280,7 +321,7 @@ def fused_run(
 def fused_run_with_slope(
     current: Tensor, state: Tensor | None, neuron: Neuron, leak: Tensor, threshold: Tensor, timesteps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``dynamics.run_with_slope``, for ``[T, N]`` (or ``[1, N]``)."""
+    """As ``dynamics.run_with_slope``, for a current ``[T, N]`` or ``[1, N]``."""
     current = current.contiguous()
     parts, pieces = [], chunks(timesteps)
     whole = None if state is None else state.float().expand(current.shape[1:])
@@ -299,11 +340,12 @@ def fused_run_with_slope(
 
 @functools.cache
 def works(device_type: str) -> bool:
-    """Whether this machine can compile for the device; says so once where it cannot.
+    """Whether this machine can compile for the device. If not, it warns once.
 
-    The first try believes what the processor says of its vector instructions. PyTorch else compiles a program for each
-    kind before the first kernel, which takes eight of twenty seconds on two cores; that is the second try.
+    The first try trusts the processor's list of vector instructions. The second lets PyTorch test each kind with a
+    small program, which takes eight of twenty seconds on two cores.
     """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)
     from torch._inductor import config
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
@@ -315,15 +357,20 @@ def works(device_type: str) -> bool:
         reason = _failure(device_type)
     if reason:
         warnings.warn(
-            f"torch.compile does not work here ({reason}): neurons run step by step, several times slower and in more "
-            "memory. Install a C++ compiler (on Debian: apt-get install g++).",
+            f"torch.compile does not work here ({reason}): neurons run step by step, several times slower and with "
+            "more memory. Install a C++ compiler (on Debian: apt-get install g++).",
             stacklevel=3,
         )
     return not reason
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for torch's warning that CUDA finds no GPU, which does not matter here."""
+    return "No CUDA runtime is found" not in str(record.msg)
+
+
 def _failure(device_type: str) -> str:
-    """Why the smallest kernel cannot be compiled and run; empty where it can."""
+    """Why a minimal kernel cannot be compiled and run; empty if it can."""
     try:
         _call(_probe, Neuron(), torch.zeros(1, 8, device=device_type), 1)
     except Exception as error:  # whatever a missing or broken compiler raises

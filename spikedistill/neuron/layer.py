@@ -1,4 +1,4 @@
-"""A layer of neurons as a module: it holds threshold and leak, chooses reference or fused, and never holds state."""
+"""A layer of neurons as a module. It holds threshold and leak, and chooses the backend. It never holds state."""
 
 import math
 from typing import Literal, get_args
@@ -13,20 +13,20 @@ from spikedistill.neuron.dynamics import Neuron, run, run_with_slope
 Backend = Literal["auto", "fused", "reference"]
 
 SMALLEST = 1e-4
-"""A learned threshold does not fall below this."""
+"""Smallest learned threshold."""
 
 
 class Spiking(nn.Module):
-    """A layer of neurons that takes time folded into the batch, ``[T*B, ...]``, as layers without time do.
+    """A layer of neurons. Time is folded into the batch, ``[T*B, ...]``, as for layers without time.
 
     Args:
-        neuron: the model.
-        threshold: where the layer fires, and the height of its spikes: one number, or ``[C]`` per channel;
-            ``neuron.threshold`` where not given.
-        backend: ``fused`` (compiled), ``reference`` (a loop over time), or ``auto``: fused where a compiler works.
+        neuron: the neuron model.
+        threshold: firing threshold and height of the spikes, above 0: one number, or ``[C]`` per channel (default:
+            ``neuron.threshold``).
+        backend: ``fused`` (compiled), ``reference`` (a loop over time), or ``auto``: fused if a compiler works.
 
     Raises:
-        ConfigError: if a threshold is not above 0, or they are neither one number nor per channel.
+        ConfigError: if a threshold is not above 0 and finite, or their shape is neither one number nor ``[C]``.
     """
 
     threshold: Tensor
@@ -42,10 +42,10 @@ class Spiking(nn.Module):
             self._hold("leak_logit", torch.tensor(math.log(neuron.leak / (1 - neuron.leak))), neuron.learn_leak)
 
     def set_threshold(self, threshold: float | Tensor) -> None:
-        """Give the layer another threshold, one number or ``[C]`` per channel.
+        """Set the threshold: one number, or ``[C]`` per channel.
 
         Raises:
-            ConfigError: as for a new layer.
+            ConfigError: if a threshold is not above 0 and finite, or their shape is neither one number nor ``[C]``.
         """
         value = torch.as_tensor(threshold, dtype=torch.float32).detach().clone()
         if value.ndim > 1 or not value.numel():
@@ -85,26 +85,27 @@ class Spiking(nn.Module):
         """T time steps.
 
         Args:
-            current: ``[T*B, ...]``; or ``[B, ...]`` with ``repeats=timesteps``, the same current at every step.
+            current: ``[T*B, ...]``; or ``[B, ...]`` with ``repeats=timesteps``, for a constant current.
             timesteps: T.
-            repeats: how often the given current is used; 1 or T.
-            state: potential ``[B, ...]`` in units of the threshold, from an earlier call; fresh where None.
+            repeats: number of steps that use the same current, 1 or T.
+            state: potential ``[B, ...]`` in units of the threshold, from an earlier call; None: the initial one.
             keep: whether to return the potential after the last step.
-            potentials: takes the potentials ``[T*B, ...]`` after the charge, in units of the threshold and with
-                gradient, where given; the reference then runs, whatever the backend.
+            potentials: a list to which the potentials ``[T*B, ...]`` after the charge are appended, in units of the
+                threshold and with gradient. With it the reference runs, whatever the backend.
 
         Returns:
-            Spikes ``[T*B, ...]`` of height ``threshold``, and the potential ``[B, ...]`` (None unless kept).
+            Spikes ``[T*B, ...]`` of height ``threshold``, and the potential ``[B, ...]`` (None without ``keep``).
 
         Raises:
-            ShapeError: if the rows are no multiple of T, or the state is of another shape.
+            ShapeError: if the rows are not a multiple of T, channels and thresholds differ in number, or the state has
+                another shape.
         """
         flat, threshold, order, batch = self._rows(current, timesteps, repeats)
         kept = self._fresh(batch, order or current.ndim == 2)
         if state is not None and state.shape != (batch, *current.shape[1:]):
             raise ShapeError(
-                f"The state has shape {tuple(state.shape)}, the current asks for {(batch, *current.shape[1:])}: carry a"
-                " state only between calls of one batch."
+                f"The state has shape {tuple(state.shape)}, the current needs {(batch, *current.shape[1:])}: pass a"
+                " state only between calls with the same batch."
             )
         if state is not None:
             kept = flatten_rows(state, 1, order).reshape(flat.shape[1:])
@@ -120,11 +121,11 @@ class Spiking(nn.Module):
         return restore_rows(spikes, shape, order), final
 
     def with_slope(self, current: Tensor, timesteps: int, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """T time steps from a fresh state without graph, for the rate-based gradient.
+        """T time steps from the initial potential, without a graph, for the rate-based gradient.
 
         Returns:
-            Spikes ``[T*B, ...]``, their mean over time and its slope, ``[B, ...]`` each: see
-            ``dynamics.run_with_slope``.
+            Spikes ``[T*B, ...]``, their mean over time ``[B, ...]`` and its slope ``[B, ...]``
+            (``dynamics.run_with_slope``).
         """
         flat, threshold, order, batch = self._rows(current, timesteps, repeats)
         run_all = fused.fused_run_with_slope if self._compiles(flat) else run_with_slope
@@ -135,26 +136,26 @@ class Spiking(nn.Module):
         return trains, restore_rows(rate, shape, order), restore_rows(slope, shape, order)
 
     def used_threshold(self, neurons: int) -> Tensor:
-        """The thresholds as a layer of so many neurons uses them: learned ones above 0, their gradient damped."""
+        """The thresholds that a layer of this many neurons uses. Learned ones stay above 0, with a scaled gradient."""
         if not self.neuron.learn_threshold:
             return self.threshold
         return _damped(self.threshold.clamp_min(SMALLEST), neurons // self.threshold.numel())
 
     def heights(self, current: Tensor) -> Tensor:
-        """``used_threshold``, shaped to go with a current ``[rows, C, ...]``."""
+        """``used_threshold`` in a shape that broadcasts to a current ``[rows, C, ...]``."""
         used = self.used_threshold(current[0].numel())
         return used if used.ndim == 0 else used.view(-1, *[1] * (current.ndim - 2))
 
     def _rows(self, current: Tensor, timesteps: int, repeats: int) -> tuple[Tensor, Tensor, bool, int]:
-        """The current as ``[T or 1, N]`` with its threshold, whether its memory is channels last, and the batch size.
+        """The current as ``[T or 1, N]``, its threshold, whether its memory is channels last, and the batch size.
 
-        With thresholds per channel the N neurons are a table of two dimensions that the thresholds spread over.
+        With thresholds per channel, the N neurons have two dimensions, so that the thresholds broadcast.
         """
         rows = timesteps // repeats
         if repeats not in (1, timesteps) or current.shape[0] % rows:
             raise ShapeError(
                 f"A current of {current.shape[0]} rows cannot be {timesteps} time steps with {repeats} repeats:"
-                " expected time x batch rows, each used once or at every time step."
+                " expected T x B rows with repeats=1, or B rows with repeats=T."
             )
         last, batch = is_channels_last(current), current.shape[0] // rows
         flat = flatten_rows(current, rows, last)
@@ -165,14 +166,14 @@ class Spiking(nn.Module):
         if current.shape[1:2] != (channels,):
             raise ShapeError(
                 f"A current of shape {tuple(current.shape)} was given to a layer with {channels} thresholds, one per"
-                " channel: expected as many channels, [rows, channels, ...]."
+                f" channel: expected [rows, {channels}, ...]."
             )
         by_channel = last or current.ndim == 2
         shape = (rows, -1, channels) if by_channel else (rows, batch * channels, -1)
         return flat.view(shape), _spread(threshold, batch, by_channel), last, batch
 
     def _fresh(self, batch: int, by_channel: bool) -> Tensor | None:
-        """The learned potential before the first step, shaped to spread over the neurons; None where it is fixed."""
+        """The learned initial potential, in a shape that broadcasts to the neurons. None if it is not learned."""
         return _spread(self.initial, batch, by_channel) if self.neuron.learn_initial else None
 
     def _compiles(self, flat: Tensor) -> bool:
@@ -181,14 +182,14 @@ class Spiking(nn.Module):
         return self.backend == "fused" or (self.backend == "auto" and not exact and fused.works(flat.device.type))
 
     def extra_repr(self) -> str:
-        """Threshold and leak, for printing."""
+        """Threshold, leak and reset, for printing."""
         values, leak = self.threshold.detach(), float(self.leak.detach())
         shown = f"{float(values.mean()):.4g}" + (f" (mean of {len(values)} channels)" if values.ndim else "")
         return f"threshold={shown}, leak={leak:.4g}, reset={self.neuron.reset.value}"
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether an image tensor lies in memory with its channels last."""
+    """Whether a tensor ``[N, C, H, W]`` has its channels last in memory."""
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -198,7 +199,7 @@ def flatten_rows(x: Tensor, rows: int, last: bool) -> Tensor:
 
 
 def restore_rows(flat: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
-    """What ``flatten_rows`` made flat, in its shape and memory order."""
+    """The inverse of ``flatten_rows``, with the same memory order."""
     if not last:
         return flat.reshape(shape)
     rows, channels, height, width = shape
@@ -206,16 +207,16 @@ def restore_rows(flat: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
 
 
 def _spread(values: Tensor, batch: int, by_channel: bool) -> Tensor:
-    """Values of channels, one or ``[C]``, for a table ``[N / C, C]``, or ``[B*C, N / (B*C)]`` with channels first."""
+    """One value, or ``[C]`` values, to broadcast to ``[N / C, C]``, or to ``[B*C, N / (B*C)]`` with channels first."""
     if values.ndim == 0:
         return values
     return values[None] if by_channel else values.repeat(batch)[:, None]
 
 
 def _damped(threshold: Tensor, neurons: int) -> Tensor:
-    """The threshold with its gradient over the root of how many neurons share it.
+    """The threshold, with its gradient divided by the square root of the number of neurons that use it.
 
-    After LSQ (arXiv 1902.08153, section 2.2), whose factor has the number of levels too.
+    After LSQ (arXiv 1902.08153, section 2.2), whose factor also contains the number of levels.
     """
     scale = 1.0 / math.sqrt(neurons)
     return threshold * scale + (threshold * (1.0 - scale)).detach()

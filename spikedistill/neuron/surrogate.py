@@ -1,8 +1,8 @@
-"""Surrogate gradients: what stands in for the derivative of the step function.
+"""Surrogate gradients, which replace the derivative of the step function.
 
-A spike is ``s = H(u)``, where ``u = v / threshold - 1`` is the potential above threshold in units of the threshold.
-Forward is exactly the step, ``H(0) = 1``; backward multiplies by ``gradient(u)``, which is non-negative, greatest at
-``u = 0`` and (but for rounding and the choice of parameter) has area 1. NaN for NaN: a broken potential has no slope.
+A spike is ``s = H(u)``, where ``u = v / threshold - 1`` is the potential above threshold in units of the threshold. The
+forward pass is exactly the step, with ``H(0) = 1``. The backward pass multiplies by ``gradient(u)``, which is
+non-negative and greatest at ``u = 0``. Its area is 1, except for rounding. At NaN it is NaN.
 """
 
 import math
@@ -16,7 +16,7 @@ from spikedistill.errors import ConfigError
 
 
 def spike(u: Tensor) -> Tensor:
-    """``H(u)`` of potentials above threshold, in their dtype: 0 or 1; NaN where u is not finite.
+    """``H(u)`` of potentials above threshold, in their dtype: 0 or 1, and NaN if u is not finite.
 
     >>> spike(torch.tensor([-0.5, 0.0, torch.nan, torch.inf])).tolist()
     [0.0, 1.0, nan, nan]
@@ -26,10 +26,10 @@ def spike(u: Tensor) -> Tensor:
 
 @runtime_checkable
 class Surrogate(Protocol):
-    """Anything with ``gradient(u)``, of the shape of ``u``; a frozen dataclass, so that kernels can be cached."""
+    """Any object with ``gradient(u)``. It must be hashable, as a frozen dataclass is, so that kernels can be cached."""
 
     def gradient(self, u: Tensor) -> Tensor:
-        """The stand-in for ``ds/du``."""
+        """The surrogate for ``ds/du``, in the shape of ``u``."""
         ...
 
 
@@ -52,7 +52,7 @@ class Sigmoid:
         _positive(self, "alpha", self.alpha)
 
     def gradient(self, u: Tensor) -> Tensor:
-        """The derivative of a logistic function."""
+        """The derivative of the logistic function."""
         half = torch.sigmoid(self.alpha * u)
         return self.alpha * half * (1.0 - half)
 
@@ -71,7 +71,7 @@ class ATan:
         _positive(self, "alpha", self.alpha)
 
     def gradient(self, u: Tensor) -> Tensor:
-        """The derivative of an arc tangent."""
+        """The derivative of the arc tangent."""
         slope = (math.pi / 2 * self.alpha) * u
         return (self.alpha / 2) / (1.0 + slope * slope)
 
@@ -80,7 +80,7 @@ class ATan:
 class Triangle:
     """``max(0, width - |u|) / width^2`` (TET, arXiv 2202.11946, with width 1).
 
-    Bellec et al. (arXiv 1803.09574) damp theirs by 0.3; here it keeps the area of 1.
+    Bellec et al. (arXiv 1803.09574) damp theirs by 0.3. Here the area stays 1.
 
     >>> Triangle(width=1.0).gradient(torch.tensor([-1.0, -0.5, 0.0, 0.5])).tolist()
     [0.0, 0.5, 1.0, 0.5]
@@ -92,7 +92,7 @@ class Triangle:
         _positive(self, "width", self.width)
 
     def gradient(self, u: Tensor) -> Tensor:
-        """A triangle of base 2 x width."""
+        """A triangle with base 2 x width."""
         return (self.width - u.abs()).clamp_min(0.0) / self.width**2
 
 
@@ -110,7 +110,7 @@ class Rectangle:
         _positive(self, "width", self.width)
 
     def gradient(self, u: Tensor) -> Tensor:
-        """A window of the given width."""
+        """A rectangle of this width."""
         return torch.where(u.abs() < self.width / 2, 1.0, u - u) / self.width
 
 

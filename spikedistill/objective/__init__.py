@@ -1,1 +1,1 @@
-"""4. What the student is taught: a file a published method."""
+"""What the student is taught: one file per published method."""

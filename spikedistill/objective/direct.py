@@ -1,4 +1,4 @@
-"""Training by cross-entropy only: on the mean over time, or at every time step."""
+"""Training with cross-entropy only: of the mean over time, or at every time step."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from spikedistill.objective.terms import Batch, Needs, Objective, Terms, check_f
 
 @dataclass(frozen=True)
 class Direct(Objective):
-    """Cross-entropy of the mean over time: the student without a teacher, and the teacher itself (T = 1)."""
+    """Cross-entropy of the mean over time, for a student without a teacher, or for an ANN (T = 1)."""
 
     label_smoothing: float = 0.0
     """Share of probability spread over all classes, 0 to 1."""
@@ -27,15 +27,15 @@ class Direct(Objective):
 class TET(Objective):
     """Temporal efficient training (Deng et al., ICLR 2022, arXiv 2202.11946).
 
-    ``(1 - lam) mean_t CE(z_t, y) + lam mean_t MSE(z_t, target)``; the second term keeps every logit near ``target``.
+    ``(1 - lam) mean_t CE(z_t, y) + lam mean_t MSE(z_t, target)``. The second term keeps every logit near ``target``.
     """
 
     label_smoothing: float = 0.0
     """Share of probability spread over all classes, 0 to 1."""
     lam: float = 1e-3
-    """Weight of the regulariser, 0 to 1; the authors' code uses 0.001 on static images."""
+    """Weight of the regulariser, 0 to 1. The authors' code uses 0.001 for static images."""
     target: float = 1.0
-    """Where the regulariser pulls the logits; the authors use the threshold, 1."""
+    """The value to which the regulariser pulls every logit. The authors use the threshold, 1."""
 
     def __post_init__(self) -> None:
         check_fraction("label_smoothing", self.label_smoothing)
@@ -43,7 +43,7 @@ class TET(Objective):
 
     @property
     def needs(self) -> Needs:
-        """Every step on its own."""
+        """Every time step."""
         return Needs(every_step=True)
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:

@@ -1,7 +1,7 @@
-"""Mathematics on inner features that methods share: distances, transforms, adapters, and the pairs by default."""
+"""Mathematics on inner features: distances, transforms, adapters, and the default pairs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,27 +9,33 @@ from torch import Tensor, nn
 
 from spikedistill.answer import Learner
 from spikedistill.errors import ConfigError
-from spikedistill.objective.terms import NO_TEACHER, Batch, Pairs
+from spikedistill.objective.terms import NO_TEACHER, Batch, Pairs, as_it_is
 from spikedistill.shapes import over_time
 
 STAGE = re.compile(r"(layer|stage)\D?\d+")
-"""Module paths that are the ends of stages: layer1, stage2, ..."""
+"""Module paths of stages: layer1, stage2, ... Their outputs are the ends of the stages."""
 
 
 def feature_distance(student: Tensor, teacher: Tensor, partial: bool = False) -> Tensor:
-    """Squared difference over the teacher's own mean square: 0 where equal, 1 for a silent student.
+    """Mean squared difference divided by the teacher's mean square: 0 if equal, 1 for a silent student.
+
+    The division is this project's choice.
 
     Args:
-        student: features ``[B, ...]`` averaged over time, of the teacher's shape.
+        student: the student's features ``[B, ...]``, averaged over time, in the teacher's shape.
         teacher: the teacher's features ``[B, ...]``.
-        partial: leave out places where the teacher is not positive and the student lies below it (Heo et al.).
+        partial: leave out elements where the teacher is not positive and the student is not above it (partial L2, Heo
+            et al., arXiv 1904.01866).
+
+    Returns:
+        A scalar, 0 or more.
     """
-    return _distance(student[None], teacher, partial)
+    return _distance(student[None], teacher, partial, as_it_is)
 
 
-def _distance(feature: Tensor, teacher: Tensor, partial: bool) -> Tensor:
-    """``feature_distance`` of the mean over time of ``[T, B, ...]``."""
-    size = torch.linalg.vector_norm(teacher).square() / teacher.numel()
+def _distance(feature: Tensor, teacher: Tensor, partial: bool, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """``feature_distance`` of the mean over time of ``[T, B, ...]``; ``whole`` is ``Batch.over_processes``."""
+    size = whole(torch.linalg.vector_norm(teacher).square() / teacher.numel())
     wanted = teacher
     if partial:
         mean = over_time(feature.detach())
@@ -38,9 +44,9 @@ def _distance(feature: Tensor, teacher: Tensor, partial: bool) -> Tensor:
 
 
 class _MeanSquare(torch.autograd.Function):
-    """The mean squared difference of the mean over time of ``[T, B, ...]`` from what is fixed, ``[B, ...]``.
+    """``mse_loss`` between the mean over time of ``[T, B, ...]`` and a constant ``[B, ...]``, in fewer memory passes.
 
-    As ``mse_loss`` of the mean, in fewer passes over memory: one for the mean, two for its distance, one back.
+    There is one pass for the mean, two for the distance, and one backward.
     """
 
     @staticmethod
@@ -58,19 +64,25 @@ class _MeanSquare(torch.autograd.Function):
         return (difference * scale).to(ctx.dtype).expand(ctx.shape), None
 
 
-def margin_relu(teacher: Tensor) -> Tensor:
-    """``max(x, m)`` with m a channel's mean negative response, here of the batch (Heo et al.).
+def margin_relu(teacher: Tensor, whole: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
+    """``max(x, m)``, where m is the mean of a channel's negative values (Heo et al., arXiv 1904.01866).
 
-    Features must be those before an activation; after one there is nothing below 0 and nothing changes.
+    m is the mean over this batch; that is this project's choice. Take features before an activation. After a ReLU no
+    value is negative and nothing changes.
+
+    Args:
+        teacher: the teacher's features ``[B, C, ...]``.
+        whole: ``Batch.over_processes``.
     """
     negative = teacher.clamp_max(0)
     dims = [0, *range(2, teacher.ndim)]
-    count = (teacher < 0).sum(dims, keepdim=True).clamp_min(1)
-    return torch.maximum(teacher, negative.sum(dims, keepdim=True) / count)
+    below = whole(negative.sum(dims, keepdim=True))
+    count = whole((teacher < 0).sum(dims, keepdim=True).to(teacher.dtype))
+    return torch.maximum(teacher, torch.where(count > 0, below / count, 0.0))
 
 
 def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both feature maps at the smaller of their sizes, by average pooling; vectors stay as they are."""
+    """Pool two feature maps ``[B, C, H, W]`` to the smaller of their sizes. Vectors ``[B, C]`` do not change."""
     if student.ndim < 4 or student.shape[2:] == teacher.shape[2:]:
         return student, teacher
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
@@ -78,7 +90,11 @@ def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_adapter(student: Tensor, teacher: Tensor, always: bool) -> nn.Module:
-    """A 1 x 1 convolution (for vectors: a linear layer) where channel counts differ or ``always``, else nothing."""
+    """A 1 x 1 convolution (for vectors: a linear layer) if channels differ in number or ``always``; else the identity.
+
+    Raises:
+        ConfigError: if the features are not two maps ``[B, C, H, W]`` or two vectors ``[B, C]``.
+    """
     inputs, outputs = student.shape[1], teacher.shape[1]
     if student.ndim != teacher.ndim or student.ndim not in (2, 4):
         raise ConfigError(
@@ -91,10 +107,10 @@ def make_adapter(student: Tensor, teacher: Tensor, always: bool) -> nn.Module:
 
 
 def compare_features(batch: Batch, pairs: Pairs, adapters: nn.ModuleDict, margin: bool, partial: bool) -> Tensor:
-    """The mean ``feature_distance`` over all pairs, features of both networks averaged over time.
+    """The mean ``feature_distance`` over all pairs. Features of both networks are averaged over time.
 
     Raises:
-        ConfigError: if there is no teacher, or no pair.
+        ConfigError: if there is no teacher or no pair, or a feature of a pair was not observed.
     """
     known = batch.asked_teacher().features
     if not pairs:
@@ -107,12 +123,13 @@ def compare_features(batch: Batch, pairs: Pairs, adapters: nn.ModuleDict, margin
             student, teacher = match_size(adapter(over_time(feature)), teacher)
             feature = student[None]
         teacher = teacher.float()
-        distances.append(_distance(feature, margin_relu(teacher) if margin else teacher, partial))
+        wanted = margin_relu(teacher, batch.over_processes) if margin else teacher
+        distances.append(_distance(feature, wanted, partial, batch.over_processes))
     return torch.stack(distances).mean()
 
 
 def make_adapters(probe: Batch, pairs: Pairs, always: bool) -> nn.ModuleDict:
-    """One adapter per pair, under its number.
+    """One adapter per pair, by the pair's number as text.
 
     Raises:
         ConfigError: if there is no teacher, or the features of a pair cannot be compared.
@@ -133,10 +150,12 @@ def _seen(features: Mapping[str, Tensor], path: str) -> Tensor:
 
 
 def stage_pairs(teacher: Learner | None, student: Learner) -> Pairs:
-    """The ends of both networks' stages (layer1, stage1, ...), matched from the last backwards.
+    """Pair the ends of both networks' stages (layer1, stage1, ...), from the last stage backwards.
+
+    This is this project's choice.
 
     Raises:
-        ConfigError: if there is no teacher, or no stage in one of the networks.
+        ConfigError: if there is no teacher, or one of the networks has no stage.
     """
     if teacher is None:
         raise ConfigError(NO_TEACHER)
@@ -144,12 +163,12 @@ def stage_pairs(teacher: Learner | None, student: Learner) -> Pairs:
     pairs = tuple(zip(reversed(theirs), reversed(ours)))[::-1]
     if not pairs:
         raise ConfigError(
-            "No stages named layer1, layer2, ... were found in both networks: say which features to compare by --pairs "
-            "TEACHER-PATH STUDENT-PATH, or take --method kdsnn-response."
+            "No stages named layer1, layer2, ... were found in both networks: give --pairs TEACHER-PATH "
+            "STUDENT-PATH, or take --method kdsnn-response."
         )
     return pairs
 
 
 def _line(dense: Tensor) -> Tensor:
-    """A tensor without holes as a vector, in the order of its memory."""
+    """A dense tensor as a vector, in the order of its memory."""
     return dense.as_strided((dense.numel(),), (1,))

@@ -1,10 +1,12 @@
-"""KDSNN: what the ANN answers and what it sees inside, taught to the SNN (Xu et al., CVPR 2023, arXiv 2304.05627).
+"""KDSNN: distillation of an ANN's logits and inner features into an SNN (Xu et al., CVPR 2023, arXiv 2304.05627).
 
-The paper describes a response-based form (soft labels with a temperature, section 3.2) and a feature-based form (inner
-layers of both networks), each joined with the labels in one loss. Its weights, temperature, layers and distances were
-not available to us: the response form below is that of Hinton et al. (arXiv 1503.02531), the feature form takes
-margin ReLU and partial L2 from Heo et al. (arXiv 1904.01866) as options. Comparing the ends of stages, dividing by the
-teacher's mean square, equal weights of pairs and every constant are this project's choice.
+The paper describes two forms. The response-based form uses soft targets with a temperature (section 3.2). The
+feature-based form compares inner layers of both networks. Each adds its term to the cross-entropy of the labels.
+
+We do not know the paper's weights, temperature, layers and distances. The response-based form here follows Hinton et
+al. (arXiv 1503.02531). The feature-based form has margin ReLU and partial L2 of Heo et al. (arXiv 1904.01866) as
+options. These are this project's choices: to compare the ends of stages, to divide by the teacher's mean square, to
+weight pairs equally, and every constant.
 """
 
 from dataclasses import dataclass, replace
@@ -57,19 +59,20 @@ class KDSNNResponse(Objective):
 
 @dataclass(frozen=True)
 class KDSNNFeature(Objective):
-    """Feature-based KDSNN: ``CE(mean_t z, y) + weight x`` the distance of inner features, averaged over pairs."""
+    """Feature-based KDSNN: ``CE(mean_t z, y) + weight * distance``, the mean feature distance over all pairs."""
 
     pairs: Pairs = ()
-    """Module paths (teacher, student) whose outputs are compared; by default the ends of their stages."""
+    """Pairs of module paths (teacher, student) whose outputs are compared (default: the ends of the stages)."""
     weight: float = 1.0
-    """Weight of the distance of features, 0 or more."""
+    """Weight of the feature distance, 0 or more."""
     adapt: bool | None = None
-    """Compare through 1 x 1 convolutions even where channels agree; by default just if weights are not inherited. A
-    student with fresh weights has no reason to use the teacher's channels and scale."""
+    """Compare through 1 x 1 convolutions even if channels are equal in number (default: True unless weights are
+    inherited). A student with fresh weights need not use the teacher's channels and scale."""
     margin: bool = False
-    """Raise the teacher's negative features to their channel's mean below 0; after a ReLU there are none."""
+    """Raise the teacher's negative features to at least the mean of their channel's negative values (margin ReLU).
+    After a ReLU it has no effect."""
     partial: bool = False
-    """Leave out places where the teacher is not above 0 and the student lies below it; none after a ReLU."""
+    """Leave out elements where the teacher is at most 0 and the student is not above it (partial L2)."""
     label_smoothing: float = 0.0
     """Share of probability of the labels spread over all classes, 0 to 1."""
 
@@ -83,7 +86,7 @@ class KDSNNFeature(Objective):
         return Needs(teacher=True, pairs=self.pairs)
 
     def settled(self, teacher: Learner | None, student: Learner, inherits: bool) -> "KDSNNFeature":
-        """Pairs and adapters closed."""
+        """The same objective with ``pairs`` and ``adapt`` set."""
         return replace(
             self,
             pairs=self.pairs or stage_pairs(teacher, student),
@@ -91,7 +94,7 @@ class KDSNNFeature(Objective):
         )
 
     def modules(self, probe: Batch, teacher: Learner | None) -> nn.ModuleDict:
-        """1 x 1 convolutions (for vectors linear layers) where channels differ, or everywhere with ``adapt``."""
+        """1 x 1 convolutions (for vectors linear layers) where channels differ, or for all pairs with ``adapt``."""
         return make_adapters(probe, self.pairs, bool(self.adapt))
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
@@ -103,9 +106,9 @@ class KDSNNFeature(Objective):
 
 @dataclass(frozen=True)
 class KDSNN(KDSNNFeature):
-    """Both forms at once, this project's combination.
+    """Both forms at once: ``(1 - alpha) CE + alpha tau^2 KL + weight * distance``.
 
-    ``(1 - alpha) CE + alpha tau^2 KL + weight x`` the distance of inner features.
+    The combination is this project's choice.
     """
 
     temperature: float = 2.0
@@ -115,11 +118,11 @@ class KDSNN(KDSNNFeature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.response  # whose checks are ours
+        _ = self.response  # checks temperature and alpha
 
     @property
     def response(self) -> KDSNNResponse:
-        """The response-based form of the same choices."""
+        """The response-based form with the same fields."""
         return KDSNNResponse(self.temperature, self.alpha, self.label_smoothing)
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:

@@ -1,4 +1,4 @@
-"""Mathematics on logits that methods share; time first, ``[T, B, K]``."""
+"""Mathematics on logits, time first: ``[T, B, K]``."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,12 +7,12 @@ from spikedistill.shapes import ClassLogits, Labels, Logits
 
 
 def cross_entropy_of_mean(logits: Logits, labels: Labels, label_smoothing: float = 0.0) -> Tensor:
-    """``CE(mean_t z_t, y)``: the class scores are averaged over time, then judged."""
+    """``CE(mean_t z_t, y)``: the cross-entropy of the mean logits."""
     return F.cross_entropy(logits.mean(0), labels, label_smoothing=label_smoothing)
 
 
 def cross_entropy_per_step(logits: Logits, labels: Labels, label_smoothing: float = 0.0) -> Tensor:
-    """``mean_t CE(z_t, y)``: every time step is judged on its own (TET, arXiv 2202.11946)."""
+    """``mean_t CE(z_t, y)``: the mean of the cross-entropies of all time steps (TET, arXiv 2202.11946)."""
     steps = logits.shape[0]
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat(steps), label_smoothing=label_smoothing)
 

@@ -1,4 +1,4 @@
-"""QCFS: an ANN with quantised activations is trained on labels, then run with neurons (Bu et al., arXiv 2303.04347)."""
+"""QCFS: an ANN with quantised activations is trained, then run as an SNN (Bu et al., arXiv 2303.04347)."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,6 @@ from spikedistill.objective.direct import Direct
 class QCFS(Direct):
     """Cross-entropy of the quantised stand-in (``student/quantised.py``), whose thresholds are learned.
 
-    As a baseline it is called a conversion, since nothing is trained on spikes. The stand-in and learned thresholds are
-    choices of the student; a recipe with this method makes them.
+    No spikes are used in training, so as a baseline it counts as a conversion. The stand-in and learned thresholds are
+    options of the student. A recipe with this method sets them.
     """

@@ -1,4 +1,4 @@
-"""Weights that change over training: pure functions of progress, a scalar from 0 (the start) to 1 (the end)."""
+"""Weights that change over training: pure functions of progress, a scalar from 0 (start) to 1 (end)."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same weight all the time."""
+    """The same weight throughout."""
 
     value: float = 1.0
 
@@ -30,7 +30,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Ramp(Schedule):
-    """``start + (end - start) progress^power``: a straight line for a power of 1, late for a larger one.
+    """``start + (end - start) progress^power``: a straight line for power 1, a later rise for a larger power.
 
     >>> [float(Ramp(power=3.0)(torch.tensor(p))) for p in (0.0, 0.5, 1.0)]
     [0.0, 0.125, 1.0]
@@ -54,16 +54,16 @@ class Ramp(Schedule):
 
 @dataclass(frozen=True)
 class Switch(Schedule):
-    """One weight before a point of training and another after it, with half a cosine between the two.
+    """The weight ``before`` until progress ``at``, then ``after``, with half a cosine in between.
 
-    The change takes ``width`` of training, half of it before the point; a width of 0 is a step. The shape is this
-    project's choice.
+    The change takes the fraction ``width`` of training, half of it before ``at``. A width of 0 is a step. The shape is
+    this project's choice.
 
     >>> [round(float(Switch(at=0.5, width=0.2)(torch.tensor(p))), 3) for p in (0.4, 0.5, 0.6)]
     [1.0, 0.5, 0.0]
 
     Raises:
-        ConfigError: if the point lies outside 0..1, or the width is negative.
+        ConfigError: if ``at`` or ``width`` lies outside 0..1.
     """
 
     at: float = 0.5
@@ -73,7 +73,7 @@ class Switch(Schedule):
 
     def __post_init__(self) -> None:
         if not 0 <= self.at <= 1 or not 0 <= self.width <= 1:
-            raise ConfigError(f"at (={self.at}) and width (={self.width}) are parts of training: give 0 to 1.")
+            raise ConfigError(f"at (={self.at}) and width (={self.width}) are fractions of training: give 0 to 1.")
 
     def __call__(self, progress: Tensor) -> Tensor:
         """The weight at this progress."""
@@ -85,5 +85,5 @@ class Switch(Schedule):
 
 
 def _between(first: float, last: float, share: Tensor) -> Tensor:
-    """A straight line from the first to the last, both exact at shares of 0 and 1."""
+    """Linear interpolation, exact at shares of 0 and 1."""
     return torch.lerp(torch.full_like(share, first), torch.full_like(share, last), share)

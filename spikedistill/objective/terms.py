@@ -1,11 +1,11 @@
-"""The contract of every objective: what it needs, what it is shown, and the named terms that it returns.
+"""The contract of objectives: what they need, the batch they get, and the named terms that they return.
 
-A method of distillation is a small frozen value. The loop asks it what it needs, shows it a ``Batch`` and takes the sum
-of its terms; it knows no method by name.
+A distillation method is a small frozen value. The training loop reads its ``needs``, calls it with a ``Batch``, and
+adds up the returned terms. The loop knows no method by name.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from spikedistill.shapes import Labels
 Terms = dict[str, Tensor]
 """Scalar losses by name, each already multiplied by its weight; logs use the same names."""
 Pairs = tuple[tuple[str, str], ...]
-"""(teacher path, student path) of modules whose outputs are compared."""
+"""Module paths (teacher, student) whose outputs are compared."""
 
 NO_TEACHER = (
     "This objective needs a teacher, and no teacher was given: pass teacher=..., or use Direct (on the command line"
@@ -30,16 +30,23 @@ NO_SOURCE = (
 )
 
 
+def as_it_is(statistic: Tensor) -> Tensor:
+    """What one process makes of a statistic of its batch, which is the whole batch."""
+    return statistic
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What is known of one batch after both networks answered.
+    """The labels of one batch and the outputs of both networks for it.
 
     Args:
         labels: class numbers ``[B]``.
-        student: the student's answer.
-        teacher: the teacher's, where the objective needs one. Its T is 1 unless the objective needs every step.
-        source: the same student's answer to the second input stream, where the objective needs one.
-        progress: how much of training lies behind, a scalar from 0 to 1.
+        student: the student's outputs.
+        teacher: the teacher's outputs, if the objective needs them. T is 1 unless the objective needs every step.
+        source: the same student's outputs for the second input stream, if the objective needs them.
+        progress: the fraction of training that is done, a scalar from 0 to 1.
+        over_processes: gives the mean over processes of a statistic of the batch, a tensor without gradient such as a
+            mean square. Each process sees its share of the batch. With one process the statistic is returned as it is.
     """
 
     labels: Labels
@@ -47,15 +54,16 @@ class Batch:
     teacher: Answer | None = None
     source: Answer | None = None
     progress: Tensor = field(default_factory=lambda: torch.zeros(()))
+    over_processes: Callable[[Tensor], Tensor] = as_it_is
 
     def asked_teacher(self) -> Answer:
-        """The teacher's answer; a ``ConfigError`` where there is none."""
+        """The teacher's outputs, or a ``ConfigError`` without a teacher."""
         if self.teacher is None:
             raise ConfigError(NO_TEACHER)
         return self.teacher
 
     def asked_source(self) -> Answer:
-        """The student's answer to the second stream; a ``ConfigError`` where there is none."""
+        """The student's outputs for the second stream, or a ``ConfigError`` without one."""
         if self.source is None:
             raise ConfigError(NO_SOURCE)
         return self.source
@@ -63,16 +71,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective must be shown; what it does not need is never computed.
+    """What an objective needs from the networks. Nothing else is computed.
 
     Args:
         teacher: the teacher's logits.
-        pairs: features of both networks.
-        student_spikes: paths of the student's layers whose counts of spikes are looked at.
-        teacher_spikes: likewise of a spiking teacher.
-        potentials: paths of the student's layers whose potentials are looked at.
-        every_step: single time steps. Without it a teacher's answer is averaged over its own T.
-        source: the student's answer to a second input stream.
+        pairs: features of both networks at these module paths.
+        student_spikes: paths of the student's layers whose spike counts are needed.
+        teacher_spikes: likewise for a spiking teacher.
+        potentials: paths of the student's layers whose membrane potentials are needed.
+        every_step: the teacher's single time steps. Otherwise its outputs are averaged over its own T.
+        source: the student's outputs for a second input stream.
     """
 
     teacher: bool = False
@@ -89,7 +97,7 @@ class Needs:
         return self.teacher or bool(self.pairs or self.teacher_spikes)
 
     def __or__(self, other: "Needs") -> "Needs":
-        """What both need together."""
+        """The needs of both."""
         return Needs(
             teacher=self.teacher or other.teacher,
             pairs=tuple(dict.fromkeys((*self.pairs, *other.pairs))),
@@ -102,54 +110,54 @@ class Needs:
 
 
 class Objective:
-    """What a method is: a frozen dataclass that turns a batch into named terms.
+    """A distillation method: a frozen dataclass that maps a batch to named loss terms.
 
-    A field may be left open, for instance the pairs of features; ``settled`` closes it once the networks are known.
+    A field may be open, for instance the pairs of features. ``settled`` sets it once the networks are known.
     """
 
     @property
     def needs(self) -> Needs:
-        """What it must be shown; nothing but the student's logits unless a method says so."""
+        """What the method needs (default: the student's logits only)."""
         return Needs()
 
     def settled(self, teacher: Learner | None, student: Learner, inherits: bool) -> "Objective":
-        """The same objective with every open field closed; an objective that is closed already returns itself.
+        """The same objective with every open field set. Without open fields, it returns itself.
 
         Args:
-            teacher: who teaches, if anybody.
-            student: who learns.
-            inherits: whether the student started from the teacher's weights.
+            teacher: the teacher, if there is one.
+            student: the student.
+            inherits: whether the student starts with the teacher's weights.
 
         Raises:
-            ConfigError: if a field cannot be closed.
+            ConfigError: if a field cannot be set.
         """
         return self
 
     def modules(self, probe: Batch, teacher: Learner | None) -> nn.ModuleDict:
-        """The trainable helpers, for instance adapters, made from one probe batch; none unless a method says so."""
+        """Trainable helper modules, for instance adapters, made for the shapes of a probe batch (default: none)."""
         return nn.ModuleDict()
 
     @property
     def has_modules(self) -> bool:
-        """Whether a method says so; only then the networks are asked for a probe of logits alone."""
+        """Whether the method defines ``modules``. If so, it gets a probe batch even if it needs logits only."""
         return type(self).modules is not Objective.modules
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
-        """Named scalar terms of one batch."""
+        """Named scalar terms of one batch, each already multiplied by its weight."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Sum(Objective):
-    """Objectives that are added up, each with a weight or a schedule over training.
+    """A weighted sum of objectives. A weight may be a schedule over training.
 
-    Terms of one name add up under that name.
+    Terms with the same name are added.
 
     Args:
-        parts: (weight, objective), at least one. A schedule is asked at every step.
+        parts: (weight, objective), at least one. A schedule is evaluated at every step.
 
     Raises:
-        ConfigError: if there is no part, or a weight is below 0 or not finite.
+        ConfigError: if there is no part, a part is not (weight, objective), or a weight is below 0 or not finite.
     """
 
     parts: tuple[tuple[float | Schedule, Objective], ...]
@@ -166,27 +174,27 @@ class Sum(Objective):
 
     @property
     def needs(self) -> Needs:
-        """What all parts need together."""
+        """The needs of all parts."""
         joined = Needs()
         for _, part in self.parts:
             joined |= part.needs
         return joined
 
     def settled(self, teacher: Learner | None, student: Learner, inherits: bool) -> "Sum":
-        """Every part settled."""
+        """The sum of the settled parts."""
         return type(self)(tuple((weight, part.settled(teacher, student, inherits)) for weight, part in self.parts))
 
     @property
     def has_modules(self) -> bool:
-        """Whether a part has some."""
+        """Whether a part defines ``modules``."""
         return any(part.has_modules for _, part in self.parts)
 
     def modules(self, probe: Batch, teacher: Learner | None) -> nn.ModuleDict:
-        """The helpers of every part, under its number."""
+        """The helper modules of every part, by the part's number as text."""
         return nn.ModuleDict({str(i): part.modules(probe, teacher) for i, (_, part) in enumerate(self.parts)})
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
-        """The terms of all parts, each times its weight."""
+        """The terms of all parts, each multiplied by its weight."""
         terms: Terms = {}
         for (weight, part), own in zip(self.parts, modules.values(), strict=True):
             scale = weight(batch.progress) if isinstance(weight, Schedule) else weight
@@ -201,21 +209,25 @@ def total(terms: Mapping[str, Tensor]) -> Tensor:
 
 
 RESERVED = ("epoch", "step", "lr", "loss", "train_accuracy", "firing_rate", "validation_accuracy")
-"""What metrics.jsonl says beside the terms."""
+"""The other entries of metrics.jsonl, which no term may be named after."""
 
 
 def check_terms(terms: Terms) -> None:
-    """Refuse, by a ``ConfigError``, no terms, and one that is no scalar tensor or has a name that metrics have."""
+    """Check the terms that an objective returned.
+
+    Raises:
+        ConfigError: if there is no term, one is not a scalar tensor, or its name is in ``RESERVED``.
+    """
     wrong = [name for name, term in terms.items() if not isinstance(term, Tensor) or term.ndim or name in RESERVED]
     if wrong or not terms:
         raise ConfigError(
-            f"The objective returned {', '.join(wrong) or 'no terms'}: expected one scalar tensor or more, under names"
+            f"The objective returned {', '.join(wrong) or 'no terms'}: expected one or more scalar tensors, with names"
             f" other than {', '.join(RESERVED)}."
         )
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Check a number that mixes two terms.
+    """Check the weight of one term against another.
 
     Raises:
         ConfigError: if it is not between 0 and 1.

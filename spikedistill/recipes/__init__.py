@@ -1,4 +1,4 @@
-"""Ready recipes: one Python function each, by the name that the command line uses."""
+"""Ready recipes: one Python function for each, under the name that the command line uses."""
 
 from collections.abc import Callable
 

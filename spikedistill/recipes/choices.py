@@ -1,4 +1,4 @@
-"""The choices of a distillation, frozen, each of which knows its faults: who teaches, and who learns."""
+"""The choices of a distillation about teacher and student, as frozen values that check themselves."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -13,81 +13,83 @@ from spikedistill.student.pool import MaxPool
 
 @dataclass(frozen=True)
 class TeacherChoice:
-    """Who teaches."""
+    """The teacher."""
 
     source: Annotated[str, arg(name="teacher")] = "runs/digits-teacher"
-    """A run directory of 'teach' or of 'distill' (a spiking teacher), a weights file (.safetensors, .npz, .pt),
-    torchvision/NAME or timm/NAME: that network with its published weights; or 'none' for methods without a teacher."""
+    """A run directory of 'teach', or of 'distill' for a spiking teacher; a weights file (.safetensors, .npz, .pt);
+    torchvision/NAME or timm/NAME with its published weights; or 'none' for methods without a teacher."""
     network: Annotated[str | None, arg(name="teacher-network")] = None
-    """The network that a bare weights file belongs to: a zoo name (resnet18, vgg9 ...), torchvision/NAME, timm/NAME or
-    FILE.py:FUNCTION, which is called with classes=K and returns the module."""
+    """The network of a weights file that does not name it: a zoo name (resnet18, vgg9 ...), torchvision/NAME,
+    timm/NAME, or FILE.py:FUNCTION, which is called with classes=K and returns the module."""
     width: Annotated[int | None, arg(name="teacher-width")] = None
-    """Channels of its first stage (zoo networks)."""
+    """Channels of the teacher's first stage, for a zoo network (default: its own)."""
     mean: Annotated[tuple[float, ...] | None, arg(name="teacher-mean")] = None
-    """Input mean per channel that a bare weights file was trained with (images in 0..1)."""
+    """Mean per channel that the inputs of that network are normalised by, for images in 0..1."""
     std: Annotated[tuple[float, ...] | None, arg(name="teacher-std")] = None
-    """Input deviation, likewise."""
+    """Standard deviation per channel, likewise."""
 
 
 @dataclass(frozen=True)
 class StudentChoice:
-    """Who learns."""
+    """The spiking student: its network, its neurons, and how the ANN is converted."""
 
     network: Annotated[str, arg(name="student")] = "same"
-    """'same' as the teacher's network, or a zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
+    """'same' for the teacher's network, or a zoo name, torchvision/NAME, timm/NAME or FILE.py:FUNCTION."""
     width: Annotated[int | None, arg(name="student-width")] = None
-    """Channels of its first stage (zoo networks other than 'same')."""
+    """Channels of the student's first stage, for a zoo network that is not 'same' (default: its own)."""
     inherit: bool | None = None
-    """Start from the teacher's weights; by default just if the student is the 'same'."""
+    """Start from the teacher's weights (default: True if the student is the 'same' network)."""
     start: str | None = None
-    """A run of 'distill' with the same student network, whose weights and thresholds training begins with: to go on
+    """A run of 'distill' with the same student network. Training starts from its weights and thresholds, for instance
     with another T, method or gradient."""
     timesteps: int = 4
-    """Time steps T."""
+    """Number of time steps T."""
     neuron: Literal["if", "lif", "plif"] = "if"
-    """Integrate-and-fire, leaky, or leaky with a learned leak."""
+    """Integrate-and-fire (if), leaky (lif), or leaky with a learned leak (plif)."""
     leak: float | None = None
-    """Share of the potential left after a step (lif, plif); 0.5 by default."""
+    """Fraction of the membrane potential that is left after a step, for lif and plif (default: 0.5)."""
     decay_input: bool | None = None
-    """Multiply the current by 1 - leak, as SpikingJelly's LIF does; the neuron's own by default (plif does)."""
+    """Multiply the input current by 1 - leak, as SpikingJelly's LIF does (default: True for plif, else False)."""
     reset: Literal["subtract", "zero"] | None = None
-    """What a spike does to the potential; the neuron's own by default."""
+    """What a spike does to the potential: subtract the threshold, or set it to zero (default: subtract, for plif
+    zero)."""
     detach_reset: bool | None = None
-    """Leave the reset out of the gradient; by default just if weights are fresh and the gradient is not rate, whose
-    slopes then grow with T."""
+    """Leave the reset out of the gradient (default: True for fresh weights, unless the gradient is rate)."""
     initial: float = 0.5
-    """Potential at the first step in thresholds; at 0.5 the mean of T steps rounds the activation."""
+    """Initial potential in units of the threshold; at 0.5 firing rates round the ANN's activations to T levels."""
     learn_initial: bool = False
-    """Train that potential, one for each threshold."""
+    """Train the initial potential; there is one for each threshold."""
     threshold: float | None = None
-    """Where thresholds begin in a student with fresh weights: 1.5 by default, 1 with a leak. Inherited weights are
-    calibrated instead."""
+    """Initial threshold of a student with fresh weights (default: 1.5, for lif and plif 1). With inherited weights
+    thresholds are calibrated."""
     learn_threshold: bool = False
-    """Train each layer's threshold."""
+    """Train the thresholds."""
     gradient: Literal["exact", "rate", "quantised"] = "exact"
-    """Through every time step; through rates alone, in half the time at T=4, for neurons that forget (lif: others learn
-    less by it); or of the quantised stand-in of T levels, which has no time and costs what an ANN costs."""
+    """How training computes the gradient. exact: through every time step. rate: through firing rates, in half the time
+    at T=4; it suits leaky neurons and costs accuracy with others. quantised: of an ANN with activations of T levels, at
+    the cost of an ANN."""
     recompute: Literal["nothing", "neurons", "stages"] = "nothing"
-    """Less memory (gradient=exact): compute again, instead of keeping, all but convolutions (neurons), for less time;
-    or all of a stage (stages), for one more forward pass."""
+    """Save memory with the exact gradient by computing activations again instead of keeping them: all but the
+    convolutions (neurons), which also saves time, or everything in a stage (stages), for one more forward pass."""
     surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] | None = None
-    """Stand-in for the derivative of a spike; by default rectangle, for fresh weights triangle."""
+    """Surrogate gradient: what replaces the derivative of a spike (default: triangle for fresh weights, else
+    rectangle)."""
     rule: Literal["least-squares", "max", "percentile"] = "least-squares"
-    """How thresholds are chosen from the teacher's activations; conversion methods have a rule of their own."""
+    """How thresholds are calibrated on the teacher's activations. A method conversion-RULE sets it."""
     percentile: float = 99.9
-    """For the rule of that name."""
+    """The percentile of --rule percentile, above 0 to 100."""
     per_channel: bool = True
-    """A threshold for every channel; else one for each layer. Fresh weights begin with one for each layer."""
+    """One threshold per channel, otherwise one per layer. Fresh weights start with one per layer."""
     calibration: int = 512
-    """Training images from which thresholds are chosen."""
+    """Number of training images on which thresholds are calibrated."""
     correct_bias: bool = False
-    """Shift biases so that every layer's channels answer as the ANN's do on average (for methods without training)."""
+    """Shift biases so that each channel has the ANN's mean activation; for methods without training."""
     max_pool: MaxPool = "cumulative"
-    """What max pooling becomes: pooling of the input so far (cumulative), of each step by itself (or), or average
+    """What max pooling becomes: max pooling of the cumulative input (cumulative) or of each step alone (or), or average
     pooling (average)."""
     coding: Literal["direct", "frames", "latency", "rate"] = "direct"
-    """What the student sees at each step: the image itself (direct), spikes made from it (latency, rate), or the frames
-    of event data (frames), of which there must be T."""
+    """What the student sees at each step: the image itself (direct), spikes that encode it (latency, rate), or one of T
+    frames of event data (frames)."""
 
     @property
     def inherits(self) -> bool:
@@ -96,7 +98,7 @@ class StudentChoice:
 
     @property
     def rounds(self) -> bool:
-        """Whether its neurons round, so that they have a quantised stand-in."""
+        """Whether its neurons round to T levels, so that the student has a quantised stand-in."""
         subtracts = self.neuron == "if" and self.reset in (None, "subtract")
         return subtracts and self.initial == 0.5 and not self.learn_initial and self.coding == "direct"
 
@@ -132,7 +134,7 @@ class StudentChoice:
         )
 
     def faults(self) -> list[str]:
-        """What cannot work, one sentence each."""
+        """What cannot work, one sentence for each fault."""
         faults = []
         if self.timesteps < 1:
             faults.append(f"timesteps (={self.timesteps}) must be 1 or more")
@@ -141,20 +143,22 @@ class StudentChoice:
         if not 0 < self.percentile <= 100:
             faults.append(f"percentile (={self.percentile}) must be above 0 and at most 100")
         if self.neuron == "if" and self.leak is not None:
-            faults.append(f"leak (={self.leak}) is for lif and plif; the neuron is 'if'")
+            faults.append(f"leak (={self.leak}) is for lif and plif, but the neuron is 'if'")
         if self.neuron == "if" and self.decay_input:
-            faults.append("decay_input is for lif and plif; the neuron is 'if'")
+            faults.append("decay_input is for lif and plif, but the neuron is 'if'")
         if self.threshold is not None and self.inherits:
-            faults.append(f"threshold (={self.threshold}) is for fresh weights; inherited ones are calibrated")
+            faults.append(
+                f"threshold (={self.threshold}) is for fresh weights, but the student inherits weights and its"
+                " thresholds are calibrated"
+            )
         if self.network == "same" and self.width is not None:
-            faults.append(f"student_width (={self.width}) needs a student of its own: name one by student")
+            faults.append(f"student_width (={self.width}) needs a network other than 'same': name one by student")
         if self.correct_bias and not self.inherits:
-            faults.append("correct_bias needs inherited weights: leave it away, or inherit=True")
+            faults.append("correct_bias needs inherited weights: omit it, or set inherit=True")
         if self.gradient == "rate" and (self.learn_threshold or self.learn_initial or self.neuron == "plif"):
             faults.append(
-                "the rate-based gradient does not reach learned thresholds, initial potentials and leaks: take"
-                " gradient=exact"
+                "the rate-based gradient does not train thresholds, initial potentials and leaks: use gradient=exact"
             )
         if self.inherit and self.network != "same":
-            faults.append(f"inherit needs the teacher's own network; the student is '{self.network}', not 'same'")
+            faults.append(f"inherit needs the teacher's network, but the student is '{self.network}', not 'same'")
         return faults

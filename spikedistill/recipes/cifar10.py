@@ -1,4 +1,4 @@
-"""CIFAR-10 on two cores: a ResNet-18 of half width, and its student of four time steps."""
+"""CIFAR-10 on two cores: a ResNet-18 of half width, and its student with four time steps."""
 
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice

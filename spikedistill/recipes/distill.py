@@ -1,6 +1,7 @@
-"""The main job: a trained ANN becomes a spiking student, is trained, and is measured."""
+"""``distill``: convert a trained ANN to a spiking student, train it with distillation, and measure it."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,27 +25,28 @@ from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.report import Report
 from spikedistill.student.save import fill, read_student, save_student
 from spikedistill.student.upgrade import FORMAT
-from spikedistill.teacher.load import Architecture, Normalised
+from spikedistill.teacher.load import Architecture, Normalised, Teacher
 from spikedistill.train.lesson import settle_objective
 from spikedistill.train.loop import fit
+from spikedistill.train.processes import join
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
 from spikedistill.train.run import Run
 
 FEW = 4
-"""Images on which a network with fresh weights, which needs no thresholds, is tried: whether it mixes them."""
+"""Number of images on which a network with fresh weights is tried, to see whether it mixes the samples of a batch."""
 
 
 @dataclass(frozen=True)
 class Distill:
-    """A student, its teacher, what it is taught, and how."""
+    """The recipe of a distillation: teacher, student, method, data and training."""
 
     teacher: TeacherChoice = field(default_factory=TeacherChoice)
-    """Who teaches."""
+    """The teacher."""
     student: StudentChoice = field(default_factory=StudentChoice)
-    """Who learns."""
+    """The student."""
     method: Objective | None = field(default_factory=KDSNN)
-    """What is taught; None for a conversion without training."""
+    """The objective; None for a conversion without training."""
     data: Data = field(default_factory=Data)
     """What comes in."""
     training: Training = field(default_factory=Training)
@@ -52,17 +54,17 @@ class Distill:
 
     @property
     def method_name(self) -> str:
-        """How tables and directories call the method; without training by the rule for thresholds."""
+        """The name of the method in tables and directories; without training it names the rule for thresholds."""
         return f"conversion-{self.student.rule}" if self.method is None else name_of(self.method)
 
     def with_method(self, name: str) -> "Distill":
-        """The same with another method, all its fields at their defaults; with its own method unchanged.
+        """The same recipe with another method at its defaults. Its own method keeps its fields.
 
         Args:
-            name: of ``METHODS`` or ``CONVERSIONS``, or ``FILE.py:CLASS``; such a file is executed.
+            name: from ``METHODS`` or ``CONVERSIONS``, or ``FILE.py:CLASS``; such a file is executed.
 
         Raises:
-            ConfigError: if there is no such method, or a field of it has no default.
+            ConfigError: if the method does not exist, or one of its fields has no default.
         """
         if name == self.method_name:
             return self
@@ -72,10 +74,10 @@ class Distill:
         try:
             return replace(self, method=kind())
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"'{name}' cannot be made ({error}): give each of its fields a default.") from error
+            raise ConfigError(f"'{name}' cannot be created ({error}): give each of its fields a default.") from error
 
     def settled(self) -> "Distill":
-        """The recipe with what its method decides about the student, and its inheritance about the learning rate."""
+        """The recipe with open values filled in: the student's that follow from the method, and the learning rate."""
         begins = self.student.inherits or self.student.start is not None
         lr = 0.02 if begins and self.training.lr is None else self.training.peak
         student = self.student
@@ -84,7 +86,7 @@ class Distill:
         return replace(self, student=student, training=replace(self.training, lr=lr))
 
     def written(self) -> dict[str, Any]:
-        """What recipe.json holds."""
+        """The content of recipe.json."""
         made = self.settled()
         return {
             "kind": "distill",
@@ -97,26 +99,26 @@ class Distill:
         }
 
     def faults(self) -> list[str]:
-        """What cannot work together, one sentence each."""
+        """What cannot work together, one sentence for each fault."""
         faults = []
         if self.method is None and not self.student.inherits:
             faults.append(f"method (={self.method_name}) keeps the teacher's weights: leave student and inherit alone")
         if self.method is None and self.student.start is not None:
             faults.append(f"start (={self.student.start}) is for methods that train, not for {self.method_name}")
         if self.method is not None and self.method.needs.asks_teacher and self.teacher.source == NO_TEACHER:
-            faults.append(f"method (={self.method_name}) needs a teacher: name one by teacher, or take direct or tet")
+            faults.append(f"method (={self.method_name}) needs a teacher: name one by teacher, or use direct or tet")
         needs = Needs() if self.method is None else self.method.needs
         if needs.source and self.data.source is None:
             faults.append(f"method (={self.method_name}) needs a second input stream: name its images by source")
         if self.data.source is not None and not (needs.source or needs.asks_teacher):
-            faults.append(f"source (={self.data.source}) is looked at by nobody: method {self.method_name} needs none")
+            faults.append(f"source (={self.data.source}) is not used by method {self.method_name}: omit source")
         if self.student.gradient == "quantised" and not self.student.rounds:
             faults.append(
                 "the quantised stand-in is for neuron=if with reset=subtract, initial=0.5, no learn_initial and"
-                " coding=direct: leave those as they are, or take gradient=exact"
+                " coding=direct: set these values, or use gradient=exact"
             )
         if self.training.compile and self.student.gradient != "quantised":
-            faults.append("compile is for ANNs: leave it out, a student's neurons are compiled without it")
+            faults.append("compile is for ANNs: omit it, a student's neurons are compiled without it")
         return faults
 
 
@@ -132,67 +134,126 @@ def distill(
     Args:
         recipe: teacher, student, method, data and training.
         out: the run directory.
-        resume: go on with the run that lies there.
+        resume: go on with the run in that directory.
         progress: what shows the work.
         trust_code: execute the Python code that the teacher's file may name as its network.
 
     Returns:
-        What results.json holds: see ``measure_student``; and ``method``, the objective with its open fields closed;
-        and ``teacher``, what was found out about it before (see ``interview``).
+        The content of results.json: see ``measure_student``; also ``method``, the objective with its open fields filled
+        in, and ``teacher``, the check of the teacher before training (see ``interview``).
 
     Raises:
-        ConfigError: if the recipe cannot work, the teacher knows the classes in another order or answers nothing that
-            is finite, or the loss is no longer a number.
-        DataError: if there are no such images.
+        ConfigError: if the recipe cannot work, the teacher has the classes in another order or returns logits that are
+            not finite, or the loss is no longer finite.
+        DataError: if the images do not exist or cannot be read.
         WeightsError: if the teacher's or the starting student's weights cannot be read or do not fit.
         ConversionError: if the network has a part with no spiking meaning.
-        RunError: if another run lies in the directory.
+        RunError: if the directory holds another run, or another process of this run has ended.
     """
-    progress = progress or Progress.silent()
-    recipe = recipe.settled()
-    check(recipe, recipe.student, recipe.data, recipe.training)
+    processes, recipe = join(), recipe.settled()
+    progress = progress if progress is not None and processes.first else Progress.silent()
     if not recipe.training.keep_memory:
         return_freed_memory()
+    with processes.first_before_others():
+        made = prepare(recipe, trust_code, progress)
+        feed = None if made.method is None else recipe.data.feed(made.images, recipe.training, made.source)
+        feed = feed and feed.shared(processes.rank, processes.count)
+    run = Run(out)
+    with progress:
+        processes.by_first(lambda: _begin(recipe, made, run, resume, progress, processes.count))
+        if made.method is not None and feed is not None:
+            fit(made.student, made.method, feed, recipe.training, run, teacher=made.teacher, progress=progress)
+        return processes.by_first(lambda: _end(recipe, made, run, progress))
+
+
+@dataclass(frozen=True)
+class Made:
+    """The objects that a recipe names: data, networks, and the method with its open fields filled in."""
+
+    images: ImageSet
+    source: ImageSet | None
+    teacher: Teacher | Student | None
+    student: Student
+    report: Report
+    network: Architecture
+    method: Objective | None
+    class_names: str | None
+
+    @property
+    def compared(self) -> nn.Module | None:
+        """The teacher, if it gets the same inputs as the student."""
+        return self.teacher if self.source is None else None
+
+
+def prepare(recipe: Distill, trust_code: bool, progress: Progress) -> Made:
+    """Load and build everything that a recipe without open values names; nothing is written."""
+    check(recipe, recipe.student, recipe.data, recipe.training)
     images, source = recipe.data.load(), recipe.data.load_source()
     choice = recipe.teacher
     teacher, architecture = find_teacher(
         source or images, choice.source, choice.network, choice.width, choice.mean, choice.std, trust_code
     )
-    student, report, network = build_student(recipe, teacher, architecture, images)
+    calibrates = "calibrating thresholds" if recipe.student.inherits else "building the student"
+    with progress.part(calibrates):
+        student, report, network = build_student(recipe, teacher, architecture, images)
     method = recipe.method and settle_objective(recipe.method, student, teacher, report.inherited)
     names = None if teacher is None else compare_classes(choice.source, teacher, source or images)
-    run = Run(out)
-    run.start(recipe.written(), resume, Distill().written())
-    for number, file in enumerate(sources_of(method)):
-        kept = out / f"method{f'-{number + 1}' if number else ''}.py"
+    recipe.training.place()
+    return Made(images, source, teacher, student, report, network, method, names)
+
+
+def _begin(recipe: Distill, made: Made, run: Run, resume: bool, progress: Progress, processes: int) -> None:
+    """Begin the run, or go on with it. Write and print what is known before training."""
+    run.start(recipe.written(), resume, Distill().written(), processes)
+    for number, file in enumerate(sources_of(made.method)):
+        kept = run.path / f"method{f'-{number + 1}' if number else ''}.py"
         if not (kept.exists() and kept.samefile(file)):
             shutil.copyfile(file, kept)
-    introduce(run, progress.say, images, source)
-    progress.say(str(report).splitlines()[0])
+    introduce(run, progress.say, made.images, made.source)
+    progress.say(str(made.report).splitlines()[0])
     if recipe.student.gradient == "rate" and recipe.student.neuron == "if":
-        progress.say("the rate-based gradient loses points with neurons that forget nothing: consider --neuron lif")
-    run.write("conversion", {"network": network.name, **asdict(report)})
-    place, compared = recipe.training.place(), teacher if source is None else None
-    with progress:
-        if teacher is not None and not (resume and (out / "teacher.json").exists()):
-            known = interview(choice.source, teacher, source or images, recipe.data.validation, place)
-            run.write("teacher", {**known, "class_names": names})
-        if teacher is not None:
-            for sentence in sentences(run.read("teacher")):
-                progress.say(sentence)
-        if not resume or not (out / "before.json").exists():
-            run.write("before", measure_student(student, compared, images, place, 1000))
-        if method is not None:
-            feed = recipe.data.feed(images, recipe.training, source)
-            fit(student, method, feed, recipe.training, run, teacher=teacher, progress=progress)
-        results = measure_student(student, compared, images, place)
-    results["method"] = {"name": recipe.method_name} if method is None else written(method)
-    if teacher is not None:
+        progress.say(
+            "the rate-based gradient is less accurate with IF neurons, which do not leak: consider --neuron lif"
+        )
+    run.write("conversion", {"network": made.network.name, **asdict(made.report)})
+    place = recipe.training.place()
+    if made.teacher is not None:
+        if not (resume and (run.path / "teacher.json").exists()):
+            shown = made.source or made.images
+            with progress.part("checking the teacher"):
+                known = interview(recipe.teacher.source, made.teacher, shown, recipe.data.validation, place)
+            run.write("teacher", {**known, "class_names": made.class_names})
+        for sentence in sentences(run.read("teacher")):
+            progress.say(sentence)
+    if not resume or not (run.path / "before.json").exists():
+        with progress.part("measuring before training, on training images"):
+            run.write("before", measure_student(made.student, made.compared, made.images, place, 1000))
+
+
+def _end(recipe: Distill, made: Made, run: Run, progress: Progress) -> dict[str, Any]:
+    """Measure the student on the test set. Write the student and its results."""
+    tested, place = len(made.images.test_images), recipe.training.place()
+    with progress.part(f"measuring on {tested} test images", tested * (1 if made.compared is None else 2)) as seen:
+        results = measure_student(made.student, made.compared, made.images, place, seen=seen)
+    results["method"] = {"name": recipe.method_name} if made.method is None else written(made.method)
+    if made.teacher is not None:
         results["teacher"] = run.read("teacher")
-    facts = {"recipe": recipe.written(), "results": results, **known_images(images, recipe.data.validation)}
-    save_student(run.model, student, architecture=network, facts=facts)
+    results |= run.earlier()
+    facts = {"recipe": recipe.written(), "results": results, **known_images(made.images, recipe.data.validation)}
+    save_student(run.model, made.student, architecture=made.network, facts=facts)
     run.write("results", results)
+    for line in summary(results):
+        progress.say(line)
     return results
+
+
+def summary(results: Mapping[str, Any]) -> list[str]:
+    """The results in two lines: accuracies, agreement and firing rate, all in percent."""
+    accuracy, likeness = f"test accuracy {results['test_accuracy']:.2f} %", ""
+    if "agreement" in results:
+        accuracy += f" (teacher {results['teacher_accuracy']:.2f} %)"
+        likeness = f"agreement with the teacher {results['agreement']:.2f} %, "
+    return [accuracy, f"{likeness}firing rate {results['firing_rate']:.2f} %"]
 
 
 def build_student(
@@ -201,7 +262,8 @@ def build_student(
     """The student that a recipe names, before training, with its report and architecture.
 
     Raises:
-        ConfigError: if the student is to take over from a teacher that is none or spikes, or does not fit the data.
+        ConfigError: if the student is to start from a teacher's network or weights and there is no ANN as teacher, or
+            if the student does not fit the data.
     """
     choice, ann = recipe.student, None
     if choice.network != "same":
@@ -221,7 +283,7 @@ def build_student(
         made = architecture.build()
         check_fits(Normalised(made, mean, std), images, f"The student '{choice.network}'")
     calibrate = calibration_inputs(images, choice.calibration if choice.inherits else FEW)
-    calibrate = calibrate.flatten(0, 1) if images.frames else calibrate  # a frame is a sample here
+    calibrate = calibrate.flatten(0, 1) if images.frames else calibrate  # each frame is a sample here
     student, report = to_spiking(ann or made, choice.conversion(), calibrate=calibrate, mean=mean, std=std)
     student.gradient, student.recompute = choice.gradient, choice.recompute
     if choice.start is not None:
@@ -231,22 +293,22 @@ def build_student(
 
 
 def _check_origin(recipe: Distill, teacher: nn.Module | None, architecture: Architecture | None) -> None:
-    """Refuse a student that takes over what is not there."""
+    """Refuse a student that is to start from a network or weights that do not exist."""
     source, choice = recipe.teacher.source, recipe.student
     if architecture is None:
         raise ConfigError(
-            f"The student is the 'same' network as its teacher, and that of '{source}' is not known: name one by"
-            " --student."
+            f"The student is the 'same' network as its teacher, but the network of '{source}' is not known: name the"
+            " student's network by --student."
         )
     if choice.inherits and not isinstance(teacher, Normalised):
         raise ConfigError(
-            f"The student is to start from the weights of an ANN, and the teacher '{source}' is none: name a student by"
-            " --student, or give --inherit False, and --start RUN to go on from a finished student."
+            f"The student is to start from the weights of an ANN, but the teacher '{source}' is not one: name a student"
+            " by --student, or give --inherit False, and --start RUN to go on from a finished student."
         )
 
 
 def _normalisation(teacher: nn.Module | None, images: ImageSet) -> tuple[list[float], list[float]]:
-    """Mean and deviation per channel: the teacher's, where it sees what the student sees; else those of the data."""
+    """Mean and standard deviation per channel: the teacher's if it gets the same inputs, else those of the data."""
     if teacher is None or teacher.mean.numel() != images.channels or images.frames:  # type: ignore[operator]
         mean, std = images.statistics()
         return list(mean), list(std)

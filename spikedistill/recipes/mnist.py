@@ -1,4 +1,4 @@
-"""MNIST: a small VGG and its student of four time steps."""
+"""MNIST: a small VGG and its student with four time steps."""
 
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill

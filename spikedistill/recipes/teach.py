@@ -1,4 +1,4 @@
-"""Where there is no trained teacher: train one, and save it so that it knows itself."""
+"""``teach``: train a teacher, and save it with the description of its network."""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from spikedistill.compute.place import return_freed_memory
+from spikedistill.data.images import ImageSet
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.measure import check_fits, measure_teacher
 from spikedistill.files import write_tensors
@@ -15,6 +16,7 @@ from spikedistill.recipes.tutor import introduce, known_images
 from spikedistill.student.upgrade import FORMAT
 from spikedistill.teacher.load import Architecture, OneStep, is_elsewhere
 from spikedistill.train.loop import fit
+from spikedistill.train.processes import join
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
 from spikedistill.train.run import Run
@@ -22,51 +24,65 @@ from spikedistill.train.run import Run
 
 @dataclass(frozen=True)
 class Teach:
-    """A teacher and how it is trained."""
+    """The teacher, an ordinary network (ANN)."""
 
     network: str = "resnet18"
     """A zoo name (resnet18, resnet19, resnet20, resnet34, preact-resnet18, wrn16-2, wrn28-4, pyramidnet18, vgg9, vgg11,
     vgg16), torchvision/NAME, timm/NAME or FILE.py:FUNCTION, which is called with classes=K and returns the module."""
     width: int | None = None
-    """Channels of the first stage; a network that is not the zoo's has its own."""
+    """Channels of the first stage, for a zoo network (default: its own)."""
     label_smoothing: float = 0.0
-    """Share of probability spread over all classes; smoothed teachers teach less (arXiv 1906.02629)."""
+    """Fraction of the labels' probability that is spread over all classes, 0 to 1. Students gain less from a teacher
+    with label smoothing (arXiv 1906.02629)."""
     data: Data = field(default_factory=Data)
     """What comes in."""
     training: Training = field(default_factory=Training)
     """How it is trained."""
 
     def written(self) -> dict[str, Any]:
-        """What recipe.json holds."""
+        """The content of recipe.json."""
         training = replace(self.training, lr=self.training.peak)
         return {"kind": "teach", "format": FORMAT, **asdict(replace(self, training=training))}
 
 
-def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | None = None) -> dict[str, float]:
+def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Train a teacher into a run directory and test it once.
 
     Args:
         recipe: network, data and training.
         out: the run directory.
-        resume: go on with the run that lies there.
+        resume: go on with the run in that directory.
         progress: what shows the work.
 
     Returns:
-        What results.json holds; ``test_accuracy`` is in percent.
+        The content of results.json; ``test_accuracy`` is in percent.
 
     Raises:
-        ConfigError: if the recipe cannot work, the network does not fit the images, or the loss is no longer a number.
-        DataError: if there are no such images.
-        RunError: if another run lies in the directory.
+        ConfigError: if the recipe cannot work, the network does not fit the images, or the loss is no longer finite.
+        DataError: if the images do not exist or cannot be read.
+        RunError: if the directory holds another run, or another process of this run has ended.
     """
-    progress = progress or Progress.silent()
-    check(recipe.data, recipe.training)
+    processes = join()
+    progress = progress if progress is not None and processes.first else Progress.silent()
     if not recipe.training.keep_memory:
         return_freed_memory()
+    with processes.first_before_others():
+        images, architecture, network = _prepare(recipe, progress)
+        feed = recipe.data.feed(images, recipe.training).shared(processes.rank, processes.count)
+    run = Run(out)
+    with progress:
+        processes.by_first(lambda: _begin(recipe, images, run, resume, progress, processes.count))
+        fit(network, Direct(recipe.label_smoothing), feed, recipe.training, run, progress=progress)
+        return processes.by_first(lambda: _end(recipe, images, architecture, network, run, progress))
+
+
+def _prepare(recipe: Teach, progress: Progress) -> tuple[ImageSet, Architecture, OneStep]:
+    """Load and build everything that a recipe names; nothing is written."""
+    check(recipe.data, recipe.training)
     images = recipe.data.load()
     if images.frames:
         raise ConfigError(
-            f"'{images.name}' holds event frames, and an ANN has no time steps: train a student by distill."
+            f"'{images.name}' holds event frames, but an ANN has no time steps: train a student by 'distill'."
         )
     width = None if is_elsewhere(recipe.network) else recipe.width
     if width != recipe.width:
@@ -76,13 +92,24 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
     mean, std = images.statistics()
     network = OneStep(architecture.build(), mean, std)
     check_fits(network, images, f"The network '{recipe.network}'")
-    run = Run(out)
-    run.start(recipe.written(), resume, Teach().written())
+    recipe.training.place()
+    return images, architecture, network
+
+
+def _begin(recipe: Teach, images: ImageSet, run: Run, resume: bool, progress: Progress, processes: int) -> None:
+    """Begin the run, or go on with it."""
+    run.start(recipe.written(), resume, Teach().written(), processes)
     introduce(run, progress.say, images)
-    with progress:
-        feed = recipe.data.feed(images, recipe.training)
-        fit(network, Direct(recipe.label_smoothing), feed, recipe.training, run, progress=progress)
-        results = measure_teacher(network, images, recipe.training.place())
+
+
+def _end(
+    recipe: Teach, images: ImageSet, architecture: Architecture, network: OneStep, run: Run, progress: Progress
+) -> dict[str, Any]:
+    """Measure the teacher on the test set. Write the teacher and its results."""
+    tested = len(images.test_images)
+    with progress.part(f"measuring on {tested} test images", tested) as seen:
+        results: dict[str, Any] = {**measure_teacher(network, images, recipe.training.place(), seen), **run.earlier()}
+    mean, std = images.statistics()
     known = {"architecture": architecture.facts(), "mean": mean, "std": std}
     known |= known_images(images, recipe.data.validation)
     write_tensors(run.model, network.network.state_dict(), {"kind": "teacher", **known, **results})

@@ -1,4 +1,4 @@
-"""What is found out about data and teacher before a student is taught: said at once, and written beside the results."""
+"""Checks of data and teacher before distillation: printed at once, and written next to the results."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from spikedistill.train.run import Run
 
 
 def introduce(run: Run, say: Callable[[str], object], images: ImageSet, source: ImageSet | None = None) -> None:
-    """Say how the data were read, where there is something to say, and write it down as data.json."""
+    """Print notes on how the data were read, and write them to data.json."""
     sets = {"data": images} if source is None else {"data": images, "source": source}
     for one in sets.values():
         for note in one.notes:
@@ -27,23 +27,23 @@ def introduce(run: Run, say: Callable[[str], object], images: ImageSet, source: 
 
 
 def known_images(images: ImageSet, validation: float) -> dict[str, Any]:
-    """What a network's file says of the images that it was trained on, for when it becomes a teacher."""
+    """What a network's file says about its training images. It is used when the network becomes a teacher."""
     samples = training_samples(images, validation)
     return {"data": images.name, "class_names": list(images.class_names), "samples": samples}
 
 
 def compare_classes(source: str, teacher: nn.Module, images: ImageSet) -> str:
-    """Whether a teacher's classes have the names of the data's: ``same``, ``not known``, or which are ``other``.
+    """Compare the names of the teacher's classes with the data's: ``same``, ``not known``, or ``other`` with names.
 
     Raises:
-        ConfigError: if it knows one of the same names at another place.
+        ConfigError: if the teacher has one of the same names at another index.
     """
     its = teacher.class_names if isinstance(teacher, Teacher) else _facts(source).get("class_names", ())
     moved, differ = class_order(images.class_names, its)
     if moved:
         raise ConfigError(
             f"The teacher '{source}' knows the classes of '{images.name}' in another order: {listed(moved)}. Bring them"
-            f" into its order ({listed(its)}); of a folder they are in the order of their names."
+            f" into its order ({listed(its)}); in a folder the classes are ordered by name."
         )
     if differ:
         return f"other: {listed(differ)}"
@@ -52,18 +52,18 @@ def compare_classes(source: str, teacher: nn.Module, images: ImageSet) -> str:
 
 
 def interview(source: str, teacher: nn.Module, images: ImageSet, validation: float, place: Place) -> dict[str, Any]:
-    """What is known of a teacher before it teaches.
+    """Examine a teacher before distillation.
 
     Args:
-        source: what the recipe calls it.
+        source: the teacher as the recipe names it.
         teacher: ANN or student.
-        images: what it will see.
-        validation: the share that is held out.
-        place: where it computes.
+        images: the data set.
+        validation: the fraction of the training part that is held out.
+        place: device and number format.
 
     Returns:
-        As ``examine_teacher``; and ``may_have_seen``, the parts (``validation``, and ``test`` where it was drawn here)
-        that may have been among the teacher's training images.
+        As ``examine_teacher``; also ``may_have_seen``, the parts (``validation``, and ``test`` if it was split off
+        here) that may have been among the teacher's training images.
 
     Raises:
         ConfigError: if its logits are not finite.
@@ -77,18 +77,18 @@ def interview(source: str, teacher: nn.Module, images: ImageSet, validation: flo
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What ``interview`` found, doubts as warnings."""
+    """The results of ``interview`` as sentences, doubts as warnings."""
     where = "images held out of training" if found["held_out"] else "training images (none are held out)"
     said = [f"the teacher has {found['accuracy']:.2f} % on {found['images']} {where}"]
-    said += [f"warning: the teacher may be wrong: {doubt}" for doubt in found["doubts"]]
+    said += [f"warning: check the teacher: {doubt}" for doubt in found["doubts"]]
     if str(found["class_names"]).startswith("other"):
         said.append(f"warning: the teacher has other names for classes ({found['class_names']}): are they the same?")
     if found["may_have_seen"]:
         parts = " and ".join(found["may_have_seen"])
-        said.append(f"the teacher may have seen images of {parts} in its training: accuracies on them may be too good")
+        said.append(f"the teacher may have seen images of {parts} in its training: accuracies on them may be too high")
     return said
 
 
 def _facts(source: str) -> dict[str, Any]:
-    """What the teacher's file says beside its weights."""
+    """The header of the teacher's file."""
     return read_facts(weights_file(source)) if Path(source).exists() else {}

@@ -1,4 +1,4 @@
-"""``to_spiking``: an ANN goes in, a spiking student and a report come out. Conversion is read whole on this page."""
+"""``to_spiking``: an ANN goes in, a spiking student and a report come out. The whole conversion is in this file."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,14 +28,14 @@ from spikedistill.teacher.load import Normalised
 from spikedistill.teacher.zoo import initialise
 
 Gradient = Literal["exact", "rate", "quantised"]
-"""How a student in training hands gradients back: through every step and its state, through rates alone, or not as a
-spiking network at all but as its quantised stand-in (``student/quantised.py``), whose logits have one time step."""
+"""How a student computes gradients in training: through every time step and its state (exact), through firing rates
+(``student/rate.py``), or through its quantised stand-in without time (``student/quantised.py``)."""
 State = tuple[Tensor, ...]
-"""After a step the potentials of all layers in units of their thresholds, then the cumulative input of every max
-pooling over time; ``[B, ...]`` each."""
+"""The state after a step, ``[B, ...]`` each: first the potentials of all layers of neurons in units of their
+thresholds, then the cumulative input of every max pooling over time."""
 
 ROWS = 1000
-"""Time steps times images in one call: more would leave the processor's caches."""
+"""Time steps times images in one call. More would no longer fit into the processor's caches."""
 
 
 class Student(nn.Module):
@@ -45,16 +45,16 @@ class Student(nn.Module):
     ``DistributedDataParallel`` treat it like any module.
 
     Attributes:
-        conversion: how it was made, every field settled.
-        origin: what its ANN is built from, as a saved file names it.
+        conversion: how it was made, with every field filled in.
+        origin: what its ANN is built from, as written to a saved file.
         timesteps: T of the next call.
-        gradient: how gradients are handed back in training.
-        ends: for each module path of the ANN the node of ``core`` that carries its output, in order of execution.
-        states: how many tensors a ``State`` holds.
-        recompute: what is computed again for the exact gradient instead of kept: the same gradient from less memory.
-            ``"nothing"``; ``"neurons"``, all but convolutions, for less time; ``"stages"``, all, for one more forward
-            pass. The rate-based gradient keeps little and stays as it is.
-        walk: what runs the graph node by node where something is asked of its nodes (``evaluate/activity.py`` counts).
+        gradient: how gradients are computed in training.
+        ends: for each module path of the ANN the node of ``core`` that holds its output, in order of execution.
+        states: the number of tensors in a ``State``.
+        recompute: what the exact gradient computes again instead of keeping: the same gradient in less memory. See
+            ``recompute.Recompute``. The rate-based gradient keeps little and ignores this.
+        walk: what runs the graph node by node where outputs of single nodes are needed. ``evaluate/activity.py``
+            exchanges it to count operations.
     """
 
     mean: Tensor
@@ -87,7 +87,7 @@ class Student(nn.Module):
 
     @property
     def coding(self) -> Coding:
-        """What it sees at each step."""
+        """What the student sees at each step."""
         return self.conversion.coding
 
     @property
@@ -100,16 +100,16 @@ class Student(nn.Module):
         return list(self.ends)
 
     def layers(self) -> list[str]:
-        """The paths of the layers of neurons, named as the activations of the ANN, in order of execution."""
+        """The paths of the layers of neurons, in order of execution. They are named after the ANN's activations."""
         return list(self._keys)
 
     @property
     def at_once(self) -> int:
-        """How many images to give in one call where no gradient is wanted: 250, fewer above four time steps."""
+        """How many images to give in one call without gradients: 250, fewer for more than four time steps."""
         return max(1, ROWS // max(4, self.timesteps))
 
     def set_timesteps(self, timesteps: int) -> None:
-        """Answer after another number of steps from now on.
+        """Run another number of time steps from now on; thresholds stay as they are.
 
         Raises:
             ConfigError: if it is below 1.
@@ -119,35 +119,34 @@ class Student(nn.Module):
         self.timesteps = timesteps
 
     def forward(self, images: Tensor) -> Logits:
-        """Images ``[B, C, H, W]`` in 0..1 (or frames ``[T, B, C, H, W]``) to logits ``[T, B, K]``; begins afresh.
+        """Logits ``[T, B, K]`` for images ``[B, C, H, W]`` in 0..1, or for frames ``[T, B, C, H, W]``.
 
-        In training with ``gradient="quantised"`` there is no time: ``[1, B, K]``.
+        Every call begins with a fresh state. In training with ``gradient="quantised"`` logits are ``[1, B, K]``.
 
         Raises:
-            ShapeError: if the images are of another shape.
-            ConfigError: if the gradient cannot be had of this network.
+            ShapeError: if the images have another shape.
+            ConfigError: if this network does not support the gradient.
         """
-        logits, _, _ = self._run(images)
-        return logits
+        return self._run(images)[0]
 
     def observe(
         self, inputs: Tensor, paths: Sequence[str] = (), *, spikes: Sequence[str] = (), potentials: Sequence[str] = ()
     ) -> Answer:
-        """Logits ``[T, B, K]``, and what the layers at these paths did; the student is not changed.
+        """Logits ``[T, B, K]``, with the features, spikes and potentials at these paths. The student is not changed.
 
-        In training with ``gradient="rate"`` every step of a feature and of spikes is their mean; with ``"quantised"``
-        there is one step.
+        In training with ``gradient="rate"`` every step of features and spikes holds their mean over time. With
+        ``"quantised"`` there is one step.
 
         Args:
             inputs: as for ``forward``.
-            paths: module paths of the ANN, for the features ``[T, B, ...]`` that its modules became.
-            spikes: paths of ``layers``, for counts of spikes ``[T, B, ...]``: the output over the threshold.
-            potentials: paths of ``layers``, for potentials after the charge and before the reset ``[T, B, ...]``, in
-                thresholds. These layers run the reference.
+            paths: module paths of the ANN whose outputs are wanted: features ``[T, B, ...]``.
+            spikes: paths from ``layers`` whose spike counts ``[T, B, ...]`` are wanted: output divided by threshold.
+            potentials: paths from ``layers`` whose potentials ``[T, B, ...]`` are wanted, after the charge and before
+                the reset, in units of the threshold. These layers run the reference implementation.
 
         Raises:
-            ShapeError: if the images are of another shape.
-            ConfigError: if there is nothing at a path, or the gradient cannot give what is asked.
+            ShapeError: if the images have another shape.
+            ConfigError: if a path does not exist, or the gradient does not compute what is wanted.
         """
         self._check_asked(paths, spikes, potentials)
         if not (paths or spikes or potentials):
@@ -164,37 +163,37 @@ class Student(nn.Module):
         )
 
     def refusal(self, *, every_step: bool, spikes: bool, features: bool, potentials: bool) -> str:
-        """Why training with this gradient cannot give what an objective needs; empty where it can.
+        """Why training with this gradient cannot give what an objective needs; empty if it can.
 
         Args:
-            every_step: logits of every time step, each with a gradient of its own.
-            spikes: counts of spikes.
-            features: outputs of modules.
-            potentials: potentials before the reset.
+            every_step: whether it needs the logits of every time step, each with its own gradient.
+            spikes: whether it needs spike counts.
+            features: whether it needs outputs of modules.
+            potentials: whether it needs potentials before the reset.
         """
-        exact = "take gradient='exact', or an objective that needs less."
+        exact = "use gradient='exact', or an objective that needs less."
         if self.gradient == "quantised" and (every_step or spikes or potentials):
             return f"gradient (='quantised') has no time steps, spikes or potentials in training: {exact}"
         if self.gradient == "rate" and potentials:
-            return f"gradient (='rate') knows rates alone, no potentials: {exact}"
+            return f"gradient (='rate') computes firing rates only, no potentials: {exact}"
         if self.gradient == "rate" and every_step and (spikes or features):
-            return f"gradient (='rate') knows the spikes and features of a mean step alone, not of every step: {exact}"
+            return f"gradient (='rate') gives the mean of spikes and features over time, not every step: {exact}"
         if self.gradient == "exact" and potentials and self.recompute != "nothing":
-            return f"recompute (={self.recompute!r}) keeps no potentials: take recompute='nothing'."
+            return f"recompute (={self.recompute!r}) keeps no potentials: use recompute='nothing'."
         return ""
 
     def step(self, images: Tensor, state: State | None = None) -> tuple[ClassLogits, State]:
         """One time step of a stream.
 
         Args:
-            images: what this step sees, ``[B, C, H, W]``; ``coding.frame`` makes it from a whole input.
-            state: what the last step returned; None begins afresh.
+            images: what this step sees, ``[B, C, H, W]``. ``coding.frame`` makes it from a whole input.
+            state: the state that the previous step returned; None begins with a fresh state.
 
         Returns:
-            This step's logits ``[B, K]``, and the state after it.
+            The logits of this step ``[B, K]``, and the state after it.
 
         Raises:
-            ShapeError: if the state is another network's, or another batch's.
+            ShapeError: if the state belongs to another network or another batch.
         """
         if state is not None and len(state) != self.states:
             raise ShapeError(
@@ -224,11 +223,11 @@ class Student(nn.Module):
         return self.training and torch.is_grad_enabled()
 
     def _module(self, path: str) -> str:
-        """Where in the graph a layer of neurons lies."""
+        """The path of a layer of neurons in the graph."""
         return f"{self._group}.{self._keys[path]}"
 
     def _counts(self, path: str, emitted: Tensor) -> Tensor:
-        """What a layer emitted over the height of its spikes; by the rate-based gradient thresholds do not learn."""
+        """A layer's output divided by the height of its spikes. The rate-based gradient does not train thresholds."""
         layer: Any = self.core.get_submodule(self._module(path))
         heights = layer.heights(emitted).to(emitted.dtype)
         return emitted / (heights.detach() if self._learns() and self.gradient == "rate" else heights)
@@ -236,13 +235,13 @@ class Student(nn.Module):
     def _run(
         self, images: Tensor, keep: Collection[str] = (), charges: Collection[str] = ()
     ) -> tuple[Logits, dict[str, Tensor], dict[str, Tensor]]:
-        """Logits, what nodes returned, and potentials of layers, by name each; rows ``[B, ...]`` or ``[T*B, ...]``."""
+        """Logits ``[T, B, K]``; outputs of nodes and potentials of layers by name, ``[B, ...]`` or ``[T*B, ...]``."""
         one_of("gradient", self.gradient, get_args(Gradient))
         timesteps, layers = self.timesteps, self.states
         rows, repeats = self.coding.encode(images, timesteps)
         if self.gradient == "quantised" and self._learns():
             if repeats != timesteps:
-                raise ConfigError("The quantised stand-in has no time: give images (no frames) and direct coding.")
+                raise ConfigError("The quantised stand-in has no time steps: give images (no frames), direct coding.")
             logits, kept = quantised_run(self.core, self._normalised(rows), timesteps, layers, keep)
             return logits[None], kept, {}
         if self.gradient == "rate" and self._learns():
@@ -253,7 +252,7 @@ class Student(nn.Module):
         return logits.unflatten(0, (timesteps, -1)), kept, charged
 
     def _through(self, keep: Collection[str], charges: Collection[str], *given: Any) -> Any:
-        """The graph's results, with what ``recompute`` asks for; what nodes returned; potentials of layers."""
+        """The graph's results, computed as ``recompute`` says; outputs of nodes; potentials of layers."""
         one_of("recompute", self.recompute, get_args(Recompute))
         counted = self.walk is not Charges
         if self.recompute != "nothing" and torch.is_grad_enabled() and not charges and not counted:
@@ -273,13 +272,13 @@ class Student(nn.Module):
                 return normalised
         axes = ", ".join(["B", str(channels), *"DHW"[5 - dims :]]) if dims else "B, ..."
         raise ShapeError(
-            f"Images of shape {tuple(images.shape)} were given to a network that takes [{axes}] with B of 1 or more;"
-            " frames [T, B, ...] need a student made with coding=Frames()."
+            f"Images of shape {tuple(images.shape)} were given to a network that takes [{axes}] with B of 1 or more."
+            " Give images of that shape; frames [T, B, ...] need a student made with coding=Frames()."
         )
 
 
 def _over_time(rows: Tensor, logits: Logits) -> Tensor:
-    """``[T*B, ...]``, or ``[B, ...]`` where every step is the same, as ``[T, B, ...]``, T and B those of the logits."""
+    """``[T*B, ...]``, or ``[B, ...]`` if all steps are the same, to ``[T, B, ...]`` with T and B of the logits."""
     once = rows.shape[0] == logits.shape[1]
     return rows.expand(len(logits), *rows.shape) if once else rows.unflatten(0, (len(logits), -1))
 
@@ -292,21 +291,21 @@ def to_spiking(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[Student, Report]:
-    """Turn a trained ANN into a spiking student that starts from what the ANN knows.
+    """Turn a trained ANN into a spiking student, by default with the ANN's weights and calibrated thresholds.
 
     Args:
         ann: a ``Teacher``, or any network that torch.fx can trace, from images ``[B, C, H, W]`` to logits ``[B, K]``;
             it is not changed.
-        conversion: time steps, neuron and the rest.
-        calibrate: some hundred raw images in 0..1; thresholds are set from the ANN's activations on them.
-        mean: input normalisation of a network that is no ``Teacher``; none by default.
-        std: likewise.
+        conversion: number of time steps, neuron and all other choices.
+        calibrate: a few hundred raw images in 0..1. Thresholds are set from the ANN's activations on them.
+        mean: mean per channel for the input normalisation of a network that is not a ``Teacher`` (default: none).
+        std: standard deviation per channel, likewise.
 
     Returns:
-        The student, and the report of what became of each activation.
+        The student, and a report of what became of each activation.
 
     Raises:
-        ConversionError: if a part of the network has no spiking meaning; the message names it, its line and a remedy.
+        ConversionError: if a part of the network has no spiking meaning. The message names it, its line and a remedy.
         ConfigError: if calibration images are missing.
     """
     conversion = conversion.settled()
@@ -314,7 +313,8 @@ def to_spiking(
         raise ConfigError(f"calibrate is a {type(calibrate).__name__}: give a tensor of raw images in 0..1.")
     if conversion.inherit and (calibrate is None or not len(calibrate)):
         raise ConfigError(
-            "Inherited weights need thresholds: give some hundred images as calibrate=..., or inherit=False."
+            "Inherited weights need calibrated thresholds: give a few hundred images as calibrate=..., or set"
+            " inherit=False."
         )
     if isinstance(ann, Normalised):
         mean, std, ann = ann.mean.flatten().tolist(), ann.std.flatten().tolist(), ann.network
@@ -358,7 +358,7 @@ def to_spiking(
 def _sites(
     activations: Sequence[CallSite], chosen: Mapping[str, tuple[Tensor, float | None]], silent: Collection[str]
 ) -> tuple[Site, ...]:
-    """What became of each activation, given its thresholds and the rate that is expected, and those that never fire."""
+    """What became of each activation: its mean threshold, its expected firing rate, and whether it never fires."""
     return tuple(
         Site(one.name, one.kind, one.source, float(threshold.mean()), rate, one.note, one.name in silent)
         for one, (threshold, rate) in ((one, chosen[one.node]) for one in activations)
@@ -374,25 +374,25 @@ def _normalised(images: Tensor, mean: Sequence[float], std: Sequence[float], mod
 def _calibrated(
     module: fx.GraphModule, activations: Sequence[CallSite], inputs: Tensor, conversion: Conversion
 ) -> dict[str, tuple[Tensor, float]]:
-    """By node, the thresholds of a layer and the rate that is expected of it."""
+    """For each node the thresholds of its layer and the firing rate that is expected of it."""
     seen = record(module, {one.node for one in activations}, inputs, conversion.per_channel)
     return thresholds(seen, conversion.model, conversion.timesteps, conversion.rule, conversion.percentile)
 
 
 def _try(module: fx.GraphModule, inputs: Tensor) -> None:
-    """Refuse a network that does not accept the inputs, or mixes them."""
+    """Refuse a network that does not accept the inputs, or that mixes the samples of a batch."""
     try:
         refuse_mixed(module, inputs, constants_of(module.graph))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:  # what layers raise on other shapes
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
             f"The network does not accept the calibration images of shape {tuple(inputs.shape)} ({reason}): give images"
-            " as it was trained on."
+            " like those that it was trained on."
         ) from error
 
 
 def initialise_fresh(module: nn.Module) -> None:
-    """New weights for every layer that has a rule for them."""
+    """Draw new weights for every layer that has ``reset_parameters`` or a rule in ``teacher.zoo.initialise``."""
     for layer in module.modules():
         reset = getattr(layer, "reset_parameters", None)
         if callable(reset):

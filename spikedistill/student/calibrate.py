@@ -1,9 +1,9 @@
 """Thresholds from the activations of the ANN.
 
-A neuron answers to a constant current x with a rate ``r(x / threshold)``: a staircase for IF, another with a leak
-or a reset to zero. The staircase is taken from the neuron itself, by running the reference once over a fine grid of
-currents, so the rules below hold for any neuron. The grid ends where more current changes nothing: a neuron that takes
-the share g of its current fires at every step from 1 / g thresholds on.
+Under a constant current x a neuron fires with a rate ``r(x / threshold)``. This function is a staircase. Its form
+depends on the leak and the reset. It is measured on the neuron itself: the reference runs once over a fine grid of
+currents. So the rules below hold for any neuron. The grid ends where more current changes nothing. A neuron that takes
+the fraction g of its current fires at every step from 1 / g thresholds on.
 """
 
 import contextlib
@@ -24,30 +24,30 @@ from spikedistill.student.graph import Walk, repeat_time
 Rule = Literal["least-squares", "max", "percentile"]
 
 RESERVOIR = 200_000
-"""Activations a layer that the rules look at; more are thinned evenly."""
+"""The rules look at this many activations per layer; of more, evenly spaced ones are taken."""
 CHANNEL_RESERVOIR = 1000
-"""Activations per channel and batch, where each channel has a threshold of its own."""
+"""Activations per channel and batch, if each channel has its own threshold."""
 FEW = 20
-"""A channel with fewer positive activations takes its layer's threshold."""
+"""A channel with fewer positive activations takes the threshold of its layer."""
 SMALLEST_SHARE = 0.1
-"""No channel's threshold is a smaller share of its layer's: training may wake the channel up."""
+"""The smallest threshold of a channel as a fraction of its layer's: a silent channel may become active in training."""
 GRID = 2000
-"""Points of a staircase over currents from 0 to ``REACH`` thresholds; one that goes further has them as close."""
+"""Points of a staircase over currents from 0 to ``REACH`` thresholds. A longer one has the same spacing."""
 REACH = 4.0
-"""Thresholds up to which every staircase goes; further where the neuron fires at every step only beyond."""
+"""Every staircase goes up to this current, in thresholds, and further until the neuron fires at every step."""
 MARGIN = 1.001
-"""How far beyond that point a staircase ends, and activations are put: rounding must not leave the last stair out."""
+"""A staircase ends, and activations are placed, this factor beyond that point, so rounding keeps the last stair."""
 LONGEST = 10_000
-"""Thresholds beyond which no staircase goes: a neuron that takes a smaller share of its current is refused."""
+"""The longest staircase, in thresholds. A neuron that takes too small a fraction of its current for it is refused."""
 PIECE = 2**18
-"""Points of a staircase that are run at a time."""
+"""Points of a staircase that run at the same time."""
 CANDIDATES = 100
-"""Thresholds tried, as even shares of the largest activation."""
+"""Number of thresholds tried, evenly spaced up to the largest activation."""
 NOT_FINITE = "The activations hold NaN or infinity: check the weights and the calibration images."
 
 
 class _Recorder(Walk):
-    """Runs a traced network and keeps what ``look`` makes of what chosen nodes return."""
+    """Runs a traced network and keeps ``look(output)`` for each output of the given nodes."""
 
     def __init__(self, module: fx.GraphModule, nodes: set[str], look: Callable[[Tensor], Tensor]) -> None:
         super().__init__(module)
@@ -81,7 +81,7 @@ def _look(
 def record(
     module: fx.GraphModule, nodes: set[str], images: Tensor, per_channel: bool = False, batch_size: int = 100
 ) -> dict[str, Tensor]:
-    """A sample of the activations at each node over the images (already normalised): ``[n]``, or ``[C, n]``."""
+    """A sample of the activations at each node, ``[n]`` or per channel ``[C, n]``, over images already normalised."""
     if per_channel:
         seen = _look(module, nodes, images, batch_size, _some_of_each_channel)
         return {name: torch.cat(parts, dim=1) for name, parts in seen.items()}
@@ -100,7 +100,7 @@ def _some_of_each_channel(value: Tensor) -> Tensor:
 
 
 def _stride(wanted: int, places: int) -> int:
-    """The stride of at least 1 that is wanted, or the next above it that comes by every place of an image."""
+    """The stride, at least 1, or the next larger one that visits every place of an image."""
     stride = max(1, wanted)
     while math.gcd(stride, places) > 1:
         stride += 1
@@ -108,13 +108,13 @@ def _stride(wanted: int, places: int) -> int:
 
 
 def channel_means(module: fx.GraphModule, nodes: set[str], images: Tensor, batch_size: int = 100) -> dict[str, Tensor]:
-    """The mean activation of every channel at each node over the images (already normalised), ``[C]`` each."""
+    """The mean activation of every channel at each node, ``[C]`` each, over images already normalised."""
     seen = _look(module, nodes, images, batch_size, lambda value: _by_channel(value)[None] * len(value))
     return {name: torch.cat(parts).sum(0) / len(images) for name, parts in seen.items()}
 
 
 def _by_channel(value: Tensor) -> Tensor:
-    """``[B, C, ...]`` to its means ``[C]``."""
+    """The means ``[C]`` of ``[B, C, ...]``."""
     return value.float().transpose(0, 1).flatten(1).mean(1)
 
 
@@ -127,19 +127,20 @@ def _thin(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def staircase(neuron: Neuron, timesteps: int) -> Tensor:
-    """Rates ``[n]``, in spikes a step, under constant currents from 0 that are ``REACH / (GRID - 1)`` thresholds apart.
+    """Firing rates ``[n]`` in spikes per step, under constant currents that begin at 0.
 
-    The last is one at which the neuron fires at every step, so more current changes nothing: ``n`` is ``GRID`` for
-    neurons that do so within ``REACH``, as all that take their whole current.
+    Currents are ``REACH / (GRID - 1)`` thresholds apart. At the last one the neuron fires at every step, so more
+    current changes nothing. ``n`` is ``GRID`` if this happens within ``REACH``, as for every neuron that takes its
+    whole current.
 
     Raises:
-        ConversionError: if the neuron takes so small a share of its current that it hardly ever fires.
+        ConversionError: if the neuron takes so small a fraction of its current that it hardly ever fires.
     """
     everything = 1.0 / neuron.gain
     if everything > LONGEST:
         raise ConversionError(
-            f"A neuron with leak {neuron.leak} and decayed input takes {neuron.gain:.2g} of its current at each step,"
-            f" too little to calibrate a threshold: expected {1 / LONGEST} or more. Give a smaller leak, or"
+            f"A neuron with leak {neuron.leak} and decayed input takes {neuron.gain:.2g} of its current at each step."
+            f" That is too little to calibrate a threshold: expected {1 / LONGEST} or more. Give a smaller leak, or"
             " decay_input=False."
         )
     points = GRID
@@ -152,7 +153,7 @@ def staircase(neuron: Neuron, timesteps: int) -> Tensor:
 
 
 def response(activations: Tensor, threshold: float | Tensor, stairs: Tensor) -> Tensor:
-    """The rate with which a neuron answers to each activation as a constant current."""
+    """The firing rate of a neuron, in spikes per step, with each activation as a constant current."""
     position = (activations.clamp_min(0) / threshold * ((GRID - 1) / REACH)).round().clamp_max(len(stairs) - 1)
     return stairs[position.long()]
 
@@ -160,17 +161,17 @@ def response(activations: Tensor, threshold: float | Tensor, stairs: Tensor) -> 
 def choose_threshold(activations: Tensor, stairs: Tensor, rule: Rule, percentile: float = 99.9) -> float:
     """The threshold of one layer.
 
-    A neuron that fires at every step only beyond ``REACH`` is silent under thresholds near the largest activation; for
-    it the thresholds tried end where that activation first makes it fire.
+    A neuron that fires at every step only beyond ``REACH`` is silent with thresholds near the largest activation. For
+    such a neuron the largest threshold tried is one at which that activation makes it fire.
 
     Args:
-        activations: a flat sample of what the ANN's activation returns.
+        activations: a flat sample of the ANN's activations.
         stairs: the neuron's ``staircase``.
-        rule: ``least-squares`` minimises the squared difference of activation and ``threshold x rate`` (after
-            Li et al., arXiv 2106.06984; here on the neuron's own staircase); ``max`` and
-            ``percentile`` take the largest activation, or the value below which that share of the positive ones lies
-            (Rueckauer et al., 2017, doi 10.3389/fnins.2017.00682, section 2.2.2, take 99.9 over all), for a neuron
-            that takes its whole current; see ``thresholds`` for others.
+        rule: ``least-squares`` minimises the squared difference between activation and ``threshold x rate`` (after
+            Li et al., arXiv 2106.06984; here with the neuron's own staircase). ``max`` takes the largest activation.
+            ``percentile`` takes that percentile of the positive activations (Rueckauer et al., 2017,
+            doi 10.3389/fnins.2017.00682, section 2.2.2, take 99.9 over all activations). Both are for a neuron that
+            takes its whole current; see ``thresholds`` for others.
         percentile: for the rule of that name, 0..100.
 
     Raises:
@@ -196,7 +197,7 @@ def _largest_tried(top: float, stairs: Tensor) -> float:
     """The largest threshold worth trying for a layer whose largest activation is ``top``."""
     if len(stairs) <= GRID:
         return top
-    first = int(stairs.nonzero()[0]) + 1  # a point further, so that it fires without a doubt
+    first = int(stairs.nonzero()[0]) + 1  # one point further, so that the neuron surely fires
     return top / (first * REACH / (GRID - 1))
 
 
@@ -206,14 +207,14 @@ def channel_thresholds(
     """The threshold of each channel.
 
     Args:
-        activations: a sample ``[C, n]`` of what the ANN's activation returns.
-        layer: the threshold of the whole layer, taken where a channel was hardly active.
+        activations: a sample ``[C, n]`` of the ANN's activations.
+        layer: the threshold of the whole layer, for channels that were hardly active.
         stairs: the neuron's ``staircase``.
         rule: see ``choose_threshold``.
         percentile: for the rule of that name.
 
     Returns:
-        ``[C]``, at least ``SMALLEST_SHARE`` of the layer's.
+        ``[C]``, each at least ``SMALLEST_SHARE`` times the layer's threshold.
     """
     chosen = [
         choose_threshold(channel, stairs, rule, percentile) if int((channel > 0).sum()) >= FEW else layer
@@ -225,11 +226,11 @@ def channel_thresholds(
 def thresholds(
     activations: Mapping[str, Tensor], neuron: Neuron, timesteps: int, rule: Rule, percentile: float
 ) -> dict[str, tuple[Tensor, float]]:
-    """For each layer its threshold, or thresholds ``[C]``, and the rate in spikes a step that it should fire with.
+    """For each layer its threshold, or thresholds ``[C]``, and its expected firing rate in spikes per step.
 
-    The rules ``max`` and ``percentile`` mean that the activation they take makes the neuron fire at every step. Where
-    a neuron takes the share g of its current, that is at g times the activation: at the activation itself it would
-    never fire, however long the current lasts. This is our choice, the paper has no such neuron.
+    By the rules ``max`` and ``percentile`` the activation that they take makes the neuron fire at every step. If a
+    neuron takes the fraction g of its current, its threshold is therefore g times that activation. With the activation
+    itself as its threshold it would never fire. This is our choice: the paper has no such neuron.
 
     Args:
         activations: by layer, ``[n]`` for one threshold, or ``[C, n]`` for one per channel.
@@ -254,17 +255,17 @@ def thresholds(
 def silent_layers(
     core: fx.GraphModule, neurons: Mapping[str, Spiking], inputs: Tensor, states: int, timesteps: int, batch_size: int
 ) -> set[str]:
-    """The layers of neurons that never fire when the network runs as it is, each layer on what the ones before it emit.
+    """The layers of neurons that never fire when the spiking network runs on the given images.
 
-    A layer that should fire by its own activations may be silent all the same, where those before it emit too little.
+    A layer whose ANN activations promise spikes may still be silent, if the layers before it emit too few.
 
     Args:
-        core: a student's graph, on the images as they are at every step.
+        core: a student's graph. It sees the image itself at every step.
         neurons: its layers of neurons by name.
         inputs: the images, already normalised.
-        states: how many tensors its state has.
+        states: the number of tensors in its state.
         timesteps: T.
-        batch_size: images at a time; as soon as every layer has fired, no more are shown.
+        batch_size: images at a time. The search ends as soon as every layer has fired.
     """
     training, backends = core.training, {layer: layer.backend for layer in neurons.values()}
     core.eval()
@@ -288,7 +289,7 @@ def silent_layers(
 
 
 class _Stop(BaseException):
-    """A layer has answered, and nobody waits for what comes after it; torch.fx would print an ``Exception``."""
+    """Ends a run after the layer of interest. It is no ``Exception``, since torch.fx would print one."""
 
 
 @torch.no_grad()
@@ -300,17 +301,17 @@ def correct_biases(
     images: Tensor,
     batch_size: int,
 ) -> None:
-    """Shift the biases before every layer of neurons so that its channels answer as the ANN's do on average.
+    """Shift the biases before every layer of neurons so that each channel's mean output equals that of the ANN.
 
-    The bias correction of Li et al. (ICML 2021, arXiv 2106.06984), layer after layer: what a layer still
-    lacks after the ones before it are corrected is added to the batch norm, convolution or linear layer that feeds it.
-    A layer fed by nothing that has a bias of its own stays as it is.
+    This is the bias correction of Li et al. (ICML 2021, arXiv 2106.06984), layer by layer. Once the earlier layers are
+    corrected, the remaining difference is added to the bias of the batch norm, convolution or linear layer before the
+    neurons. If no such layer has its own bias, nothing is corrected there.
 
     Args:
-        student: in place.
+        student: changed in place.
         core: its graph.
         neurons: its layers of neurons by name, in order of execution.
-        wanted: the ANN's mean activation, by layer, ``[C]`` each.
+        wanted: for each layer the mean activations of the ANN, ``[C]``.
         images: raw images in 0..1.
         batch_size: images at a time.
     """
@@ -345,7 +346,7 @@ PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def preceding_layer(core: fx.GraphModule, node: Any) -> Any:
-    """The layer whose bias a node's value ends in and nothing else reads, if there is one; of a sum any one part's."""
+    """The layer with a bias whose output reaches this node and no other reader, if any; for a sum, that of one part."""
     if not isinstance(node, fx.Node) or len(node.users) > 1:
         return None
     if node.op == "call_module":

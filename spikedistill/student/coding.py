@@ -1,6 +1,6 @@
-"""Image to current: what a student sees at each of its T steps. Pixels are raw, between 0 and 1.
+"""Coding: what a student sees of an image at each of its T steps. Pixels are raw, between 0 and 1.
 
-A pixel that is NaN or infinite is NaN at every step, whatever the coding: no spike would hide it.
+A pixel that is NaN or infinite is NaN at every step with every coding, so that the fault stays visible.
 """
 
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from spikedistill.errors import ShapeError
 
 @runtime_checkable
 class Coding(Protocol):
-    """Turns an input into rows for the network, and says how often each row is used."""
+    """Turns an input into rows for the network, and says at how many steps each row is used."""
 
     def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
         """``[B, ...]`` rows used ``timesteps`` times, or ``[T*B, ...]`` rows used once."""
         ...
 
     def frame(self, images: Tensor, t: int, timesteps: int) -> Tensor:
-        """What step t (0 .. T-1) of a stream sees, ``[B, ...]``."""
+        """What the network sees at step t (0 .. T-1) of a stream, ``[B, ...]``."""
         ...
 
 
 @dataclass(frozen=True)
 class DirectCoding:
-    """The image itself at every step; the first layers compute it once and the first neurons turn it into spikes."""
+    """The image itself at every step. The first layers run once; the first neurons turn their output into spikes."""
 
     def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
         """Images ``[B, ...]``, each used T times."""
@@ -40,13 +40,13 @@ class DirectCoding:
 
 @dataclass(frozen=True)
 class Frames:
-    """Input that already has a time axis, ``[T, B, ...]``, such as binned events."""
+    """Input that has its own time axis, ``[T, B, ...]``, such as binned events."""
 
     def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
         """Frames ``[T, B, ...]`` to rows ``[T*B, ...]``.
 
         Raises:
-            ShapeError: if there are not T frames.
+            ShapeError: if the number of frames is not T.
         """
         if images.ndim < 3 or images.shape[0] != timesteps:
             raise ShapeError(
@@ -65,7 +65,7 @@ class Rate:
     """Each pixel spikes at each step with a probability equal to its brightness (Bernoulli).
 
     Args:
-        seed: fixes the spikes of a call; without it torch's global generator draws them.
+        seed: makes the spikes of every call the same; without it torch's global generator draws them.
     """
 
     seed: int | None = None
@@ -83,7 +83,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Latency:
-    """Each pixel spikes once, the brighter the earlier: at step ``floor((1 - p) T)``; black pixels never do."""
+    """Each pixel spikes once, brighter ones earlier: at step ``floor((1 - p) T)``. Black pixels never spike."""
 
     def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
         """Images ``[B, ...]`` to rows ``[T*B, ...]`` of zeros and ones."""

@@ -16,10 +16,10 @@ from spikedistill.student.pool import MaxPool
 Value = TypeVar("Value")
 
 ROUNDING = Neuron(initial=0.5, surrogate=Rectangle())
-"""The neuron of an inheriting student where none is named: IF that starts at half its threshold, so T steps round. In
-pilots (LOG.md) its students learnt most with the rectangle."""
+"""The default neuron for inherited weights: IF that starts at half its threshold, so the mean over T steps rounds. In
+pilots (LOG.md) the rectangle surrogate gained most."""
 FRESH = replace(ROUNDING, threshold=1.5, detach_reset=True, surrogate=Triangle())
-"""The same where weights are fresh: in pilots (LOG.md) its students learnt fastest on currents from batch norm."""
+"""The default neuron for fresh weights. In pilots (LOG.md) its students learned fastest on currents from batch norm."""
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,22 @@ class Conversion:
 
     Args:
         timesteps: T, 1 or more.
-        neuron: the model; ``ROUNDING`` by default, ``FRESH`` for fresh weights.
-        inherit: keep the ANN's weights and batch norm; False gives a network with fresh weights and thresholds
-            ``neuron.threshold``, for which no calibration is needed.
-        rule: how a threshold is chosen from activations; see ``calibrate.choose_threshold``.
+        neuron: the neuron model (default: ``ROUNDING``, for fresh weights ``FRESH``).
+        inherit: keep the ANN's weights and batch norm. False gives fresh weights and the initial threshold
+            ``neuron.threshold``; no calibration is needed.
+        rule: how a threshold is calibrated from activations; see ``calibrate.choose_threshold``.
         percentile: for the rule of that name, 0..100.
-        per_channel: choose a threshold for every channel, as channels differ in range; else one for each layer. Fresh
-            weights begin with one for each layer.
-        correct_bias: shift biases so that every layer's channels have the ANN's means over the calibration images (see
-            ``calibrate.correct_biases``): for a student that is not trained.
-        max_pool: what max pooling becomes. ``cumulative`` pools the input so far, which is exact in the mean
-            (``student/pool.py``). ``or`` pools each step by itself, over spikes a logical or, whose error does not
-            shrink as T grows. ``average`` exchanges it for average pooling.
-        coding: what the student sees at each step; the image itself by default.
+        per_channel: one threshold per channel, otherwise one per layer. Fresh weights always begin with one per layer.
+        correct_bias: shift biases so that each channel has the ANN's mean activation on the calibration images (see
+            ``calibrate.correct_biases``). For students without training.
+        max_pool: what max pooling becomes. ``cumulative`` pools the cumulative input, which is exact for the mean over
+            time (``student/pool.py``). ``or`` pools each step alone: over spikes a logical or, whose error does not
+            shrink as T grows. ``average`` replaces it by average pooling.
+        coding: what the student sees at each step (default: the image itself).
 
     Raises:
-        ConfigError: if a value is outside its range or of another kind, or biases of fresh weights are to be corrected.
+        ConfigError: if a value is outside its range or has the wrong type, or ``correct_bias`` is set for fresh
+            weights.
     """
 
     timesteps: int = 4
@@ -58,32 +58,32 @@ class Conversion:
 
     def __post_init__(self) -> None:
         if not isinstance(self.timesteps, int) or self.timesteps < 1:
-            raise ConfigError(f"timesteps (={self.timesteps}) must be 1 or more, and whole.")
+            raise ConfigError(f"timesteps (={self.timesteps}) must be 1 or more, and a whole number.")
         if not isinstance(self.neuron, Neuron | None):
-            raise ConfigError(f"neuron (={self.neuron!r}) must be a Neuron: give IF or LIF, for instance.")
+            raise ConfigError(f"neuron (={self.neuron!r}) must be a Neuron, for instance IF or LIF.")
         one_of("rule", self.rule, get_args(Rule))
         one_of("max_pool", self.max_pool, get_args(MaxPool))
         if self.correct_bias and not self.inherit:
-            raise ConfigError("correct_bias is for inherited weights: leave it away, or inherit=True.")
+            raise ConfigError("correct_bias needs inherited weights: omit it, or set inherit=True.")
         if not 0 <= self.percentile <= 100:
             raise ConfigError(f"percentile (={self.percentile}) must be between 0 and 100.")
         if isinstance(self.coding, type) or not isinstance(self.coding, Coding):
-            raise ConfigError(f"coding (={self.coding!r}) must have encode and frame: give Frames(), for instance.")
+            raise ConfigError(f"coding (={self.coding!r}) must have encode and frame, as for instance Frames() has.")
 
     @property
     def model(self) -> Neuron:
-        """The neuron, or the usual one for such weights."""
+        """The neuron, or the default one for these weights."""
         return self.neuron or (ROUNDING if self.inherit else FRESH)
 
     def settled(self) -> "Conversion":
-        """The same with its neuron named."""
+        """The same conversion with its default neuron filled in."""
         return replace(self, neuron=self.model)
 
     def facts(self) -> dict[str, Any]:
-        """The fields of the settled conversion as JSON keeps them.
+        """The fields in a form that JSON can hold, with the default neuron filled in.
 
         Raises:
-            ConfigError: if the surrogate or the coding is a class of the user's own, which has no name.
+            ConfigError: if the surrogate or the coding is a user's own class, which a file cannot name.
         """
         neuron: dict[str, Any] = {part.name: getattr(self.model, part.name) for part in dataclasses.fields(Neuron)}
         neuron["reset"] = self.model.reset.value
@@ -96,7 +96,7 @@ class Conversion:
         """The conversion that ``facts`` wrote.
 
         Raises:
-            ConfigError: if a field is missing, unknown or of another kind, or its value cannot work.
+            ConfigError: if a field is missing or unknown, or its value has the wrong type or is outside its range.
         """
         parts: dict[str, Callable[[Any], Any]] = {
             "neuron": _neuron,
@@ -127,11 +127,11 @@ def neuron_from(
 ) -> Neuron:
     """The neuron that the choices of a recipe describe; see ``Neuron`` and ``recipes.choices.StudentChoice``.
 
-    What is None is the named neuron's own; for fresh weights threshold, reset and surrogate are those of ``FRESH``, but
-    that the rate-based gradient wants the reset.
+    None takes the named neuron's default. For fresh weights threshold, surrogate and ``detach_reset`` are those of
+    ``FRESH``, except that the rate-based gradient keeps the reset in the gradient.
 
     Raises:
-        ConfigError: if there is no such neuron, reset or surrogate, or a value is outside its range.
+        ConfigError: if the neuron, reset or surrogate does not exist, or a value is outside its range.
     """
     one_of("neuron", name, NEURONS)
     one_of("reset", reset or "zero", [known.value for known in Reset])
@@ -159,42 +159,45 @@ def read_fields(kind: type[Value], given: Any, parts: Mapping[str, Callable[[Any
     Args:
         kind: the dataclass.
         given: its fields by name, all of them.
-        parts: for fields that are no plain values, what reads them.
+        parts: functions that read the fields which are not plain values.
 
     Raises:
-        ConfigError: if fields are missing, unknown or of another kind, or the dataclass refuses their values.
+        ConfigError: if fields are missing, unknown or of the wrong type, or the dataclass refuses their values.
     """
     expected = [part.name for part in dataclasses.fields(kind)]  # type: ignore[arg-type]
     if not isinstance(given, Mapping) or set(given) != set(expected):
         found = list(given) if isinstance(given, Mapping) else given
         raise ConfigError(
-            f"{kind.__name__} is written as {str(found)[:200]}: expected the fields {', '.join(expected) or 'none'};"
-            " the file is damaged or of another version."
+            f"{kind.__name__} is written as {str(found)[:200]}: expected the fields {', '.join(expected) or 'none'}."
+            " The file is damaged or was written by another version."
         )
     hints = get_type_hints(kind)
     values = {name: parts[name](value) if name in parts else value for name, value in given.items()}
     for name, value in values.items():
         if name not in parts and not _fits(hints[name], value):
+            wanted = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name])
             raise ConfigError(
-                f"{kind.__name__}: {name} (={str(value)[:80]!r}) is no value for it: expected"
-                f" {str(hints[name]).removeprefix('typing.')}; the file is damaged."
+                f"{kind.__name__}: {name} (={str(value)[:80]!r}) has the wrong type: expected"
+                f" {wanted.removeprefix('typing.')}. The file is damaged."
             )
     return kind(**values)
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value out of JSON is what an annotation says: a number, a text, a truth value or nothing."""
+    """Whether a value from JSON has the annotated type: a number, a string, a boolean or None."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(part, value) for part in get_args(hint))
     if hint is float:
         return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:  # (float, ...), a list in JSON
+        return isinstance(value, list | tuple) and all(_fits(get_args(hint)[0], part) for part in value)
     return hint in (bool, int, str, NoneType) and type(value) is hint
 
 
 def max_pool_from(written: Any) -> Any:
-    """What a file says of max pooling; pooling each step by itself was called 'keep' at first."""
+    """The name of the max pooling in a file. Early versions wrote 'keep' for 'or'."""
     return "or" if written == "keep" else written
 
 
@@ -209,18 +212,18 @@ def _reset(given: Any) -> Reset:
 
 
 def _written(kind: str, value: object, known: Mapping[str, type]) -> dict[str, Any]:
-    """A value of a class that has a name: that name and its fields."""
+    """The name and the fields of a value whose class a file can name."""
     name = next((name for name, known_kind in known.items() if type(value) is known_kind), None)
     if name is None:
         raise ConfigError(
-            f"The {kind} {type(value).__name__} is none of this package's and cannot be written to a file: take one of"
-            f" {', '.join(known)}, or keep the weights by state_dict."
+            f"The {kind} {type(value).__name__} is not part of this package and cannot be written to a file: use one of"
+            f" {', '.join(known)}, or save the weights by state_dict."
         )
     return {"name": name, **{part.name: getattr(value, part.name) for part in dataclasses.fields(value)}}  # type: ignore[arg-type]
 
 
 def _named(given: Any, known: Mapping[str, type]) -> Any:
-    """What ``_written`` wrote."""
+    """The value that ``_written`` wrote."""
     if not isinstance(given, Mapping) or given.get("name") not in list(known):
-        raise ConfigError(f"{str(given)[:200]!r} names none of {', '.join(known)}: the file is damaged.")
+        raise ConfigError(f"{str(given)[:200]!r} is none of {', '.join(known)}: the file is damaged.")
     return read_fields(known[given["name"]], {name: value for name, value in given.items() if name != "name"}, {})

@@ -1,4 +1,4 @@
-"""Batch norm into the weights before it, exact: what a network computes in evaluation mode, with fewer passes."""
+"""Fold batch norm into the weights before it: the same function in evaluation mode, in fewer operations."""
 
 import copy
 from collections import Counter
@@ -17,14 +17,14 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def fold(network: Network, keep: Sequence[str] = ()) -> Network:
-    """A copy in evaluation mode whose batch norms are part of the convolution or linear layer before them.
+    """A copy in evaluation mode with batch norms folded into the convolution or linear layer before them.
 
-    Only a norm that is the one reader of a layer that is called once is folded; its place takes ``nn.Identity``, so
-    every other module path stays. The copy is for inference: what it would learn is not what the original would.
+    A norm is folded if its layer is called once and has no other reader. ``nn.Identity`` takes its place, so all other
+    module paths stay. The copy is for inference: it would train differently from the original.
 
     Args:
         network: a student, a teacher, or any network that torch.fx can trace; it is not changed.
-        keep: module paths whose output must stay what it is; a layer among them keeps its norm apart.
+        keep: module paths whose output must not change. The norm after such a layer is not folded.
 
     Raises:
         ConversionError: if torch.fx cannot trace the network.
@@ -43,7 +43,7 @@ def fold(network: Network, keep: Sequence[str] = ()) -> Network:
 
 
 def _neighbours(core: nn.Module, graph: fx.Graph, kept: set[str]) -> list[tuple[str, str]]:
-    """Paths of layer and norm, where the norm alone reads the layer, each is called once, and no one keeps the node."""
+    """Paths of layer and norm if the norm is the layer's only reader, each is called once, and the node is not kept."""
     modules = dict(core.named_modules())
     called = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     found = []

@@ -1,8 +1,8 @@
-"""One walk over a student's graph, on which every way of running it stands.
+"""``Walk``: runs a student's graph node by node, the base of every other way to run it.
 
-A student's graph takes ``images``, ``timesteps``, ``repeats``, ``states`` and ``keep``; it returns ``(output, states)``
-(``surgery.py``). ``core(...)`` runs it. A ``Walk`` runs it node by node, keeps what chosen nodes return, and lets a
-subclass say what layers of neurons, other layers and the spreading over time do.
+A student's graph takes ``images``, ``timesteps``, ``repeats``, ``states`` and ``keep``. It returns
+``(output, states)`` (``surgery.py``). ``core(...)`` runs it as a whole. A ``Walk`` keeps the outputs of given nodes,
+and a subclass may change what layers of neurons, other layers and ``repeat_time`` do.
 """
 
 import operator
@@ -17,8 +17,8 @@ from spikedistill.student.pool import CumulativeMaxPool
 
 
 def repeat_time(x: Any, repeats: Any) -> Any:
-    """``[B, ...]`` to ``[repeats*B, ...]``, the same at every step, in the memory order that came."""
-    if isinstance(x, fx.Proxy):  # a student that comes out of pickle is traced anew
+    """``[B, ...]`` to ``[repeats*B, ...]``, the same at every step; the memory format stays."""
+    if isinstance(x, fx.Proxy):  # unpickling a student traces it anew
         return x.tracer.create_proxy("call_function", repeat_time, (x, repeats), {})
     return x if repeats == 1 else torch.cat([x] * repeats)
 
@@ -31,8 +31,8 @@ class Walk(fx.Interpreter):
         keep: names of nodes.
 
     Attributes:
-        kept: what the nodes to be kept returned, by name.
-        current: the node that runs.
+        kept: the outputs of the nodes in ``keep``, by name.
+        current: the node that is running.
     """
 
     current: fx.Node
@@ -44,7 +44,7 @@ class Walk(fx.Interpreter):
         self.kept: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """What a node returns, kept where it was asked for."""
+        """The output of a node, also kept if its name is in ``keep``."""
         self.current = n
         value = super().run_node(n)
         if n.name in self.keep:
@@ -52,14 +52,14 @@ class Walk(fx.Interpreter):
         return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A layer of neurons fires, a max pooling over time pools, any other is applied."""
+        """Layers of neurons run ``fire``, max pooling over time ``pool``, other layers ``apply``."""
         layer = self.fetch_attr(target)
         if isinstance(layer, Spiking):
             return self.fire(layer, *args)
         return self.pool(layer, *args) if isinstance(layer, CumulativeMaxPool) else self.apply(layer, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """``repeat_time`` spreads, any other function is called."""
+        """``repeat_time`` runs ``spread``, any other function is called."""
         return self.spread(*args) if target is repeat_time else super().call_function(target, args, kwargs)
 
     def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
@@ -67,20 +67,20 @@ class Walk(fx.Interpreter):
         return layer(current, timesteps, repeats, state, keep)
 
     def pool(self, layer: CumulativeMaxPool, x: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
-        """What a max pooling passes on, and its state; see ``CumulativeMaxPool.forward``."""
+        """Output and state of a max pooling over time; see ``CumulativeMaxPool.forward``."""
         return layer(x, timesteps, repeats, state, keep)
 
     def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        """What any other layer returns; torch.compile leaves it to PyTorch's own kernels."""
+        """Output of any other layer. torch.compile leaves it to PyTorch's own kernels."""
         return super().call_module(self.current.target, args, kwargs)
 
     def spread(self, x: Tensor, repeats: int) -> Tensor:
-        """``[B, ...]``, the same at every step, for what depends on time."""
+        """``[B, ...]`` repeated for every time step, for nodes that depend on time."""
         return repeat_time(x, repeats)
 
 
 class Charges(Walk):
-    """Keeps the potentials ``[T*B, ...]`` after the charge too, of the layers at these paths of the graph."""
+    """Also keeps the potentials ``[T*B, ...]`` after the charge, for the layers at these paths of the graph."""
 
     def __init__(self, core: fx.GraphModule, keep: Collection[str], layers: Collection[str]) -> None:
         super().__init__(core, keep)
@@ -88,7 +88,7 @@ class Charges(Walk):
         self.potentials: dict[str, Tensor] = {}
 
     def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
-        """As ever; the layers that were named run the reference."""
+        """As in ``Walk``; the given layers run the reference implementation."""
         path = str(self.current.target)
         if path not in self.layers:
             return layer(current, timesteps, repeats, state, keep)
@@ -99,7 +99,7 @@ class Charges(Walk):
 
 
 def spike_nodes(core: fx.GraphModule) -> dict[str, str]:
-    """For the path of each layer of neurons in the graph the name of the node that holds its spikes."""
+    """For each layer of neurons, by its path in the graph, the name of the node that holds its spikes."""
     return {
         str(node.args[0].target): node.name
         for node in core.graph.nodes
@@ -112,7 +112,7 @@ def spike_nodes(core: fx.GraphModule) -> dict[str, str]:
 
 
 def first_convolution(core: fx.GraphModule) -> tuple[int | None, int | None]:
-    """How many dimensions and channels the input has, where a convolution reads it; else None."""
+    """Numbers of dimensions and channels of the input if a convolution reads it, else None."""
     readers = (user for user in next(iter(core.graph.nodes)).users if user.op == "call_module")
     for layer in (core.get_submodule(str(user.target)) for user in readers):
         for dims, kind in ((3, nn.Conv1d), (4, nn.Conv2d), (5, nn.Conv3d)):

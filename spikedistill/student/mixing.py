@@ -1,7 +1,8 @@
-"""Refusal of what reaches across the samples of a batch.
+"""Refusal of networks that mix the samples of a batch.
 
-Time lies in the batch axis, so what mixes samples would mix time steps. What names dimension 0 is refused as it is
-read. Whatever else mixes samples shows when the other samples of a batch are exchanged.
+The batch axis also holds the time steps, so a layer that mixes samples would mix time steps. Operations along dimension
+0 are refused as they are read from the graph. All others are found by a trial: a sample's signal must stay the same
+when the other samples of its batch change.
 """
 
 import operator
@@ -21,13 +22,13 @@ ALONG: dict[str, tuple[int, str, int | None]] = {
     **dict.fromkeys(("unsqueeze", "unflatten"), (1, "dim", None)),
     "flatten": (1, "start_dim", 0),
 }
-"""What works along a dimension: where the dimension is given, its name, and what it is where it is not given."""
+"""Operations along a dimension -> position, name and default of the argument that gives the dimension."""
 WHOLE = ("mean", "sum")
-"""What works along all dimensions where none is given."""
+"""Operations that work along all dimensions if none is given."""
 PARTS = ("chunk", "split", "size", "unbind", "getattr", "getitem")
-"""What returns several values, or a shape, of which an index takes one."""
+"""Operations that return several values, or a shape; an index then takes one of these."""
 TOLERANCE = 1e-2
-"""By how much a sample's sum may move, as a share of the sum of its magnitudes: batches round in several ways."""
+"""How far a sample's sum may change, relative to the sum of its magnitudes: rounding depends on the batch."""
 
 
 def refuse_mixing(module: fx.GraphModule, node: fx.Node, constants: set[fx.Node]) -> None:
@@ -45,13 +46,13 @@ def refuse_mixing(module: fx.GraphModule, node: fx.Node, constants: set[fx.Node]
     if fault:
         raise ConversionError(
             f"'{node.target if isinstance(node.target, str) else node.target.__name__}' (node {node.name}) at"
-            f" {source_of(node)} {fault}, and the batch holds the time steps too: work on each sample by itself."
+            f" {source_of(node)} {fault}. The batch also holds the time steps: work on each sample by itself."
         )
 
 
 def _of_layer(layer: nn.Module) -> str:
     if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
-        return "is a batch norm without running statistics: it measures the whole batch anew (track_running_stats=True)"
+        return "is a batch norm without running statistics, so it normalises over the batch (track_running_stats=True)"
     if isinstance(layer, nn.Flatten) and layer.start_dim == 0 and layer.end_dim != 0:
         return "flattens the batch (start_dim=0)"
     return "splits the batch (dim=0)" if isinstance(layer, nn.Unflatten) and layer.dim == 0 else ""
@@ -83,7 +84,7 @@ def _of_index(module: fx.GraphModule, node: fx.Node) -> str:
     if not isinstance(source, fx.Node):
         return ""
     if source.op == "call_module" and getattr(module.get_submodule(str(source.target)), "return_indices", False):
-        return ""  # find_pools has more to say of it
+        return ""  # find_pools refuses it with a better message
     if getattr(source.target, "__name__", source.target) in PARTS:
         return ""
     first = index[0] if isinstance(index, tuple | list) and index else index
@@ -92,7 +93,7 @@ def _of_index(module: fx.GraphModule, node: fx.Node) -> str:
 
 
 class _Sums(Walk):
-    """Runs a network and keeps of each node's signal the sum of every sample, and that of its magnitudes."""
+    """Runs a network and keeps, for each node and sample, the sum of the signal and the sum of its magnitudes."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -113,10 +114,10 @@ def refuse_mixed(module: fx.GraphModule, inputs: Tensor, constants: set[fx.Node]
     Args:
         module: the traced network.
         inputs: some normalised inputs, ``[n, ...]``.
-        constants: the nodes that hold no signal.
+        constants: the nodes that hold weights, not a signal.
 
     Raises:
-        ConversionError: if it does; the message names the first node that shows it.
+        ConversionError: if it does. The message names the first node where this shows.
     """
     one, two = inputs[:1], inputs[-1:]
     other = inputs.amax() + inputs.amin() - one
@@ -132,8 +133,8 @@ def refuse_mixed(module: fx.GraphModule, inputs: Tensor, constants: set[fx.Node]
         same = rows == [2, 3, 2] and _same(sums[:, 0], first[node][:, 0]) and _same(sums[:, 1], second[node][:, 1])
         if not same:
             raise ConversionError(
-                f"The node {node.name} ('{node.target}') at {source_of(node)} mixes the samples of a batch: what it"
-                " makes of an image changes when the other images do. The batch holds the time steps too: work on each"
+                f"The node {node.name} ('{node.target}') at {source_of(node)} mixes the samples of a batch: its output"
+                " for an image changes when the other images change. The batch also holds the time steps: work on each"
                 " sample by itself."
             )
 

@@ -1,12 +1,12 @@
-"""Max pooling over time: by how much the largest input so far has grown, not the largest input of a step.
+"""Max pooling over time: each step returns the growth of the largest cumulative input of its window.
 
-Over spikes the maximum of a step is a logical or. Neurons of a window that fire in turn then pass on more spikes than
-any one of them fired, and the error does not shrink as T grows. Here a step returns the growth of the largest
-cumulative input of its window, ``s_t = max_i C_i(t) - max_i C_i(t - 1)`` with ``C_i(t) = x_i(1) + ... + x_i(t)``. The
-sum over time is exactly the largest sum of the window. Over spikes of one height a step is 0 or that height.
+Over spikes the maximum of a single step is a logical or. If the neurons of a window fire in turn, it passes on more
+spikes than any one of them fired. This error does not shrink as T grows. Here a step returns
+``s_t = max_i C_i(t) - max_i C_i(t - 1)`` with the cumulative input ``C_i(t) = x_i(1) + ... + x_i(t)``. The sum over
+time is exactly the largest sum in the window. Over spikes of one height a step is 0 or that height.
 
 Rueckauer et al. (2017, doi 10.3389/fnins.2017.00682, section 2.2.5) pass on the spikes of the neuron that fired most.
-The difference of maxima is ours: it loses nothing where the leader of a window changes.
+The difference of maxima is our choice: it loses nothing when another neuron of the window becomes the largest.
 """
 
 import copy
@@ -22,14 +22,14 @@ MaxPool = Literal["cumulative", "or", "average"]
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-"""The format in which sums of a narrower one are exact, so that the growth over spikes is a spike to the last bit."""
+"""Number format -> a wider one in which its sums are exact, so that the growth over spikes is exactly a spike."""
 
 
 class CumulativeMaxPool(nn.Module):
-    """Max pooling of the cumulative input. State is an argument and a result, as it is for ``Spiking``.
+    """Max pooling of the cumulative input. State is an argument and a result, as for ``Spiking``.
 
     Args:
-        pool: the max pooling that it stands for, one of ``MAX_POOLS``.
+        pool: the max pooling that it replaces, one of ``MAX_POOLS``.
     """
 
     def __init__(self, pool: Any) -> None:
@@ -40,25 +40,25 @@ class CumulativeMaxPool(nn.Module):
     def forward(
         self, x: Tensor, timesteps: int, repeats: int = 1, state: Tensor | None = None, keep: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """T time steps.
+        """Run T time steps.
 
         Args:
             x: ``[T*B, C, ...]``; or ``[B, C, ...]`` with ``repeats=timesteps``, the same input at every step.
             timesteps: T.
-            repeats: how often the given input is used; 1 or T.
-            state: the cumulative input ``[B, C, ...]`` of earlier calls; zero where None.
+            repeats: at how many steps each row is used; 1 or T.
+            state: the cumulative input ``[B, C, ...]`` of earlier calls; None begins at zero.
             keep: whether to return the cumulative input after the last step.
 
         Returns:
-            What is passed on, ``[T*B, C, ...]``, and the cumulative input (None unless kept).
+            The output ``[T*B, C, ...]``, and the cumulative input (None unless ``keep``).
 
         Raises:
-            ShapeError: if the state is of another shape.
+            ShapeError: if the state has another shape.
         """
         batch = x.shape[0] * repeats // timesteps
         if state is not None and state.shape != (batch, *x.shape[1:]):
             raise ShapeError(
-                f"The state of a max pooling has shape {tuple(state.shape)}, its input asks for"
+                f"The state of a max pooling has shape {tuple(state.shape)}, but its input needs"
                 f" {(batch, *x.shape[1:])}: carry a state only between calls of one batch."
             )
         given = (x, state, self.pool, timesteps, repeats)
@@ -66,7 +66,7 @@ class CumulativeMaxPool(nn.Module):
         return grown, total if keep else None
 
     def of_means(self, x: Tensor) -> Tensor:
-        """The mean over time of what is passed on, from the mean over time of the input, ``[B, C, ...]`` each."""
+        """The mean over time of the output, from the mean over time of the input, ``[B, C, ...]`` each."""
         pooled: Tensor = self.pool(x)[0]
         return pooled
 
@@ -74,11 +74,11 @@ class CumulativeMaxPool(nn.Module):
 def _grow(
     x: Tensor, before: Tensor | None, pool: Any, timesteps: int, repeats: int
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The growth, the cumulative input after the last step, and the places of the maxima before it and of each step."""
+    """The growth, the final cumulative input, and the places of the maxima before the call and after each step."""
     wide = x.dtype if x.device.type == "mps" else WIDER.get(x.dtype, x.dtype)  # MPS has no float64
     steps = x.unflatten(0, (timesteps // repeats, -1))
     total = None if before is None else before.to(wide)
-    largest, place = (0.0, None) if total is None else pool(total)  # of nothing the largest is nothing
+    largest, place = (0.0, None) if total is None else pool(total)  # before the first step all sums are zero
     places, grown = [place], []
     for t in range(timesteps):
         step = steps[t // repeats]
@@ -92,7 +92,7 @@ def _grow(
 
 
 class _Growth(torch.autograd.Function):
-    """Step by step. Backward each maximum hands its gradient to every step of the input that led then."""
+    """The growth, step by step. Backward, each maximum passes its gradient to all steps so far of the largest input."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]

@@ -1,10 +1,10 @@
-"""The quantised stand-in of a student: each layer of neurons as its answer to a constant current, without time.
+"""The quantised stand-in of a student: an ANN whose activations equal the neurons' response to a constant current.
 
-Under a constant current ``x`` for L steps, an IF neuron that starts at half of its threshold and resets by subtraction
-fires ``clip(floor(x L / threshold + 1/2), 0, L)`` times. Networks with that activation, floor passed straight through
-backwards (QCFS: Bu et al., ICLR 2022, arXiv 2303.04347), cost no more than an ANN to train; run with neurons they
-differ from themselves only where spikes arrive unevenly. As a baseline it is called conversion: nothing is trained on
-spikes.
+Under a constant current ``x`` for L steps, an IF neuron that starts at half its threshold and resets by subtraction
+fires ``clip(floor(x L / threshold + 1/2), 0, L)`` times. This is the activation of the stand-in. Its gradient passes
+straight through the floor (QCFS: Bu et al., ICLR 2022, arXiv 2303.04347). It costs no more to train than an ANN. The
+spiking network differs from it only if spikes arrive unevenly over time. As a baseline it counts as a conversion,
+since nothing is trained on spikes.
 """
 
 from collections.abc import Collection
@@ -20,13 +20,13 @@ from spikedistill.student.pool import CumulativeMaxPool
 
 
 def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
-    """``threshold * clip(floor(x L / threshold + 1/2) / L, 0, 1)``, its floor handing gradients straight through.
+    """``threshold * clip(floor(x L / threshold + 1/2) / L, 0, 1)``, with a straight-through gradient for the floor.
 
-    NaN where a current is not finite, as neurons have it.
+    The result is NaN for a current that is not finite, as for neurons.
 
     Args:
         x: currents of any shape.
-        threshold: above 0; a scalar, or per channel, shaped to spread over the currents.
+        threshold: above 0; a scalar, or per channel in a shape that broadcasts over the currents.
         levels: L, 1 or more.
 
     >>> import torch
@@ -41,14 +41,15 @@ def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
 def _check(neuron: Neuron) -> None:
     if neuron.leak < 1 or neuron.reset is not Reset.SUBTRACT or neuron.initial != 0.5 or neuron.learn_initial:
         raise ConfigError(
-            f"The quantised stand-in is that of IF with a fixed initial 0.5 and subtractive reset, not of leak"
-            f" {neuron.leak}, initial {neuron.initial}{' (learned)' if neuron.learn_initial else ''} and reset"
-            f" '{neuron.reset.value}': take ROUNDING, or another gradient."
+            "The quantised stand-in needs IF neurons with a fixed initial potential of 0.5 and reset by subtraction,"
+            f" but the neuron has leak {neuron.leak}, initial {neuron.initial}"
+            f"{' (learned)' if neuron.learn_initial else ''} and reset '{neuron.reset.value}': use ROUNDING, or another"
+            " gradient."
         )
 
 
 class _Quantised(Walk):
-    """Runs a student's graph once, its neurons exchanged for their closed form."""
+    """Runs a student's graph once, with the closed form in place of its neurons."""
 
     def __init__(self, core: fx.GraphModule, levels: int, keep: Collection[str]) -> None:
         super().__init__(core, keep)
@@ -68,17 +69,17 @@ class _Quantised(Walk):
 def quantised_run(
     core: fx.GraphModule, rows: Tensor, levels: int, layers: int, keep: Collection[str] = ()
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits ``[B, K]`` of the stand-in with L levels, and what nodes returned, ``[B, ...]`` by name, with graph.
+    """Logits ``[B, K]`` of the stand-in with L levels, and outputs of nodes ``[B, ...]`` by name, with gradients.
 
     Args:
         core: a student's graph.
         rows: normalised images ``[B, ...]``.
         levels: L.
-        layers: how many layers of neurons there are.
-        keep: names of those nodes.
+        layers: the number of tensors in the state.
+        keep: names of the nodes.
 
     Raises:
-        ConfigError: if its neurons have another answer.
+        ConfigError: if its neurons have another response.
     """
     walk = _Quantised(core, levels, keep)
     logits, _ = walk.run(rows, 1, 1, (None,) * layers, False)

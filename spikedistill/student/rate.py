@@ -1,15 +1,20 @@
-"""The rate-based gradient: T spiking steps forward without graph, one pass back on rates (Yu et al., arXiv 2410.11488).
+"""The rate-based gradient: T spiking steps forward, one pass back on firing rates (Yu et al., arXiv 2410.11488).
 
-Between neurons everything is linear, so the mean over time passes through it alone: ``mean_t(W s_t) = W mean_t(s_t)``.
-The first pass runs all T steps and keeps of each layer of neurons the mean of its spikes and the slope of that mean,
-and of each batch norm the statistics over time and batch. The second pass runs the network once, on the means: neurons
-return the means of the first pass and hand gradients back through the slopes; batch norms use the statistics of the
-first pass, whose share that comes from the means is differentiated; convolutions return the mean of what they gave in
-the first pass, so they compute nothing twice. At T = 1 this is the exact gradient. Only the first pass grows with T.
+Everything between neurons is linear, so the mean over time commutes with it: ``mean_t(W s_t) = W mean_t(s_t)``.
 
-Max pooling is the one part that is not linear: the second pass pools the means and takes the gradient to their largest.
-For pooling of the cumulative input that is exact. For a logical or it is an approximation.
-Gradients do not reach learned leaks, thresholds and initial potentials.
+The first pass runs all T steps without gradients. For each layer of neurons it keeps the mean of its spikes and the
+slope of that mean. For each batch norm it keeps the statistics over time and batch. The second pass runs the network
+once, on the means, with gradients:
+
+- Neurons return the means of the first pass; their gradient is the slope.
+- Batch norms use the statistics of the first pass; the part of them that depends on the means is differentiated.
+- Convolutions return the mean of their first output, so nothing is computed twice.
+
+At T = 1 this is the exact gradient. Only the first pass grows with T.
+
+Max pooling is not linear: the second pass pools the means, and the gradient goes to the largest mean. For max pooling
+of the cumulative input that is exact. For a logical or it is an approximation. Learned leaks, thresholds and initial
+potentials get no gradient.
 """
 
 from collections.abc import Collection
@@ -32,7 +37,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, WinogradConv2d)
 
 
 class _Through(torch.autograd.Function):
-    """Forward the rate of the first pass; backward the slope."""
+    """Forward: the rate of the first pass. Backward: multiply by the slope."""
 
     @staticmethod
     def forward(ctx, current: Tensor, rate: Tensor, slope: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -48,8 +53,8 @@ class _Through(torch.autograd.Function):
 class _Norm(torch.autograd.Function):
     """Batch norm of means with the statistics of all time steps.
 
-    The variance over time and batch is that of the means plus a rest that the means do not move, so the gradient is the
-    usual one with the wider variance in place of the batch's own.
+    The variance over time and batch is the variance of the means plus a term that does not depend on them. So the
+    gradient is that of batch norm with this larger variance.
     """
 
     @staticmethod
@@ -72,7 +77,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """Forward a result that is known; backward the convolution's own."""
+    """Forward: a known result. Backward: the convolution's own gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, layer: Any) -> Tensor:  # type: ignore[no-untyped-def]
@@ -104,18 +109,18 @@ class _Convolution(torch.autograd.Function):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution whose backward pass is known: zero padding by numbers, no parametrisation."""
+    """Whether a layer is a convolution that we can differentiate: numeric zero padding, no parametrisation."""
     return type(layer) in CONVOLUTIONS and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def known_convolution(layer: Any, x: Tensor, result: Tensor) -> Tensor:
-    """What a plain convolution made of ``x``, or the mean of that over time, with the convolution's gradients."""
+    """The known result of a plain convolution of ``x``, or its mean over time, with the convolution's gradients."""
     bias = None if layer.bias is None else layer.bias.to(result.dtype)
     return _Convolution.apply(x.to(result.dtype), layer.weight.to(result.dtype), bias, result, layer)
 
 
 class _Steps(Walk):
-    """The first pass: all time steps, without graph; ``left`` holds, by node, what it leaves for the second."""
+    """The first pass: all time steps, without gradients; ``left`` holds by node what the second pass needs."""
 
     def __init__(self, core: fx.GraphModule, timesteps: int, batch: int) -> None:
         super().__init__(core)
@@ -138,7 +143,7 @@ class _Steps(Walk):
         return result
 
     def _mean(self, x: Tensor) -> Tensor:
-        """The mean over time of ``[T*B, ...]``, or what does not depend on time as it is; the memory order stays."""
+        """The mean over time of ``[T*B, ...]``; ``[B, ...]``, without time, as it is. The memory format stays."""
         if x.shape[0] == self.batch:
             return x
         last = is_channels_last(x)
@@ -157,7 +162,7 @@ class _Steps(Walk):
 
 
 class _Means(Walk):
-    """The second pass: one row a sample, on means, with graph; what the first pass left is let go as it is used."""
+    """The second pass: on means, one row per sample, with gradients. It frees what the first pass left as it goes."""
 
     def __init__(self, core: fx.GraphModule, left: dict[str, tuple[Tensor, ...]], keep: Collection[str]) -> None:
         super().__init__(core, keep)
@@ -185,30 +190,29 @@ class _Means(Walk):
 def rate_run(
     core: fx.GraphModule, rows: Tensor, timesteps: int, repeats: int, layers: int, keep: Collection[str] = ()
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits ``[T*B, K]`` of all steps, and the means ``[B, ...]`` of nodes, both with the rate-based gradient.
+    """Logits ``[T*B, K]`` of all steps and means ``[B, ...]`` of nodes by name, both with the rate-based gradient.
 
     Args:
         core: a student's graph, in training mode.
         rows: the encoded input, ``[B, ...]`` used ``timesteps`` times or ``[T*B, ...]`` used once.
         timesteps: T.
-        repeats: how often each row is used, 1 or T.
-        layers: how many layers of neurons there are.
+        repeats: at how many steps each row is used, 1 or T.
+        layers: the number of tensors in the state.
         keep: names of the nodes whose means are wanted.
 
     Raises:
-        ConfigError: if the network drops out at random, which two passes cannot share, or takes its batch norms'
-            statistics over several processes.
+        ConfigError: if the network has active dropout, which would differ between the two passes, or SyncBatchNorm.
     """
     for layer in core.modules():
         if isinstance(layer, nn.SyncBatchNorm) and layer.training:
             raise ConfigError(
-                "The rate-based gradient takes each process's own statistics, and SyncBatchNorm asks for those of all:"
-                " leave batch norms as they are, or use the exact gradient."
+                "The rate-based gradient uses each process's own statistics, and SyncBatchNorm needs those of all"
+                " processes: use ordinary batch norm, or the exact gradient."
             )
         if isinstance(layer, _DropoutNd) and layer.training and layer.p > 0:
             raise ConfigError(
-                f"The rate-based gradient runs the network twice, and dropout (p={layer.p}) would differ: set p=0 or"
-                " use the exact gradient."
+                f"The rate-based gradient runs the network twice, and dropout (p={layer.p}) would differ between the"
+                " two passes: set p=0, or use the exact gradient."
             )
     states = (None,) * layers
     batch = rows.shape[0] * repeats // timesteps

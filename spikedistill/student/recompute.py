@@ -1,15 +1,15 @@
-"""Activation checkpointing: a stage of the graph keeps what goes into it, and runs again when its gradient is due.
+"""Activation checkpointing: a stage of the graph keeps only its input, and runs again when its gradient is computed.
 
-A stage is a few layers of neurons; the graph is cut where the fewest signals cross, in a residual network at the ends
-of its blocks. State is an argument and a result of the graph, so a stage that runs again repeats itself, with two
-exceptions that are made here: batch norms move their running statistics in the first run alone, and hooks on neurons
-(``evaluate.activity``) hear the first run alone. The last stage keeps what it computes: its gradient is due at once.
+A stage is a few layers of neurons. The graph is cut where the fewest signals cross; in a residual network these are the
+ends of its blocks. State is an argument and a result of the graph, so a stage that runs again gives the same result.
+Two side effects happen in the first run only: batch norms update their running statistics, and hooks on neurons
+(``evaluate.activity``) are called. The last stage keeps its activations, since its gradient is computed at once.
 
-A stage may also keep what its convolutions gave. Then batch norms, additions and neurons alone run again, which costs
-less time, and of the three tensors between one convolution and the next (its result, normed, as spikes) one is kept.
+A stage may also keep the outputs of its convolutions. Then only batch norms, additions and neurons run again, which
+takes less time. Of the three tensors between two convolutions (output, after batch norm, spikes) one is kept.
 
-This is for gradients through all time steps. The rate-based gradient keeps three tensors ``[B, ...]`` a layer, all of
-them results of the T steps; to compute them again from the spikes ``[T*B, ...]`` that enter a stage would save nothing.
+This is for the exact gradient. The rate-based gradient keeps three tensors ``[B, ...]`` per layer, which are results of
+the T steps. To compute them again from the spikes ``[T*B, ...]`` at a stage's input would save nothing.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ from spikedistill.student.graph import Walk
 from spikedistill.student.rate import is_plain, known_convolution
 
 Recompute = Literal["nothing", "neurons", "stages"]
-"""What is computed again when its gradient is due: nothing, all but convolutions, or all of a stage."""
+"""What is computed again for the gradient: nothing, all but convolutions, or everything in a stage."""
 FEWEST, MOST = 2, 4
-"""Layers of neurons in a stage; between the two it ends where the fewest signals cross, and sooner where as few do."""
+"""Fewest and most layers of neurons in a stage. It ends where the fewest signals cross, at the first such place."""
 
 
 def recomputed_run(
     core: fx.GraphModule, convolutions: bool, keep: Collection[str], *given: Any
 ) -> tuple[Any, dict[str, Tensor]]:
-    """What ``core(*given)`` and nodes by name return, with the same gradients from less memory.
+    """The results of ``core(*given)``, and outputs of nodes by name, with the same gradients from less memory.
 
-    A network that cannot be cut, since it has three layers of neurons or fewer, keeps what it always did.
+    A network with three layers of neurons or fewer cannot be cut; it keeps all its activations.
 
     Args:
         core: a student's graph.
-        convolutions: whether they are computed again too.
-        keep: names of those nodes.
-        given: what the graph takes.
+        convolutions: whether convolutions are computed again too.
+        keep: names of the nodes.
+        given: the arguments of the graph.
     """
     nodes = list(core.graph.nodes)
     values: dict[fx.Node, Any] = dict(zip(nodes, given))
@@ -62,7 +62,7 @@ def recomputed_run(
 
 
 def stages(core: fx.GraphModule) -> list[list[fx.Node]]:
-    """The nodes of the graph but its inputs, in order, cut into stages; one that cannot be cut is a single stage."""
+    """The nodes of the graph in order, without its inputs, cut into stages; one stage if the graph cannot be cut."""
     nodes = list(core.graph.nodes)
     neurons = [0, *accumulate(isinstance(_layer(core, node), Spiking) for node in nodes)]
     crossing, closed = _crossings(core, nodes)
@@ -78,7 +78,7 @@ def stages(core: fx.GraphModule) -> list[list[fx.Node]]:
 
 
 def _crossings(core: fx.GraphModule, nodes: list[fx.Node]) -> tuple[list[int], set[int]]:
-    """How many signals cross the place before each node; and where none may, for one of them is changed in place."""
+    """The number of signals that cross before each node; and where no cut is allowed, as one is changed in place."""
     index = {node: place for place, node in enumerate(nodes)}
     crossing = [0] * len(nodes)
     closed: set[int] = set()
@@ -99,7 +99,7 @@ def _layer(core: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def _weighs(core: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node has weights: before such a node spikes have been pooled, and a stage may begin."""
+    """Whether a node has weights. A stage may begin before such a node: any pooling of spikes is done by then."""
     layer = _layer(core, node)
     if layer is None:
         return node.op == "call_function" and any(source.op == "get_attr" for source in node.all_input_nodes)
@@ -107,14 +107,14 @@ def _weighs(core: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _changes(core: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
-    """Whether the user writes its result over the node's."""
+    """Whether the user overwrites the node's output with its own."""
     if not user.args or user.args[0] is not node:
         return False
     return bool(getattr(_layer(core, user), "inplace", False))
 
 
 class _Stage(Walk):
-    """Some nodes of the graph as a function of what they read; it returns what is read after them or wanted."""
+    """Some nodes of the graph as a function of their inputs. It returns outputs that are read later or kept."""
 
     def __init__(self, core: fx.GraphModule, nodes: list[fx.Node], convolutions: bool, wanted: Collection[str]) -> None:
         super().__init__(core, garbage_collect_values=False)
@@ -152,7 +152,7 @@ class _Stage(Walk):
             return layer(*args, **kwargs)
 
     def _convolution(self, layer: Any, x: Tensor) -> Tensor:
-        """Its result, of the first run if that was kept and nothing was written over it."""
+        """Its output; that of the first run if it was kept and nothing has overwritten it."""
         result, version = self.convolved.pop(self.current.name, (None, 0))
         if result is None or result._version != version:
             with torch.no_grad():
@@ -164,7 +164,7 @@ class _Stage(Walk):
 
 @contextlib.contextmanager
 def _unmoved(layer: nn.Module) -> Iterator[None]:
-    """Let a layer write to copies of its buffers."""
+    """Let a layer write to copies of its buffers, so that the buffers themselves stay as they are."""
     kept = dict(layer._buffers)
     layer._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in kept.items()})
     try:

@@ -1,14 +1,14 @@
-"""What a conversion did, for people and for files."""
+"""The report of a conversion, for people and for files."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Site:
-    """One activation of the ANN and the neurons that took its place.
+    """One activation of the ANN and the layer of neurons that replaced it.
 
-    Where thresholds differ by channel, ``threshold`` is their mean; ``expected_rate`` is in spikes a step, 0..1.
-    ``silent`` says that the layer never fires on the calibration images.
+    ``threshold`` is the mean over channels if thresholds are per channel. ``expected_rate`` is in spikes per neuron and
+    step, 0..1. ``silent`` means that the layer never fires on the calibration images.
     """
 
     name: str
@@ -32,7 +32,7 @@ class PoolSite:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, activation by activation and max pooling by max pooling."""
+    """What became of every activation and every max pooling."""
 
     sites: tuple[Site, ...]
     timesteps: int
@@ -54,11 +54,11 @@ class Report:
         return "\n".join(lines)
 
     def _said_of_silent(self) -> str:
-        """Which layers never fire on the calibration images, and what to do; empty where all do."""
+        """Which layers never fire on the calibration images, and what to do; empty if all fire."""
         silent = [site.name for site in self.sites if site.silent]
         if not silent:
             return ""
         return (
-            f"; never firing on the calibration images: {', '.join(silent)}. Nothing passes these layers: give more"
+            f"; never firing on the calibration images: {', '.join(silent)}. No signal passes these layers: use more"
             " time steps, or a neuron with less leak or with decay_input=False"
         )

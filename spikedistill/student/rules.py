@@ -18,7 +18,7 @@ from spikedistill.student.trace import POOL_CALLS, argument, constants_of, sourc
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
 ACTIVATION_CALLS = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, "relu", "relu_"}
 LARGEST_SLOPE = 0.3
-"""A LeakyReLU up to this slope is taken for a ReLU, whose negative side a neuron without negative spikes lacks."""
+"""A LeakyReLU with at most this slope is converted like a ReLU: neurons have no negative spikes."""
 
 TIMELESS = (
     *(
@@ -119,21 +119,28 @@ def find_activations(module: fx.GraphModule) -> list[CallSite]:
     """All activations in order of execution.
 
     Raises:
-        ConversionError: if a part has no spiking meaning, or there is no activation at all.
+        ConversionError: if parts have no spiking meaning (the message names each with its remedy), or there is no
+            activation at all.
     """
     single_input(module.graph)
     constants = constants_of(module.graph)
     found: list[CallSite] = []
+    refused: list[str] = []
     for node in module.graph.nodes:
-        if node in constants:  # what is done to weights alone is no part of the signal
+        if node in constants:  # operations on weights are not part of the signal
             continue
         kind = _kind(module, node)
-        if kind:
-            name = _readable(node, found)
-            found.append(CallSite(node.name, name, kind, source_of(node), _slope_note(module, node)))
-        else:
-            _refuse_meaningless(module, node, constants)
-            refuse_mixing(module, node, constants)
+        try:
+            if kind:
+                name = _readable(node, found)
+                found.append(CallSite(node.name, name, kind, source_of(node), _slope_note(module, node)))
+            else:
+                _refuse_meaningless(module, node, constants)
+                refuse_mixing(module, node, constants)
+        except ConversionError as error:
+            refused.append(str(error))
+    if refused:
+        raise ConversionError(_all_refused(refused))
     if not found:
         raise ConversionError(
             "The network has no ReLU, ReLU6 or LeakyReLU, so nothing would spike: give a network with activations."
@@ -141,8 +148,19 @@ def find_activations(module: fx.GraphModule) -> list[CallSite]:
     return found
 
 
+def _all_refused(refused: Sequence[str]) -> str:
+    """One message for all refused parts; equal ones on one source line are named once."""
+    if len(refused) == 1:
+        return refused[0]
+    alike: dict[str, list[str]] = {}
+    for said in refused:
+        alike.setdefault(re.sub(r"^'[^']*'|\(node \w+\)", "", said), []).append(said)
+    lines = [said[0] + (f" ({len(said) - 1} more like it)" if len(said) > 1 else "") for said in alike.values()]
+    return "\n  ".join([f"{len(refused)} parts of the network cannot be converted:", *lines])
+
+
 def _readable(node: fx.Node, found: Sequence[CallSite]) -> str:
-    """The path of a module or the name of a call, with a number where it is called again."""
+    """The path of a module or the name of a call; with a number if it is called again."""
     base = str(node.target if node.op == "call_module" else node.name)
     count = sum(one.name.split("#")[0] == base for one in found)
     return base if not count else f"{base}#{count + 1}"
@@ -152,7 +170,7 @@ def find_pools(module: fx.GraphModule, max_pool: MaxPool) -> list[CallSite]:
     """All calls of max pooling in order of execution.
 
     Raises:
-        ConversionError: if one returns indices, or takes its size from the input where it is to be exchanged.
+        ConversionError: if one returns indices, or is to be replaced and takes its size from the input.
     """
     found: list[CallSite] = []
     for node in module.graph.nodes:
@@ -161,7 +179,7 @@ def find_pools(module: fx.GraphModule, max_pool: MaxPool) -> list[CallSite]:
             if layer.return_indices:
                 raise ConversionError(
                     f"The max pooling '{node.target}' at {source_of(node)} returns indices, which spikes do not have:"
-                    " leave return_indices away."
+                    " omit return_indices."
                 )
             found.append(CallSite(node.name, _readable(node, found), type(layer).__name__, source_of(node)))
         elif node.target in POOL_CALLS and max_pool != "or":
@@ -173,7 +191,7 @@ def find_pools(module: fx.GraphModule, max_pool: MaxPool) -> list[CallSite]:
 
 
 def _kind(module: fx.GraphModule, node: fx.Node) -> str:
-    """The name of the activation, or nothing."""
+    """The name of the activation; empty if the node is none."""
     if node.op == "call_module":
         layer = module.get_submodule(str(node.target))
         return type(layer).__name__ if isinstance(layer, ACTIVATIONS) else ""
@@ -190,8 +208,8 @@ def _slope_note(module: fx.GraphModule, node: fx.Node) -> str:
         slope = argument(node, 1, "negative_slope", 0.01)
     if abs(slope) > LARGEST_SLOPE:
         raise ConversionError(
-            f"'{node.target}' at {source_of(node)} has a negative slope of {slope}, above {LARGEST_SLOPE}: a neuron"
-            " that only spikes upwards cannot stand for it; train the ANN with ReLU."
+            f"'{node.target}' at {source_of(node)} has a negative slope of {slope}, above {LARGEST_SLOPE}: neurons"
+            " have no negative spikes and cannot replace it. Train the ANN with ReLU."
         )
     return f"negative slope {slope} dropped" if slope else ""
 
@@ -248,6 +266,6 @@ def single_input(graph: fx.Graph) -> fx.Node:
         raise ConversionError(
             f"The network takes {len(tensors)} inputs and returns"
             f" {type(result).__name__ if not isinstance(result, fx.Node) else 'a tensor'}: expected one tensor in and"
-            " one tensor of logits out; wrap it in a module that says which."
+            " one tensor of logits out. Wrap it in a module that selects them."
         )
     return tensors[0]

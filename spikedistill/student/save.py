@@ -1,7 +1,7 @@
 """A student as one file that describes itself: safetensors with the network, the conversion and T in its header.
 
-A file never runs code of its own accord. A network of the zoo, of torchvision or of timm is built by name; one that the
-header names as Python code is built where the caller gives it, or says that the file is to be trusted.
+Loading a file never runs its code unasked. A network of the zoo, torchvision or timm is built by name. If the header
+names Python code, the caller passes the network or says that the code is trusted.
 """
 
 import importlib
@@ -24,14 +24,14 @@ from spikedistill.student.upgrade import FORMAT, conversion_from, upgrade
 from spikedistill.teacher.load import Architecture, Normalised, code_refused, load_weights
 
 OWN = ("kind", "format", "network", "conversion", "gradient", "recompute", "timesteps", "mean", "std")
-"""What the header says of every student."""
+"""The fields of the header of every student."""
 LARGEST = 1e30
-"""No mean and no deviation of an input is larger."""
+"""The largest mean or standard deviation that a header may hold."""
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file says of its student, every value of the right kind."""
+    """The checked header of a student's file; every value has the right type."""
 
     network: Mapping[str, Any]
     conversion: Conversion
@@ -52,18 +52,18 @@ def save_student(
     """Write a student to one file, atomically.
 
     Args:
-        path: the file; of a directory its ``model.safetensors``.
-        student: as ``to_spiking`` made it, trained or not; one whose batch norms are folded cannot be loaded again.
-        architecture: what the ANN is built from; without it the class of the ANN is named.
-        facts: more for the header, anything that JSON holds.
+        path: the file, or a directory for its ``model.safetensors``.
+        student: made by ``to_spiking``, trained or not. A student with folded batch norms cannot be loaded again.
+        architecture: how to build the ANN; without it the header names the class of the ANN.
+        facts: further entries for the header, anything that JSON can hold.
 
     Raises:
-        ConfigError: if facts have a name of the header's own, or a surrogate or coding is a class of the user's.
+        ConfigError: if a name in ``facts`` is one of the header's, or the surrogate or coding is a user's own class.
         RunError: if the file cannot be written.
     """
     taken = [name for name in facts or {} if name in OWN]
     if taken:
-        raise ConfigError(f"facts may not be named {', '.join(taken)}, as the header's own are: choose other names.")
+        raise ConfigError(f"facts may not hold {', '.join(taken)}: the header uses these names. Choose other names.")
     header = {
         "kind": "student",
         "format": FORMAT,
@@ -79,27 +79,27 @@ def save_student(
 
 
 def load_student(path: str | Path, network: nn.Module | None = None, trust_code: bool = False) -> Student:
-    """A student from its file, in evaluation mode, with the answers that it had.
+    """Load a student from its file, in evaluation mode. It gives the logits of the student that was saved.
 
     Args:
         path: the file, or a directory with ``model.safetensors``.
-        network: the ANN, its weights of no matter; it need not be given where the file names one of the zoo's,
-            torchvision's or timm's. It is not changed.
+        network: the ANN, with any weights. Not needed if the file names a network of the zoo, torchvision or timm. It
+            is not changed.
         trust_code: run the Python code that the file names to build the network.
 
     Raises:
         WeightsError: if the file is missing or broken, or its weights do not fit the network.
-        RunError: if it holds no student, says of it what this version does not know, or is another run's than its
+        RunError: if it holds no student, was written by an unknown version, or belongs to another run than its
             directory.
         ConfigError: if it names code that is not trusted, or a network that cannot be built.
-        ConversionError: if the given network has no spiking meaning.
+        ConversionError: if the given network cannot be converted.
     """
     file, tensors, facts = read_student(path)
     header = _header(facts, file)
     ann = _build(header.network, file, trust_code) if network is None else network
     ann = ann.network if isinstance(ann, Normalised) else ann
     made = replace(header.conversion.settled(), inherit=False, correct_bias=False)
-    with torch.random.fork_rng(devices=[]):  # of the weights that are drawn none stays
+    with torch.random.fork_rng(devices=[]):  # the random weights drawn here are all replaced
         student, _ = to_spiking(ann, made, mean=header.mean, std=header.std)
     student.conversion = header.conversion.settled()
     student.origin = header.network if network is None else student.origin
@@ -111,27 +111,30 @@ def load_student(path: str | Path, network: nn.Module | None = None, trust_code:
 
 
 def read_student(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The weights file of a run directory, or that file; its tensors; what it knows of them.
+    """The path of a student's file, its tensors, and its header.
+
+    Args:
+        path: a run directory, or the file itself.
 
     Raises:
         WeightsError: if it cannot be read.
-        RunError: if it is no student's.
+        RunError: if it holds no student.
     """
     file = weights_file(path)
     tensors, facts = read_tensors(file)
     kind = facts.get("kind", "weights of unknown origin") if isinstance(facts, dict) else "a damaged header"
     if kind != "student":
-        raise RunError(f"'{file}' holds no student but {kind}: give a run of 'distill'.")
+        raise RunError(f"'{file}' holds {kind}, not a student: give a run of 'distill'.")
     return file, tensors, facts
 
 
 def fill(student: Student, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load weights, and thresholds whether there is one for each layer or channel.
+    """Load weights and thresholds, per layer or per channel, into a student.
 
-    A student that learns initial potentials keeps its own where the given one did not learn them.
+    A student that learns initial potentials keeps its own if the tensors hold none.
 
     Raises:
-        WeightsError: if they do not fit.
+        WeightsError: if a tensor is missing or does not fit.
     """
     layers = {path: layer for path, layer in student.named_modules() if isinstance(layer, Spiking)}
     for path, layer in layers.items():
@@ -146,7 +149,7 @@ def _set_threshold(layer: Spiking, given: Tensor, name: str) -> None:
     try:
         layer.set_threshold(given)
     except ConfigError as error:
-        raise WeightsError(f"{name} cannot be one ({error}): the file is damaged.") from error
+        raise WeightsError(f"{name} is not a valid threshold ({error}): the file is damaged.") from error
 
 
 def _header(facts: Mapping[str, Any], file: Path) -> _Header:
@@ -155,11 +158,11 @@ def _header(facts: Mapping[str, Any], file: Path) -> _Header:
         given = facts if facts.get("format") == FORMAT else _of_format_1(facts)
         missing = [name for name in OWN if name not in given]
         if missing:
-            raise ConfigError(f"there is no {', '.join(missing)}")
+            raise ConfigError(f"{', '.join(missing)} missing")
         one_of("gradient", given["gradient"], get_args(Gradient))
         one_of("recompute", given["recompute"], get_args(Recompute))
         if type(given["timesteps"]) is not int or given["timesteps"] < 1:
-            raise ConfigError(f"timesteps (={given['timesteps']!r}) is no number of 1 or more")
+            raise ConfigError(f"timesteps (={given['timesteps']!r}) is not a whole number of 1 or more")
         mean, std = _numbers(given["mean"]), _numbers(given["std"])
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise ConfigError(f"mean {mean} and std {std} are not one value per channel, std above 0")
@@ -167,20 +170,20 @@ def _header(facts: Mapping[str, Any], file: Path) -> _Header:
         network = _network(given["network"])
     except SpikeDistillError as error:
         raise RunError(
-            f"'{file}' describes its student in a way that this version does not know ({str(error).rstrip('.')}):"
+            f"This version cannot read the description of the student in '{file}' ({str(error).rstrip('.')}):"
             " save or distill it again."
         ) from error
     return _Header(network, conversion, given["gradient"], given["recompute"], given["timesteps"], mean, std)
 
 
 def _of_format_1(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The header that a run of 'distill' wrote at first, in the present form.
+    """A header of format 1, as early runs of 'distill' wrote it, in format 2.
 
     Raises:
-        SpikeDistillError: if it is of another format, or its recipe is not known.
+        SpikeDistillError: if it has another format, or its recipe is not known.
     """
     if "recipe" not in facts or "format" in facts:
-        raise ConfigError(f"its format is {facts.get('format')!r}, and formats 1 and 2 are known")
+        raise ConfigError(f"its format is {facts.get('format')!r}, expected 1 or 2")
     chosen = upgrade(facts["recipe"]).get("student", {})
     conversion = conversion_from(chosen)
     return {
@@ -197,7 +200,7 @@ def _of_format_1(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _numbers(given: Any) -> tuple[float, ...]:
     numbers = given if isinstance(given, list) else []
     if not numbers or not all(type(value) in (int, float) and abs(value) < LARGEST for value in numbers):
-        raise ConfigError(f"{str(given)[:80]} is no list of numbers")
+        raise ConfigError(f"{str(given)[:80]} is not a list of numbers")
     return tuple(map(float, numbers))
 
 
@@ -217,8 +220,8 @@ def _build(network: Mapping[str, Any], file: Path, trust_code: bool) -> nn.Modul
         return _of_code(name)
     try:
         return Architecture(**network).build()
-    except (RuntimeError, MemoryError) as error:  # sizes that no memory holds
-        raise ConfigError(f"'{file}' names a network that cannot be built ({error}): pass network=....") from error
+    except (RuntimeError, MemoryError) as error:  # sizes too large for memory
+        raise ConfigError(f"'{file}' names a network that cannot be built ({error}): pass network=...") from error
 
 
 def _of_code(name: str) -> nn.Module:
@@ -226,7 +229,7 @@ def _of_code(name: str) -> nn.Module:
     module, _, path = name.partition(":")
     said = "pass network=... (the ANN)"
     if module == "__main__" or "<locals>" in path:
-        raise ConfigError(f"The network '{name}' lives in a script or a function, where nobody finds it: {said}.")
+        raise ConfigError(f"The network '{name}' was defined in a script or a function and cannot be imported: {said}.")
     try:
         network = operator.attrgetter(path)(importlib.import_module(module))()
     except (Exception, SystemExit) as error:  # whatever a third-party module raises
@@ -235,12 +238,12 @@ def _of_code(name: str) -> nn.Module:
             f"The network '{name}' cannot be imported and called without arguments ({reason}): {said}."
         ) from error
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"'{name}' made {type(network).__name__}, no torch.nn.Module: {said}.")
+        raise ConfigError(f"'{name}' returned {type(network).__name__}, not a torch.nn.Module: {said}.")
     return network
 
 
 def _in_dtypes_of(student: Student, tensors: Mapping[str, Tensor]) -> None:
-    """Let the student hold its numbers as the file does, so that nothing is rounded."""
+    """Give the student the number formats of the file, so that nothing is rounded."""
     for name, own in (*student.named_parameters(), *student.named_buffers()):
         given = tensors.get(name)
         if given is not None and given.is_floating_point() and own.is_floating_point():

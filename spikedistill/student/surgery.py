@@ -1,13 +1,12 @@
-"""Every activation call site becomes its own neuron.
+"""Graph surgery: every call of an activation becomes its own layer of neurons.
 
-``trace.py`` makes a graph of operations of the network. Each activation in it, be it a module, a function or a method,
-and each call of a module that is called twice, becomes a ``Spiking`` layer of its own. So does each max pooling over
-time (``pool.py``). The graph then takes, beside the
-images, ``timesteps``, ``repeats``, ``states`` and ``keep``; it returns ``(output, states)``: state is an argument and a
-result, and lives nowhere.
+``trace.py`` turns the network into a graph of operations. Each activation in it becomes its own ``Spiking`` layer,
+whether it is a module, a function or a method. A module that is called twice becomes two layers. Each max pooling over
+time becomes a layer too (``pool.py``). Besides the images the graph then takes ``timesteps``, ``repeats``, ``states``
+and ``keep``. It returns ``(output, states)``: state is an argument and a result, and is stored nowhere.
 
-What comes before the first neuron does not depend on time. It keeps the batch ``[B, ...]`` and runs once; where a
-time-dependent operation needs it (a skip connection), ``repeat_time`` spreads it to ``[T*B, ...]``.
+The part before the first neurons does not depend on time. It keeps the batch ``[B, ...]`` and runs once. If an
+operation that depends on time reads it, as a skip connection does, ``repeat_time`` repeats it to ``[T*B, ...]``.
 """
 
 import operator
@@ -28,14 +27,14 @@ from spikedistill.student.trace import constants_of, free_name
 def insert_layers(
     module: fx.GraphModule, layers: Sequence[tuple[CallSite, Spiking | CumulativeMaxPool]]
 ) -> dict[str, str]:
-    """Put layers that know time into the graph, in place; its signature: the head of this file.
+    """Put layers with state into the graph, in place. The top of this file gives the new signature.
 
     Args:
         module: the traced network.
-        layers: the neurons in order of execution, then the max poolings; the state is in this order.
+        layers: the neurons in order of execution, then the max poolings. The state has the same order.
 
     Returns:
-        For the name of each node that there was, the name of the node that stands for it now.
+        For the name of each old node the name of the node that replaced it.
     """
     graph = module.graph
     inputs = _own_placeholder(graph)
@@ -76,7 +75,7 @@ def insert_layers(
 
 
 def _own_placeholder(graph: fx.Graph) -> fx.Node:
-    """The input as ``images``: the network's own name for it may be one that is needed for something else."""
+    """Name the input ``images``: the network's own name for it may clash with another argument of the graph."""
     given = single_input(graph)
     with graph.inserting_before(given):
         inputs = graph.placeholder("images")
@@ -86,10 +85,10 @@ def _own_placeholder(graph: fx.Graph) -> fx.Node:
 
 
 def _name_in_order(module: fx.GraphModule) -> dict[str, str]:
-    """Name the nodes as tracing would, so that a student out of pickle, which is traced anew, has the same names.
+    """Name the nodes as tracing would: unpickling a student traces it anew and must give the same names.
 
     Returns:
-        For each name that there was the new one.
+        For each old name the new one.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -103,7 +102,7 @@ def _name_in_order(module: fx.GraphModule) -> dict[str, str]:
 
 
 def static_nodes(graph: fx.Graph, fired: Collection[str]) -> dict[fx.Node, None]:
-    """Nodes that depend on the input but on no neuron, in order; none where a size of theirs is used later in time."""
+    """Nodes that depend on the input but on no neuron, in order; none if later nodes with time use their size."""
     static: dict[fx.Node, None] = {}
     constants = constants_of(graph)
     for node in graph.nodes:
@@ -129,8 +128,8 @@ def _spread(graph: fx.Graph, node: fx.Node, repeats: fx.Node, users: list[fx.Nod
 
 POOL_NOTES = {
     "cumulative": "cumulative: its mean is the maximum of the means",
-    "or": "each step by itself, over spikes a logical or: its error does not shrink as T grows",
-    "average": "exchanged for average pooling",
+    "or": "each step alone, over spikes a logical or: its error does not shrink as T grows",
+    "average": "replaced by average pooling",
 }
 BEFORE = "before the first neuron: the same at every step"
 
@@ -138,13 +137,15 @@ BEFORE = "before the first neuron: the same at every step"
 def make_pools(
     module: fx.GraphModule, activations: Sequence[CallSite], max_pool: MaxPool, repeats: bool
 ) -> tuple[list[tuple[CallSite, CumulativeMaxPool]], tuple[PoolSite, ...]]:
-    """The max poolings that become layers with a state, and what the report says of all; in place for ``average``.
+    """The max poolings that become layers with a state, and the report on all of them.
+
+    With ``average`` they are replaced in place.
 
     Args:
         module: the traced network.
-        activations: what will become neurons.
+        activations: the calls that will become layers of neurons.
         max_pool: see ``Conversion``.
-        repeats: whether the input is the same at every step, so that a maximum before the first neuron is too.
+        repeats: whether the input is the same at every step; then a maximum before the first neurons is too.
     """
     found = find_pools(module, max_pool)
     if max_pool == "average":
@@ -160,10 +161,10 @@ def make_pools(
 
 
 def average_pools(module: fx.GraphModule, pools: Sequence[CallSite]) -> None:
-    """Exchange max pooling for average pooling, in place.
+    """Replace max pooling by average pooling, in place.
 
     Raises:
-        ConversionError: if one has a dilation.
+        ConversionError: if a max pooling has a dilation.
     """
     targets = {node.name: str(node.target) for node in module.graph.nodes}
     for target in dict.fromkeys(targets[pool.node] for pool in pools):
@@ -177,7 +178,9 @@ def _exchange(module: fx.GraphModule, target: str) -> None:
         new = getattr(nn, name)(pool.output_size)
     else:
         if pool.dilation not in (1, (1,), (1, 1), (1, 1, 1)):
-            raise ConversionError(f"'{target}' has a dilation of {pool.dilation}, average pooling has none: keep it.")
+            raise ConversionError(
+                f"'{target}' has a dilation of {pool.dilation}, and average pooling has none: keep max pooling."
+            )
         options = {"ceil_mode": pool.ceil_mode, "count_include_pad": False}
         new = getattr(nn, name)(pool.kernel_size, pool.stride, pool.padding, **options)
     parent, _, child = target.rpartition(".")

@@ -1,15 +1,16 @@
-"""From a network to a graph of operations whose every layer follows train() and eval().
+"""From a network to a graph of operations in which every layer follows train() and eval().
 
-torch.fx traces a forward with the values of its flags frozen. Dropout and batch norm that were called as functions
-become modules again, and what works in place hands on its result.
+torch.fx freezes the values of flags when it traces. So dropout and batch norm that are called as functions become
+modules. After an operation in place, later nodes read its result instead of its input.
 """
 
+import functools
 import inspect
 import operator
 import os
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jaxtyping
@@ -41,18 +42,67 @@ IN_PLACE_CALLS: dict[Any, Any] = {
     operator.imul: operator.mul,
     **{name + "_": name for name in ("add", "sub", "mul", "div")},
 }
-"""What works in place, and what gives the same beside it."""
+"""Operations in place, and the same operations with a new result."""
+NUMBERED = (
+    *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"),
+    *("reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "broadcast_to"),
+    *("chunk", "narrow", "select", "tile", "roll", "mean", "sum", "amax", "amin"),
+    *(f"{kind}_pool{places}d" for kind in ("avg", "max") for places in (1, 2, 3)),
+)
+"""Functions of lists or numbers that a forward may compute from its input: the parts of a chunk, a height."""
+PLACES: tuple[Any, ...] = (torch, F, torch._C._nn)
+"""Where a forward, and the code that torch.fx writes, find these functions."""
 MACHINERY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(str(jaxtyping.__file__)) + os.sep, __file__)
-"""Files whose lines are no user's."""
+"""Files whose lines are not user code."""
 
 
 class _Tracer(fx.Tracer):
-    """torch.fx's tracer, which also remembers what each module path returned."""
+    """torch.fx's tracer; it also remembers the node that each module path returned.
+
+    ``F.avg_pool2d(x, x.size(3))`` and ``torch.cat(x.chunk(2, 1), 1)`` are traced under every torch. Functions of older
+    ones (2.6, 2.8) refuse a proxy in place of a number or a list. Then the forward is traced again, and such calls are
+    recorded here. The first trace is without, as modules that torch imports then must find its functions unchanged.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.record_stack_traces = True
         self.ends: dict[str, fx.Node] = {}
+        self.asked: dict[Any, Any] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        try:
+            return super().trace(root, concrete_args)
+        except TypeError as error:
+            if str(error).partition("(")[0] not in NUMBERED or "Proxy" not in str(error):
+                raise
+        vars(self).update(vars(type(self)()))
+        held = [(place, name, vars(place)[name]) for place in PLACES for name in NUMBERED if name in vars(place)]
+        self.asked = {self._recording(function): function for _, _, function in held}
+        try:
+            for (place, name, _), recording in zip(held, self.asked):
+                setattr(place, name, recording)
+            return super().trace(root, concrete_args)
+        finally:
+            for place, name, function in held:
+                setattr(place, name, function)
+
+    def _recording(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, but that a call which it refuses for a proxy becomes a node."""
+
+        @functools.wraps(function)
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except TypeError as error:
+                if "Proxy" not in str(error):
+                    raise
+                return self.create_proxy("call_function", function, args, kwargs)
+
+        return recording
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+        return super().create_proxy(kind, self.asked.get(target, target), *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, WinogradConv2d) or super().is_leaf_module(m, module_qualified_name)
@@ -66,7 +116,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
-    """The network as a graph, and the node at which each module path ends.
+    """The network as a graph, and for each module path the node of its output.
 
     Raises:
         ConversionError: if the network cannot be traced, or does not map one tensor to one tensor.
@@ -79,8 +129,8 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     except Exception as error:  # whatever the user's forward raises on proxies
         raise ConversionError(
             f"{type(network).__name__} cannot be traced by torch.fx ({_first_line(error)}) at {_line_of(error)}:"
-            " its forward depends on values or leaves the tensors. Rewrite that part with fixed shapes and branches, or"
-            " pass the inner network alone."
+            " its forward depends on the values of tensors or converts them. Rewrite that part with fixed shapes and"
+            " branches, or pass only the inner network."
         ) from error
     finally:
         network.train(training)
@@ -100,13 +150,13 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
 
 
 def _defaults(network: nn.Module) -> dict[str, Any]:
-    """Fix every argument of forward but the first at its default."""
+    """The defaults of all arguments of forward except the first."""
     parameters = list(inspect.signature(network.forward).parameters.values())[1:]
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _drop_fixed_arguments(graph: fx.Graph) -> None:
-    """The placeholders and assertions that fixed arguments leave behind."""
+    """Remove the placeholders and assertions of arguments that are fixed at their defaults."""
     for node in reversed(list(graph.nodes)):
         checked = node.op == "call_function" and getattr(node.target, "__name__", "").startswith("_assert")
         fixed = node.op == "placeholder" and not node.users and node.prev.op == "placeholder"
@@ -119,14 +169,14 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
 
 
 def _input_first(graph: fx.Graph) -> None:
-    """An input that was given by name becomes the first argument, where all that follows looks for it."""
+    """Make an input that was passed by name the first argument, where all later code expects it."""
     for node in graph.nodes:
         if node.op in ("call_function", "call_module") and not node.args and "input" in node.kwargs:
             node.args, node.kwargs = (node.kwargs["input"],), {k: v for k, v in node.kwargs.items() if k != "input"}
 
 
 def _functional_dropout(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Tracing freezes ``F.dropout(training=...)``; a module keeps following train() and eval()."""
+    """Turn ``F.dropout`` into modules, which follow train() and eval(): tracing freezes its ``training``."""
     found = [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUT_CALLS]
     moved = {}
     for number, node in enumerate(found):
@@ -138,7 +188,7 @@ def _functional_dropout(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx
 
 
 def _functional_norm(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Tracing freezes ``F.batch_norm(training=...)`` too; a module with the same weights and statistics goes on."""
+    """Turn ``F.batch_norm`` into modules with the same weights and statistics: tracing freezes its ``training``."""
     moved, constants = {}, constants_of(graph)
     for node in [node for node in graph.nodes if node.op == "call_function" and node.target is F.batch_norm]:
         if node.args[0] in constants:  # weights are standardised
@@ -148,8 +198,8 @@ def _functional_norm(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.No
         own = all(value is None or (isinstance(value, fx.Node) and value.op == "get_attr") for value in tensors)
         if not own or tensors[0] is None or given.get("training"):
             raise ConversionError(
-                f"A batch norm without running statistics of its own at {source_of(node)} has no spiking meaning: it"
-                " measures each input anew; use batch norm, which folds into the weights."
+                f"A batch norm without running statistics at {source_of(node)} has no spiking meaning: it measures each"
+                " input anew; use batch norm with running statistics, which folds into the weights."
             )
         held = [None if value is None else operator.attrgetter(str(value.target))(network) for value in tensors]
         path = str(tensors[0].target).rpartition(".")[0]
@@ -161,7 +211,7 @@ def _functional_norm(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.No
 
 
 def _norm_of(owner: nn.Module, given: Mapping[str, Any], mean: Any, var: Any, weight: Any, bias: Any) -> nn.Module:
-    """A batch norm that shares the tensors which its owner called ``F.batch_norm`` with."""
+    """A batch norm that shares the tensors with which its owner called ``F.batch_norm``."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm3d, nn.BatchNorm2d)
     kind: Any = next((kind for kind in kinds if isinstance(owner, kind)), nn.BatchNorm2d)
     momentum = getattr(owner, "momentum", given.get("momentum", 0.1))
@@ -171,7 +221,7 @@ def _norm_of(owner: nn.Module, given: Mapping[str, Any], mean: Any, var: Any, we
 
 
 def _functional_pools(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Max pooling called as a function becomes a module, where its sizes are numbers."""
+    """Turn max pooling that is called as a function into modules, if its sizes are numbers."""
     moved = {}
     for number, node in enumerate([node for node in graph.nodes if node.target in POOL_CALLS]):
         kind = POOL_CALLS[node.target]
@@ -188,7 +238,7 @@ def _functional_pools(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.N
 
 
 def _free_of_layout(graph: fx.Graph) -> None:
-    """A view needs its memory in one order; a reshape gives the same in any."""
+    """Replace views by reshapes, which do not depend on the memory format."""
     for node in graph.nodes:
         cast = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
         if node.op == "call_method" and node.target in ("view", "view_as") and not cast:
@@ -197,7 +247,7 @@ def _free_of_layout(graph: fx.Graph) -> None:
 
 
 def _keep_batches_of_one(graph: fx.Graph) -> None:
-    """A squeeze of every dimension would take a batch of one for none, in a stream and before the first neuron."""
+    """Replace a squeeze of all dimensions, which would also remove the batch axis of a batch of one."""
     constants = constants_of(graph)
     for node in graph.nodes:
         alone = len(node.args) == 1 and not node.kwargs and node not in constants
@@ -206,14 +256,14 @@ def _keep_batches_of_one(graph: fx.Graph) -> None:
 
 
 def squeeze_places(x: Any) -> Any:
-    """``x.squeeze()``, but that a batch of one stays a batch."""
-    if isinstance(x, fx.Proxy):  # a student that comes out of pickle is traced anew
+    """``x.squeeze()`` that keeps dimension 0, the batch."""
+    if isinstance(x, fx.Proxy):  # unpickling a student traces it anew
         return x.tracer.create_proxy("call_function", squeeze_places, (x,), {})
     return x.squeeze(tuple(range(1, x.ndim)))
 
 
 def _call_instead(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
-    """Exchange a call on the signal for the call of a module."""
+    """Replace a node by the call of a module on the same signal."""
     with graph.inserting_before(node):
         call = graph.call_module(name, (node.args[0],))
     call.stack_trace = node.stack_trace
@@ -223,7 +273,7 @@ def _call_instead(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
 
 
 def _follow_in_place(network: nn.Module, graph: fx.Graph) -> None:
-    """What is used after something that works in place is its result, which then may lie in a place of its own."""
+    """Let later nodes read the result of an operation in place; then the operation may return a new tensor."""
     for node in graph.nodes:
         if _works_in_place(network, node):
             node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
@@ -243,7 +293,7 @@ def _works_in_place(network: nn.Module, node: fx.Node) -> bool:
 
 
 def constants_of(graph: fx.Graph) -> set[fx.Node]:
-    """Weights, and what is made of them alone."""
+    """Weights, and nodes that depend on weights only."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         sources = node.all_input_nodes
@@ -253,14 +303,14 @@ def constants_of(graph: fx.Graph) -> set[fx.Node]:
 
 
 def free_name(module: nn.Module, name: str) -> str:
-    """The name, with as many underscores as it takes to be new."""
+    """The name, with underscores appended until the module has no such attribute."""
     while hasattr(module, name):
         name += "_"
     return name
 
 
 def argument(node: fx.Node, position: int, name: str, default: float) -> float:
-    """A number that a function was called with, by position or by name."""
+    """A numeric argument of a call, by position or by name."""
     value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
     return float(value)  # type: ignore[arg-type]
 

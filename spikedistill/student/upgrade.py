@@ -1,4 +1,4 @@
-"""Recipes of format 1, as runs wrote them at first, in format 2; and the conversion that a recipe describes."""
+"""Recipes of format 1, as early runs wrote them, in format 2; and the conversion that a recipe describes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from spikedistill.student.coding import CODINGS
 from spikedistill.student.conversion import USUAL, Conversion, max_pool_from, neuron_from
 
 FORMAT = 2
-"""Of recipes and of the headers of students; 1 was written before the method of a recipe was its objective."""
+"""The format of recipes and of students' headers. In format 1 the method of a recipe was not yet its objective."""
 SOFT = ("temperature", "alpha")
 PAIRED = ("adapt", "margin", "partial", "label_smoothing")
 METHOD_FIELDS: dict[str, tuple[str, ...]] = {
@@ -22,7 +22,7 @@ METHOD_FIELDS: dict[str, tuple[str, ...]] = {
     "conversion-percentile": (),
     "conversion-least-squares": (),
 }
-"""The methods of format 1 and the fields that each has in format 2."""
+"""The methods of format 1, and the fields that each has in format 2."""
 RENAMED: dict[str, dict[str, str]] = {
     "who": {
         "teacher": "source",
@@ -36,17 +36,17 @@ RENAMED: dict[str, dict[str, str]] = {
     "data": {"data": "name"},
     "training": {},
 }
-"""For each part of a format 1 recipe the fields that have another name in format 2."""
+"""For each part of a recipe of format 1 the fields that have another name in format 2."""
 
 
 def upgrade(recipe: Any) -> dict[str, Any]:
     """A recipe of format 1 in format 2; one of format 2 as it is.
 
     Args:
-        recipe: of kind distill or teach, as JSON holds it; in the header of a student it has no kind.
+        recipe: a recipe of 'distill' or 'teach' as read from JSON. In the header of a student it has no kind.
 
     Raises:
-        RunError: if it is of another format or kind, or a part of it is missing or no mapping.
+        RunError: if it has another format or kind, or a part is missing or not a mapping.
     """
     if not isinstance(recipe, Mapping):
         raise RunError(f"The recipe is {str(recipe)[:80]!r}: expected its parts by name; the file is damaged.")
@@ -55,8 +55,8 @@ def upgrade(recipe: Any) -> dict[str, Any]:
     kind = recipe.get("kind", "distill" if "who" in recipe else "teach")
     if "format" in recipe or kind not in ("distill", "teach"):
         raise RunError(
-            f"The recipe is of kind {kind!r} and format {recipe.get('format', 1)!r}: this version reads 'distill' and"
-            " 'teach' of formats 1 and 2."
+            f"The recipe has kind {kind!r} and format {recipe.get('format', 1)!r}: this version reads 'distill' and"
+            " 'teach' in formats 1 and 2."
         )
     if kind == "teach":
         return {**recipe, "kind": kind, "format": FORMAT, "data": _part(recipe, "data")}
@@ -80,14 +80,14 @@ def _part(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _renamed_pool(student: Any) -> Any:
-    """The choices of a student, with max pooling named as it is now."""
+    """The choices of a student, with today's name of its max pooling."""
     if not isinstance(student, Mapping) or "max_pool" not in student:
         return student
     return {**student, "max_pool": max_pool_from(student["max_pool"])}
 
 
 def _method(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The method with the fields that it has, and no others."""
+    """The method with its own fields and no others."""
     given = _part(recipe, "what")
     name = str(given.get("name", "kdsnn"))
     one_of("method", name, METHOD_FIELDS)
@@ -96,10 +96,10 @@ def _method(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conversion_from(fields: Mapping[str, Any]) -> Conversion:
-    """The conversion that the student of a recipe of format 2 describes; a field that is not there has its usual value.
+    """The conversion that the student of a recipe of format 2 describes. A missing field has its default.
 
     Raises:
-        ConfigError: if a value is of another kind, or cannot work.
+        ConfigError: if a value has the wrong type or is outside its range.
     """
     inherits = fields.get("inherit")
     inherits = fields.get("network", "same") == "same" if inherits is None else inherits
@@ -129,5 +129,5 @@ def conversion_from(fields: Mapping[str, Any]) -> Conversion:
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"A field of the recipe's student is of another kind ({error}): the file is damaged."
+            f"A field of the recipe's student has the wrong type ({error}): the file is damaged."
         ) from error

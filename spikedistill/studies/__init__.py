@@ -1,1 +1,1 @@
-"""Comparisons over seeds: published claims, measured here."""
+"""Studies: comparisons over seeds that test published claims."""

@@ -1,11 +1,13 @@
-"""The comparisons of the KDSNN paper (Xu et al., CVPR 2023, arXiv 2304.05627) as recipes of recipes.
+"""The comparisons of the KDSNN paper (Xu et al., CVPR 2023, arXiv 2304.05627).
 
-A study names its teachers and its cells: one cell a student, method and seed. ``full`` has networks of the paper's
-size, for a GPU; ``small`` has one teacher and few epochs at an eighth of the width, for two cores. The paper's text was
-not available to us: its claims are quoted from notes of readers, and schedules, noises and some of the networks
-(ResNet-18 as a teacher, VGG-9) are this project's choice. A student of its teacher's own architecture starts from the
-teacher's weights (its direct rival too, so distillation gains less than over training from scratch), any other from
-fresh ones.
+A study names its teachers and its cells: one cell per student, method and seed. ``full`` has networks of the paper's
+size, for a GPU. ``small`` has one teacher, few epochs and an eighth of the width, for two cores.
+
+The paper's text was not available to us. Its claims are quoted from readers' notes. Schedules, noises and some networks
+(ResNet-18 as a teacher, VGG-9) are our choice.
+
+In a homogeneous pair the student starts from the teacher's weights, with cross-entropy only too; so distillation gains
+less than over training from scratch. In a heterogeneous pair it starts from fresh weights.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from spikedistill.train.recipe import Data, Training
 
 Budget = Literal["full", "small"]
 Kind = Literal["pairs", "timesteps", "noise", "energy"]
-"""What is measured on the finished runs, and how it is drawn."""
+"""What a study measures on its finished runs, and how it draws the results."""
 COMPARED = ("direct", "kdsnn-response", "kdsnn-feature", "kdsnn")
 FOLLOWED = tuple(2**power for power in range(9))
 """Time steps at which conversions are measured: 1 to 256."""
@@ -31,7 +33,7 @@ FOLLOWED = tuple(2**power for power in range(9))
 
 @dataclass(frozen=True)
 class Cell:
-    """One student of a study: who it is, and how it is made."""
+    """One student of a study: its teacher, network, method and seed, with its recipe and run directory."""
 
     teacher: str
     student: str
@@ -43,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained, and what is measured on it."""
+    """A study: what is trained, and what is measured."""
 
     name: str
     title: str
@@ -57,13 +59,13 @@ class Study:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a budget's networks are and how long they are trained."""
+    """The widths of the networks in a budget, and how long they are trained."""
 
     widths: dict[str, int]
     teacher: Training
     homogeneous: Training
     heterogeneous: Training
-    """Of students with fresh weights."""
+    """For students with fresh weights."""
 
 
 SCALES: dict[Budget, Scale] = {
@@ -91,7 +93,7 @@ PAIRS: dict[Budget, tuple[tuple[str, str], ...]] = {
 
 
 def kdsnn_pairs(budget: Budget, data_dir: str | None, runs: Path) -> Study:
-    """Homogeneous and heterogeneous pairs, CIFAR-10, T=4: direct, response, feature (the paper's table 1), and both."""
+    """Homogeneous and heterogeneous pairs, CIFAR-10, T=4: direct, response, feature (the paper's table 1) and both."""
     base = _Base(budget, data_dir, runs)
     cells = [
         base.cell(teacher, student, method, seed)
@@ -161,7 +163,7 @@ def kdsnn_energy(budget: Budget, data_dir: str | None, runs: Path) -> Study:
 
 
 class _Base:
-    """What the cells of a study share; equal cells of different studies share their run directory."""
+    """The common parts of a study's cells. Equal cells of different studies use the same run directory."""
 
     def __init__(self, budget: Budget, data_dir: str | None, runs: Path, data: Data = cifar10.DATA) -> None:
         self.budget, self.runs, self.scale = budget, runs / budget, SCALES[budget]
@@ -169,7 +171,7 @@ class _Base:
         self.teachers: dict[str, tuple[Teach, Path]] = {}
 
     def cell(self, teacher: str, student: str, method: str, seed: int, timesteps: int = 4) -> Cell:
-        """A student of a pair, and its teacher if the study does not have it yet."""
+        """The cell of a student; adds its teacher to the study if it is new."""
         widths, homogeneous = self.scale.widths, teacher == student
         path = self.runs / f"{teacher}-teacher"
         training = dataclasses.replace(self.scale.teacher, seed=0)

@@ -1,18 +1,17 @@
-"""What is measured on the finished runs of a study: the rows of its CSV file, told by ``reports``."""
+"""Measurements on the finished runs of a study: the rows of its CSV file. ``reports`` makes tables of them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spikedistill.deliver.energy import measure_energy
 from spikedistill.deliver.energy import table as energy_table
-from spikedistill.deliver.figures import bars
 from spikedistill.deliver.immunity import measure_immunity
 from spikedistill.deliver.record import evaluate
 from spikedistill.deliver.tables import markdown
 from spikedistill.evaluate.immunity import Score
 from spikedistill.studies import reports
 from spikedistill.studies.kdsnn import FOLLOWED, Cell, Study
-from spikedistill.studies.reports import ENERGY_COLUMNS, NOISE_KINDS, Row
+from spikedistill.studies.reports import ENERGY, ENERGY_COLUMNS, NOISE_KINDS, Row
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
 
@@ -32,7 +31,7 @@ def _accuracy(study: Study, cell: Cell) -> Row:
 
 
 def _row(study: Study, cell: Cell, metric: str, value: float, setting: str = "", timesteps: int | None = None) -> Row:
-    """A number of a student, at its own T unless another is named."""
+    """A number of a student, at its own T unless another is given."""
     steps = timesteps or cell.recipe.student.timesteps
     return Row(study.name, cell.teacher, cell.student, cell.method, setting, cell.seed, steps, metric, value)
 
@@ -47,19 +46,25 @@ def paths_of(study: Study, cells: Sequence[Cell]) -> list[Path]:
     return [path for _, path in study.teachers.values()] + [cell.path for cell in cells]
 
 
+def _test_images(cells: Sequence[Cell]) -> int | None:
+    """The number of test images; None for older runs, which did not write it."""
+    file = cells[0].path / "data.json"
+    return int(Run(cells[0].path).read("data")["data"]["test_images"]) if file.exists() else None
+
+
 def _result(path: Path, name: str) -> float:
     return float(Run(path).read("results")[name])
 
 
 def measure_pairs(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
-    """Accuracy, mean and deviation over seeds; the gain over direct training, and of features over logits."""
+    """Accuracy over seeds; the gain over direct training, and of feature-based over response-based distillation."""
     rows = _accuracies(study, cells)
-    reports.draw_pairs(study.name, rows, out)
+    reports.draw_pairs(study.name, study.title, rows, out, _test_images(cells))
     return rows, reports.report_pairs(rows) + f"\n![{study.title}]({study.name}.png)\n"
 
 
 def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
-    """Accuracy of students at their T, of conversions at every T up to 256, and where conversion catches up."""
+    """Accuracy of students at their T and of conversions at every T up to 256; the T at which conversion catches up."""
     converted = [cell for cell in cells if cell.method.startswith("conversion")]
     rows = _accuracies(study, [cell for cell in cells if cell not in converted])
     for cell in converted:
@@ -68,23 +73,23 @@ def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: 
             rows += [_row(study, cell, "accuracy", steps[T - 1], timesteps=T) for T in FOLLOWED]
         else:
             rows.append(_accuracy(study, cell))
-    reports.draw_timesteps(study.name, study.title, rows, out)
+    reports.draw_timesteps(study.name, study.title, rows, out, _test_images(cells))
     return rows, reports.report_timesteps(rows) + f"\n![{study.title}]({study.name}.png)\n"
 
 
 def _followed(cell: Cell, progress: Progress) -> list[float]:
-    """Accuracy of a converted student after every step up to the longest, measured once and kept."""
+    """Accuracy of a converted student after every step up to the largest T, measured once and saved."""
     run = Run(cell.path)
     longest = FOLLOWED[-1]
     name = f"results-t{longest}"
     if not (cell.path / f"{name}.json").exists():
         progress.say(f"{cell.path.name}: {longest} time steps")
-        run.write(name, evaluate(cell.path, longest, cell.recipe.data.data_dir))
+        run.write(name, evaluate(cell.path, longest, cell.recipe.data.data_dir, progress=progress))
     return [float(value) for value in run.read(name)["accuracy_by_step"]]
 
 
 def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
-    """Accuracy under every noise and natural corruption at five severities, and what distillation gains there."""
+    """Accuracy under every noise and corruption at five severities, and what distillation gains there."""
     rows: list[Row] = []
     for seed in dict.fromkeys(cell.seed for cell in cells):
         own = [cell for cell in cells if cell.seed == seed]
@@ -96,7 +101,7 @@ def measure_noise(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
         for cell in own:
             found = [score for score in scores if score.network == cell.path.name]
             rows += [_row(study, cell, "accuracy", score.accuracy, _setting(score)) for score in found]
-    pictures = reports.draw_noise(study.name, rows, out)
+    pictures = reports.draw_noise(study.name, study.title, rows, out, _test_images(cells))
     shown = "".join(f"\n![{kind}]({picture})\n" for kind, picture in zip(NOISE_KINDS, pictures))
     return rows, reports.report_noise(rows) + shown
 
@@ -106,35 +111,34 @@ def _setting(score: Score) -> str:
 
 
 def _scores(paths: Sequence[Path], folder: Path, cell: Cell, progress: Progress) -> list[Score]:
-    """What runs score under noise and natural corruptions, measured once and kept in a folder."""
+    """Scores of runs under noise and corruptions, measured once and saved in a folder."""
     measure_immunity(
         paths,
         folder,
         kinds=NOISE_KINDS,
         data_dir=cell.recipe.data.data_dir,
         resume=(folder / "recipe.json").exists(),
-        say=progress.say,
+        progress=progress,
     )
     return [Score(**line) for line in Run(folder).lines("scores")]
 
 
 def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
-    """Spikes, synaptic operations and energies of one image, from the whole test set."""
-    bills = measure_energy(paths_of(study, cells), None, cells[0].recipe.data.data_dir, progress.say)
+    """Spikes, synaptic operations and energy per image, on the whole test set."""
+    bills = measure_energy(paths_of(study, cells), None, cells[0].recipe.data.data_dir, progress)
     rows = []
     for name, bill in zip(study.teachers, bills):
         found = {"synops": bill.cost.dense, "accuracy": bill.accuracy}
-        found |= {f"energy_{model}": kinds["ann"] for model, kinds in bill.energy.items()}
+        found |= {f"{ENERGY}{model}": kinds["ann"] for model, kinds in bill.energy.items()}
         rows += [_teacher_row(study, name, metric, value) for metric, value in found.items()]
     for cell, bill in zip(cells, bills[len(study.teachers) :]):
         found = {"accuracy": bill.accuracy, "spikes": bill.cost.spikes, "synops": bill.cost.acs + bill.cost.macs}
-        found |= {f"energy_{model}": kinds["student"] for model, kinds in bill.energy.items()}
+        found |= {f"{ENERGY}{model}": kinds["student"] for model, kinds in bill.energy.items()}
         rows += [_row(study, cell, metric, value) for metric, value in found.items()]
         for model, kinds in bill.energy.items():
             for kind in ("quantised", "quantised-sparse"):
-                rows.append(_row(study, cell, f"energy_{model}", kinds[kind], f"{kind}-ann"))
-    groups = {bill.network: {kind: (energy, 0.0) for kind, energy in bill.energy["memory"].items()} for bill in bills}
-    bars(out / f"{study.name}.png", groups, "nJ an image, with memory traffic")
+                rows.append(_row(study, cell, f"{ENERGY}{model}", kinds[kind], f"{kind}-ann"))
+    reports.draw_energy(study.name, study.title, rows, out, bills[0].images)
     warned = "".join(f"- {line}\n" for bill in bills for line in bill.warnings)
     shown = ENERGY_COLUMNS + markdown(*energy_table(bills)) + f"\n{warned}"
     return rows, shown + f"\n![{study.title}]({study.name}.png)\n"

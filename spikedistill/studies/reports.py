@@ -1,42 +1,50 @@
-"""What a study says: tables in Markdown and pictures, from the rows of its CSV file and nothing else."""
+"""The report of a study: tables in Markdown and pictures, only from the rows of its CSV file."""
 
 import csv
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spikedistill.data.noise import SEVERITIES
 from spikedistill.deliver.figures import bars, curves
-from spikedistill.deliver.immunity import panels, summary
+from spikedistill.deliver.immunity import draw_kind, summary
 from spikedistill.deliver.tables import markdown
+from spikedistill.evaluate.energy import MODELS
 from spikedistill.evaluate.immunity import Score, perturbations
-from spikedistill.studies.paired import deviation_of, gaps, p_value, verdict, with_deviation, with_test
+from spikedistill.evaluate.paired import deviation_of, gaps, p_value, verdict, with_deviation, with_test
 
-PAIRS_COLUMNS = """Accuracies in percent, mean ± sample standard deviation over seeds; gains are points more than direct
-training, seed by seed, with the p of a paired t-test. Each teacher was trained once: ± is without its part.
-
-"""
-TIMESTEPS_COLUMNS = """Accuracies in percent; every student of kdsnn is trained with the T that it is measured at. The
-conversions are of the same teacher, thresholds per channel: `conversion-max` and `-percentile` train nothing, their
-thresholds are the largest activation or the 99.9th percentile, their biases are corrected at each T; `conversion-qcfs`
-is the teacher trained on as long as a student, its activations quantised to the levels of T=4, then run with neurons.
+PAIRS_COLUMNS = """Accuracies are in percent: mean ± sample standard deviation over seeds. Gains are in points over
+direct training (cross-entropy only), paired by seed, with the p value of a paired t-test. Each teacher was trained
+once, so ± does not include the variation of teachers.
 
 """
-NOISE_COLUMNS = """Accuracies in percent, means over seeds; `noise` and `natural` are means over their members and five
-severities. Relative mCE, the relative mean corruption error (Hendrycks and Dietterich, arXiv 1903.12261), is what
-corruptions cost beside the clean accuracy, in percent of what they cost the direct student: below 100 a network loses
-less. mCE, of natural corruptions, compares errors as they are, which favours the network that is better on clean
-images. Falls less: the mean over severities is nearer to the clean accuracy than that of the direct student. ± is the
-sample standard deviation over seeds of students, p that of a paired t-test. The teacher was trained once.
+TIMESTEPS_COLUMNS = """Accuracies are in percent. Every kdsnn student was trained with the T that it is measured at.
+All conversions begin with the same teacher and have thresholds per channel. `conversion-max` and
+`conversion-percentile` train nothing: their thresholds are the largest activation or the 99.9th percentile, and their
+biases are corrected for each T. `conversion-qcfs` trains the teacher for as many more epochs as a student, with
+activations quantised to the levels of T=4, then runs it as a spiking network.
 
 """
-ENERGY_COLUMNS = """Of one image. AC: an accumulate, where a spike meets a weight; MAC: a multiply-accumulate. The ANN
-of so many bits, what T steps are worth, is counted, not trained; its float32 column has 32 bits all the same. Zeros
-skipped: without the connections whose input is zero at every step.
+NOISE_COLUMNS = """Accuracies are in percent, means over seeds. `noise` and `natural` are means over all perturbations
+of this kind and five severities. Relative mCE is the relative mean corruption error (Hendrycks and Dietterich, arXiv
+1903.12261): the accuracy lost under corruptions, in percent of what the direct student loses. Below 100 a network loses
+less. mCE compares the errors under natural corruptions, which favours the network that is better on clean images. Falls
+less: the mean over severities is nearer to the clean accuracy than for the direct student. ± is the sample standard
+deviation over seeds of students, p the p value of a paired t-test. The teacher was trained once.
 
 """
-"""What the columns of the tables mean."""
+ENERGY_COLUMNS = """All numbers are per image. AC: an accumulate, one spike times one weight; MAC: a
+multiply-accumulate. Energies are in microjoules (µJ), under three models of the cost of an operation. The rows below
+each student are its ANN of equal information, whose activations have as many bits as T steps can distinguish. Its
+operations are counted; it is not trained. In the float32 column it has 32 bits. Zeros skipped: connections whose input
+is zero at every step do not count. Student / ANN: the student's energy divided by that ANN's, model by model; below 1
+the student takes less.
+
+"""
+"""What the columns of the tables mean, above each table."""
+ENERGY = "energy_uJ_"
+"""The names of energies in microjoules in the CSV file begin with this; the name of the cost model follows."""
 NOISE_KINDS = ("noise", "natural")
 BySeed = dict[str, dict[str, dict[int, float]]]
 """Method -> setting -> seed -> accuracy."""
@@ -77,21 +85,37 @@ def _pairs(rows: Sequence[Row]) -> dict[str, dict[str, dict[int, float]]]:
     return found
 
 
-def draw_pairs(name: str, rows: Sequence[Row], out: Path) -> None:
+def draw_pairs(name: str, title: str, rows: Sequence[Row], out: Path, images: int | None = None) -> None:
     """Mean accuracy and deviation of every method in every pair."""
     groups = {
         pair.replace(" -> ", "\n-> "): {
-            method: (statistics.mean(by_seed.values()), deviation_of([*by_seed.values()]))
+            _label(method): (statistics.mean(by_seed.values()), deviation_of([*by_seed.values()]))
             for method, by_seed in found.items()
             if by_seed
         }
         for pair, found in _pairs(rows).items()
     }
-    bars(out / f"{name}.png", groups, "test accuracy (%)")
+    steps = ", ".join(str(T) for T in sorted({row.timesteps for row in rows if row.method != "teacher"}))
+    title, note = f"{title}: accuracy of students, T={steps}", f"{_note(rows, images)} ± sample standard deviation"
+    bars(out / f"{name}.png", {"": groups}, "test accuracy (%)", title=title, note=note)
+
+
+def _label(method: str) -> str:
+    """The name of a method in pictures."""
+    return {"direct": "direct (cross-entropy only)", "teacher": "teacher (ANN)"}.get(method, method)
+
+
+def _note(rows: Sequence[Row], images: int | None) -> str:
+    """The note below a picture: the number of test images, if known, and the seeds of the students."""
+    seeds = sorted({row.seed for row in rows if row.method != "teacher"})
+    some = f"{images} test images" if images else "test set"
+    if len(seeds) < 2:
+        return f"{some}, one seed ({', '.join(map(str, seeds))})"
+    return f"{some}, mean of n = {len(seeds)} seeds ({', '.join(map(str, seeds))})"
 
 
 def report_pairs(rows: Sequence[Row]) -> str:
-    """Accuracy, mean and deviation over seeds; the gain over direct training, and of features over logits."""
+    """Accuracy over seeds; the gain over direct training, and of feature-based over response-based distillation."""
     pairs = _pairs(rows)
     anns = {row.teacher: row.value for row in rows if row.method == "teacher"}
     methods = list(next(iter(pairs.values())))
@@ -111,7 +135,7 @@ def report_pairs(rows: Sequence[Row]) -> str:
 
 
 def _verdicts(gains: Mapping[str, Mapping[str, Sequence[float]]], features: Mapping[str, Sequence[float]]) -> str:
-    """Which gains are significant, their range from pair to pair, and whether features gain more than logits."""
+    """Which gains are significant, their range over pairs, and how feature- and response-based gains compare."""
     each = verdict({f"{method} of {pair}": gain for method, found in gains.items() for pair, gain in found.items()})
     said = f"\n{each}" if each else ""
     means = {method: [statistics.mean(gain) for gain in found.values() if gain] for method, found in gains.items()}
@@ -124,26 +148,44 @@ def _verdicts(gains: Mapping[str, Mapping[str, Sequence[float]]], features: Mapp
     return said + f"\nFeature-based gains more than response-based in {won} of {len(features)} pairs ({by_pair}).\n"
 
 
+def draw_energy(name: str, title: str, rows: Sequence[Row], out: Path, images: int | None = None) -> None:
+    """Energy of each network under every model, students beside their quantised ANNs."""
+    kinds = {"": "student (SNN)", "quantised-ann": "its ANN of equal information"}
+    kinds["quantised-sparse-ann"] = "the same, zeros skipped"
+    panels: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    for row in rows:
+        if row.metric.startswith(ENERGY):
+            model = next(model for model in MODELS if row.metric == f"{ENERGY}{model.name}")
+            student = f"{row.teacher} ->\n{row.student}\n{row.method}, T={row.timesteps}"
+            ann = row.method == "teacher"
+            groups = panels.setdefault(f"{model.name}: {model.what}", {})
+            group = groups.setdefault(f"{row.teacher}\n(teacher)" if ann else student, {})
+            group["teacher (ANN, 8 bits)" if ann else kinds[row.setting]] = (row.value, 0.0)
+    title = f"{title}: estimates for 45 nm, not measurements"
+    bars(out / f"{name}.png", panels, "energy (µJ per image)", title=title, note=_note(rows, images))
+
+
 def _steps(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """Method -> T -> accuracy, of one seed."""
+    """Method -> T -> accuracy, for one seed."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         found.setdefault(row.method, {})[row.timesteps] = row.value
     return found
 
 
-def draw_timesteps(name: str, title: str, rows: Sequence[Row], out: Path) -> None:
-    """Accuracy over time steps, and the teacher's as a level line."""
+def draw_timesteps(name: str, title: str, rows: Sequence[Row], out: Path, images: int | None = None) -> None:
+    """Accuracy over time steps, and the teacher's accuracy as a horizontal line."""
     found = _steps(rows)
     (ann,) = found.pop("teacher").values()
     drawn = {method: [(float(T), value) for T, value in at.items()] for method, at in found.items()}
     longest = max(T for at in found.values() for T in at)
     drawn["teacher (ANN)"] = [(1.0, ann), (float(longest), ann)]
-    curves(out / f"{name}.png", {title: drawn}, "time steps", "test accuracy (%)", doubling=True)
+    axes, note = ("time steps T", "test accuracy (%)"), _note(rows, images)
+    curves(out / f"{name}.png", {"": drawn}, *axes, title=title, note=note, doubling=True)
 
 
 def report_timesteps(rows: Sequence[Row]) -> str:
-    """Accuracy of students at their T, of conversions at every T that was measured, and where conversion catches up."""
+    """Accuracy of students at their T and of conversions at every measured T; the T at which conversion catches up."""
     found = _steps([row for row in rows if row.method != "teacher"])
     every = sorted({T for at in found.values() for T in at})
     lines = [[method, *(f"{at[T]:.2f}" if T in at else "" for T in every)] for method, at in found.items()]
@@ -167,7 +209,7 @@ def _by_seed(rows: Sequence[Row]) -> BySeed:
 
 
 def _means(by_seed: BySeed) -> list[Score]:
-    """Means over seeds: one score a method and setting."""
+    """Means over seeds: one score per method and setting."""
     kinds = {name: kind for kind, name in perturbations(NOISE_KINDS)}
     means = []
     for method, settings in by_seed.items():
@@ -178,24 +220,26 @@ def _means(by_seed: BySeed) -> list[Score]:
     return means
 
 
-def draw_noise(name: str, rows: Sequence[Row], out: Path) -> list[str]:
-    """For each kind the curves over severity; names of the pictures."""
-    by_seed = _by_seed(rows)
-    for kind in NOISE_KINDS:
-        drawn = panels(_means(by_seed), list(by_seed), kind)
-        curves(out / f"{name}-{kind}.png", drawn, "severity", "test accuracy (%)")
+def draw_noise(name: str, title: str, rows: Sequence[Row], out: Path, images: int | None = None) -> list[str]:
+    """Draw one picture per kind (see ``draw_kind``), for corruptions without the teacher. Returns their names."""
+    means = _means(_by_seed(rows))
+    scores = [replace(score, network=_label(score.network)) for score in means]
+    names = list(dict.fromkeys(score.network for score in scores))
+    students = [other for other in names if other != _label("teacher")]
+    for kind, shown in zip(NOISE_KINDS, (names, students)):
+        draw_kind(out / f"{name}-{kind}.png", scores, shown, kind, _label("direct"), title, _note(rows, images))
     return [f"{name}-{kind}.png" for kind in NOISE_KINDS]
 
 
 def report_noise(rows: Sequence[Row]) -> str:
-    """What noise costs beside the direct student, then accuracy under each perturbation and what KDSNN gains there."""
+    """Accuracy lost under noise compared with the direct student, then accuracy and KDSNN's gain per perturbation."""
     by_seed = _by_seed(rows)
     columns, lines = summary(_means(by_seed), list(by_seed), NOISE_KINDS, "direct")
     return NOISE_COLUMNS + markdown(columns, lines) + _by_perturbation(by_seed)
 
 
 def _by_perturbation(by_seed: BySeed) -> str:
-    """The mean over severities of every method, what KDSNN gains over direct training, and how much more it falls."""
+    """Mean accuracy over severities of every method, KDSNN's gain over direct training, and how much more it falls."""
     met = [found for found in perturbations(NOISE_KINDS) if f"{found[1]}:1" in next(iter(by_seed.values()))]
     groups: dict[str, list[str]] = {"clean": []}
     groups |= {f"all {kind}": [name for found, name in met if found == kind] for kind in NOISE_KINDS}
@@ -218,11 +262,11 @@ def _by_perturbation(by_seed: BySeed) -> str:
 
 
 def _mean(of_method: Mapping[str, Mapping[int, float]], names: Sequence[str]) -> dict[int, float]:
-    """Of each seed the mean over severities and perturbations; of no perturbation the clean accuracy."""
+    """For each seed the mean over severities and perturbations; the clean accuracy if no perturbation is given."""
     settings = [f"{name}:{severity}" for name in names for severity in SEVERITIES] if names else ["clean"]
     return {seed: statistics.fmean(of_method[setting][seed] for setting in settings) for seed in of_method["clean"]}
 
 
 def _gains(by_seed: BySeed, names: Sequence[str]) -> list[float]:
-    """Points that KDSNN has more than direct training, seed by seed."""
+    """KDSNN's accuracy minus that of direct training, in points for each seed."""
     return gaps(_mean(by_seed.get("kdsnn", {"clean": {}}), names), _mean(by_seed.get("direct", {"clean": {}}), names))

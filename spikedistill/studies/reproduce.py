@@ -1,4 +1,4 @@
-"""``reproduce``: a study is trained, cell by cell, measured, and written down as CSV, Markdown and pictures."""
+"""``reproduce``: train the cells of a study, measure them, and write the results as CSV, Markdown and pictures."""
 
 import datetime
 import multiprocessing
@@ -22,36 +22,34 @@ from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run, unless_done
 
 REPORT, PAGE = "`spikedistill reproduce", "Written by `spikedistill reproduce"
-"""How a line begins in the report of a study, and in the page of all studies."""
+"""The beginning of a line in the report of a study, and in the page of all studies."""
 
 
 def reproduce(
     study: Study, out: Path, seeds: int | None = None, progress: Progress | None = None, jobs: int = 1
 ) -> str:
-    """Train what is missing of a study, measure it, and write ``NAME.csv``, ``NAME.md`` and pictures to ``out``.
+    """Train the missing runs of a study, measure all, and write ``NAME.csv``, ``NAME.md`` and pictures to ``out``.
 
-    A student that cannot be trained, as its loss diverges, is left out of a comparison of pairs, and named in it.
+    If the loss of a student diverges, a comparison of pairs leaves it out and names it.
 
     Args:
-        study: of ``STUDIES``.
-        out: where the files go; beside it the page of all studies, ``OUT.md``.
-        seeds: only the first so many seeds.
-        progress: what shows the work.
-        jobs: how many students are trained side by side, each in a process with its share of the processor's cores.
+        study: from ``STUDIES``.
+        out: the output folder. The page of all studies, ``OUT.md``, is written next to it.
+        seeds: use only this number of seeds, from the first.
+        progress: shows the work.
+        jobs: number of students trained at the same time, each in its own process with its part of the cores.
 
     Returns:
         The report in Markdown.
 
     Raises:
-        ConfigError: if the study does not have so many seeds, ``jobs`` is not positive, or a teacher or student cannot
-            be trained.
-        RunError: if a finished run was made by another recipe than the study's, or a file is in the way that no study
-            wrote.
+        ConfigError: if the study has fewer seeds, ``jobs`` is not positive, or a teacher or student cannot be trained.
+        RunError: if a finished run has another recipe than the study's, or an output file exists that no study wrote.
     """
     if seeds is not None and not 1 <= seeds <= study.seeds:
         raise ConfigError(f"seeds (={seeds}) must be 1 or more, and at most the {study.seeds} of '{study.name}'.")
     if jobs < 1:
-        raise ConfigError(f"jobs (={jobs}) must be 1 or more: students trained side by side.")
+        raise ConfigError(f"jobs (={jobs}) must be 1 or more: it is the number of students trained at once.")
     progress, out = progress or Progress.silent(), out.resolve()
     files = {out / f"{study.name}.csv": "study,", out / f"{study.name}.md": REPORT, out.parent / f"{out.name}.md": PAGE}
     for file, mark in files.items():
@@ -71,7 +69,7 @@ def reproduce(
 
 
 def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -> dict[str, str]:
-    """Train what is missing; which students of a comparison of pairs could not be trained, and why."""
+    """Train the missing runs. Returns which students of a comparison of pairs could not be trained, and why."""
     for made, path in study.teachers.values():
         _check_recipe(path, made)
     for cell in cells:
@@ -98,11 +96,13 @@ def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -
 
 
 def side_by_side(missing: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Callable[[], object]]]:
-    """Students with what finishes them: their training, or with several jobs what has become of it, in order of ends.
+    """Each student with a function that returns when its training has ended, or raises its error.
+
+    With one job the function trains the student. With several jobs students come in the order in which they end.
 
     Args:
         missing: students that are not finished.
-        jobs: how many are trained at once, each in a process with its share of the cores.
+        jobs: number of students trained at the same time, each in its own process with its part of the cores.
     """
     if jobs == 1:
         yield from ((cell, partial(_student, cell, Progress.stderr(cell.path.name))) for cell in missing)
@@ -110,7 +110,7 @@ def side_by_side(missing: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Cal
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _take_share, (jobs,)) as pool:
         waiting, running = list(missing), dict[Future[None], Cell]()
         while waiting or running:
-            while waiting and len(running) < jobs:  # none is handed over before its time: it could not be called back
+            while waiting and len(running) < jobs:  # submit only what runs at once: the rest can still be cancelled
                 cell = waiting.pop(0)
                 running[pool.submit(_student, cell)] = cell
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -118,20 +118,20 @@ def side_by_side(missing: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Cal
 
 
 def _student(cell: Cell, progress: Progress | None = None) -> None:
-    """Train a student, or go on with it; one of several says what it did line by line, as bars would collide."""
-    progress = progress or Progress.lines(cell.path.name)
+    """Train a student, or go on with its training. Several at a time print lines, since progress bars would collide."""
+    progress = progress or Progress.plain(cell.path.name)
     unless_done(cell.path, partial(distill, cell.recipe, cell.path, progress=progress))
 
 
 def _take_share(jobs: int) -> None:
-    """Leave the other processes their share of the cores."""
+    """Use only this process's part of the cores."""
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
 def _needed_again(teacher: Path, cells: Sequence[Cell]) -> bool:
-    """Whether a finished teacher's weights are gone, and students are still to be taught.
+    """Whether a finished teacher's weights are missing and students still have to be trained.
 
-    So the small files of finished runs can be kept without their weights, and a study goes on elsewhere.
+    So the small files of finished runs can be kept without weights, and the study can go on on another machine.
     """
     if not Run(teacher).finished or Run(teacher).model.exists():
         return False
@@ -139,22 +139,23 @@ def _needed_again(teacher: Path, cells: Sequence[Cell]) -> bool:
 
 
 def _check_recipe(path: Path, recipe: Teach | Distill) -> None:
-    """Refuse a finished run that another recipe made, wherever its data lay.
+    """Refuse a finished run with another recipe; the folder of its data may differ.
 
     Raises:
-        RunError: if there is one.
+        RunError: if the recipe differs.
     """
     if Run(path).finished:
         changes = Run(path).changes(recipe.written(), type(recipe)().written())
         changes = [line for line in changes if not line.startswith("data_dir ")]
         if changes:
             raise RunError(
-                f"'{path}' was made by another recipe ({'; '.join(changes[:3])}): move it away, or give another --runs."
+                f"'{path}' has another recipe than the study ({'; '.join(changes[:3])}): move it away, or give another"
+                " --runs."
             )
 
 
 def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
-    """Title, command, machines, dates, seeds and epochs before what was measured."""
+    """The report: title, command, machines, dates, seeds and epochs, then the measurements."""
     places = [Run(path).read("environment") for path in paths_of(study, cells)]
     machines = dict.fromkeys(map(_machine, places))
     began = sorted({place["date"] for place in places if "date" in place})  # older versions did not write it
@@ -175,12 +176,12 @@ def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
         f"## {study.title}\n\n"
         f"{REPORT} {study.name} --budget {study.budget}{fewer}`, {dates}, on {'; '.join(machines)}."
         f" Test set, last epoch. Seeds: {', '.join(map(str, seeds))}. Epochs: {', '.join(epochs)}.{alone}\n"
-        f"The paper's claim, as readers report it: {study.claim}.\n\n{shown}"
+        f"The paper claims (known to us from notes, not from its text): {study.claim}.\n\n{shown}"
     )
 
 
 def _machine(place: Mapping[str, Any]) -> str:
-    """A processor or graphics card, and the version of torch that ran on it."""
+    """A processor or GPU, and the version of torch that ran on it."""
     hardware = place["cuda"] or f"{place['processor']}, {place['cores']} cores"
     return f"{hardware}, torch {place['versions']['torch']}"
 
@@ -193,5 +194,5 @@ def _page(out: Path) -> str:
     """The page that joins the reports of all studies in a folder."""
     parts = [file.read_text(encoding="utf-8") for file in sorted(out.glob("*.md")) if has_mark(file, REPORT)]
     joined = "\n".join(parts).replace("](", f"]({out.name}/")
-    said = f"accuracies, spikes and energies are in `{out.name}/*.csv`, what is computed from them stands here alone."
-    return f"# Results\n\n{PAGE} STUDY`; {said}\n\n{joined}"
+    said = f"Accuracies, spikes and energies are in `{out.name}/*.csv`. This page is computed from these files."
+    return f"# Results\n\n{PAGE} STUDY`. {said}\n\n{joined}"

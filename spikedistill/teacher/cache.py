@@ -1,18 +1,18 @@
-"""The teacher's answers to batches that come again: computed once, kept on disk, mapped into memory.
+"""The teacher's outputs for batches that repeat: computed once, kept on disk, mapped into memory.
 
-A batch is known by its view and step: they say which samples it holds and by which seed those were augmented. A cache
-is a directory of plain files under the digest of its key, so that other choices never meet its answers:
+View and step identify a batch: they determine its samples and the seed of their augmentation. A cache is a directory of
+plain files. Its name is the digest of its key, so runs with other choices never read its outputs:
 
-key.json             what the answers depend on (teacher, data, augmentation, seed, ...), and how each file is laid out
-samples.npy          [views, steps, B] the sample that each row belongs to; -1: its answer is not there yet
+key.json             what the outputs depend on (teacher, data, augmentation, seed, ...), and the layout of each file
+samples.npy          [views, steps, B] the sample that each row belongs to; -1: its output is not there yet
 logits.npy           [views, steps, T, B, K] T = 1 unless an objective needs every step of a spiking teacher
-features.PATH.npy    [views, steps, T, B, ...] axes in the network's order of memory; bfloat16 as int16 of the same bits
+features.PATH.npy    [views, steps, T, B, ...] axes in the network's memory order; bfloat16 as int16 of the same bits
 spikes.PATH.npy      likewise, of a spiking teacher
-checksums.npy        [views, steps] one number for all that the other files hold of a batch; 0: not known
+checksums.npy        [views, steps] one checksum per batch, over all other files; 0: not known
 
-A batch is marked in samples.npy after its rows are on disk, so a kill at any moment costs answers and never falsifies
-one. Whoever opens a cache that another process filled asks the teacher once more and compares, and checks the sum of
-every batch when it first comes.
+A batch is marked in samples.npy after its rows are on disk. So a kill at any moment may lose outputs, but never leaves
+a wrong one. A process that opens a cache filled by another asks the teacher for one batch again and compares. It also
+checks the checksum of every batch at its first use.
 """
 
 import hashlib
@@ -40,18 +40,18 @@ from spikedistill.files import note
 
 SAMPLES, CHECKSUMS = "samples", "checksums"
 KINDS = ("features", "spikes")
-"""What an answer holds by path, beside its logits."""
+"""The fields of an ``Answer`` that hold tensors by path."""
 FAR = 0.05
-"""Relative distance from which a kept answer is another teacher's; rounding on other hardware stays far below."""
+"""Above this relative distance, stored outputs are another teacher's. Rounding on other hardware stays far below."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor of an answer lies in its file.
+    """How one tensor of an ``Answer`` is laid out in its file.
 
     Args:
-        shape: of one batch in the file, the slowest axis first.
-        axes: the tensor's axis that each of them is.
+        shape: shape of one batch in the file, the slowest axis first.
+        axes: for each axis in the file, the tensor's axis.
         dtype: torch's name of the number format.
     """
 
@@ -61,7 +61,7 @@ class Layout:
 
     @staticmethod
     def of(tensor: Tensor) -> "Layout":
-        """The layout that keeps a tensor's order of memory.
+        """The layout that keeps a tensor's memory order.
 
         >>> Layout.of(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)).shape
         (2, 4, 5, 3)
@@ -92,29 +92,29 @@ class Layout:
         return (dense.view(torch.int16) if self.dtype == "bfloat16" else dense).numpy()
 
     def unpack(self, array: NDArray[Any]) -> Tensor:
-        """What was packed: the same bits in the same order of memory, without a copy."""
+        """The tensor that was packed: the same bits in the same memory order, without a copy."""
         tensor = torch.from_numpy(array)
         tensor = tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
         return tensor.permute([self.axes.index(axis) for axis in range(tensor.ndim)])
 
 
 CHECKSUM = Layout((), (), "int64")
-"""Of one batch."""
+"""The layout of one batch's checksum."""
 
 
 class Cache:
-    """One teacher's answers to ``views`` times ``steps`` batches.
+    """One teacher's outputs for ``views`` times ``steps`` batches.
 
     Args:
-        folder: where caches lie; this one gets, or finds, a directory of its own there.
-        key: what the answers depend on, as JSON can hold it.
-        example: an answer to any batch; it says what is kept and how large that is.
-        views: how many times all samples are seen before batches come again.
-        steps: batches a view.
+        folder: the folder of all caches. This one has its own directory in it.
+        key: what the outputs depend on, as JSON values.
+        example: the teacher's output for any batch. It determines the tensors to keep and their shapes.
+        views: number of epochs before batches repeat.
+        steps: batches per view.
 
     Raises:
-        ConfigError: if the disk is too small for what is not there yet.
-        RunError: if the cache that lies there is damaged, or the folder cannot be written.
+        ConfigError: if the disk is too small for the outputs that are not there yet.
+        RunError: if the cache in the folder is damaged, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], example: Answer, views: int, steps: int) -> None:
@@ -137,17 +137,17 @@ class Cache:
         self.whole: set[tuple[int, int]] = set()
 
     def answer(self, view: int, step: int, samples: Int[Tensor, " B"], ask: Callable[[], Answer]) -> Answer:
-        """The answer to a batch: from disk, or the first time from the teacher by way of the disk.
+        """The teacher's outputs for a batch: from disk, or at first use from the teacher through the disk.
 
         Args:
             view: 1, 2, ... ``views``.
             step: 0, 1, ... ``steps`` - 1.
-            samples: the indices of the batch in the training set, in order.
-            ask: asks the teacher about this batch.
+            samples: numbers of the batch's samples in the training set, ``[B]``, in order.
+            ask: computes the teacher's outputs for this batch.
 
         Raises:
-            RunError: if the cache cannot be written or read, is damaged, or its answers are not this teacher's.
-            ConfigError: if the answer has another shape than the example.
+            RunError: if the cache cannot be written or read, is damaged, or holds another teacher's outputs.
+            ConfigError: if the outputs have other shapes than the example.
         """
         if not self._knows(view, step, samples):
             self._fill(view, step, ask())
@@ -164,7 +164,7 @@ class Cache:
         return Answer(logits, **found)
 
     def flush(self) -> None:
-        """Mark what was filled since: the rows reach the disk first, then their marks.
+        """Mark the batches that were filled since the last call. Their rows reach the disk first, then the marks.
 
         Raises:
             RunError: if they cannot be written.
@@ -181,14 +181,14 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all answers."""
+        """Bytes of all outputs."""
         return self.views * self.steps * self._batch_bytes()
 
     def __str__(self) -> str:
         share = 100 * self.filled / (self.views * self.steps)
         return (
-            f"teacher's answers to {self.views} views of {self.steps} steps: {_size(self.nbytes)} in '{self.path}', "
-            f"{share:.0f} % of them there"
+            f"teacher's outputs for {self.views} views of {self.steps} steps: {_size(self.nbytes)} in '{self.path}', "
+            f"{share:.0f} % already computed"
         )
 
     def _batch_bytes(self) -> int:
@@ -200,12 +200,12 @@ class Cache:
     # --- opening ------------------------------------------------------------------------------------------------------
 
     def _check(self) -> int:
-        """Make sure that the files are whole and those of the key; return how many batches are filled."""
+        """Check that the files are complete and belong to the key; return the number of filled batches."""
         try:
             if json.loads((self.path / "key.json").read_text(encoding="utf-8")) != self.key:
-                raise ValueError("key.json belongs to other answers")
+                raise ValueError("key.json belongs to other outputs")
             if not self._file(CHECKSUMS).exists():
-                note(f"'{self.path}' has no checksums, an earlier version made it: damage to it would not be noticed.")
+                note(f"'{self.path}' has no checksums, because an earlier version made it: damage cannot be noticed.")
                 self._make(self._file(CHECKSUMS), CHECKSUM, 0)
             for name, layout in {**self.layouts, CHECKSUMS: CHECKSUM}.items():
                 found, wanted = _map(self._file(name)), (self.views, self.steps, *layout.shape)
@@ -219,7 +219,8 @@ class Cache:
             raise self._unusable(str(error)) from error
 
     def _check_room(self, folder: Path) -> None:
-        needed = (self.views * self.steps - self.filled) * self._batch_bytes()
+        _, processes = self.key.get("process", (0, 1))  # each process keeps the outputs for its own rows
+        needed = (self.views * self.steps - self.filled) * self._batch_bytes() * processes
         try:
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
@@ -230,13 +231,13 @@ class Cache:
         features = sum(layout.nbytes for name, layout in self.layouts.items() if name.startswith("features."))
         lean = f"--method kdsnn-response (features take {100 * features / self._batch_bytes():.0f} % of it), "
         raise ConfigError(
-            f"The teacher's answers to {self.views} views need {_size(needed)} in '{folder}', where {_size(free)} are"
+            f"The teacher's outputs for {self.views} views need {_size(needed)} in '{folder}', where {_size(free)} are"
             f" free: give fewer --views (each takes {_size(self.nbytes // self.views)}), {lean if features else ''}or"
             " another --cache-dir."
         )
 
     def _create(self) -> None:
-        """Make the directory beside its place and move it there whole."""
+        """Make the directory under a temporary name, then move it to its place."""
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         try:
             shutil.rmtree(part, ignore_errors=True)
@@ -263,10 +264,10 @@ class Cache:
         return self.starts[name] + ((view - 1) * self.steps + step) * self.layouts[name].nbytes
 
     def _read(self, name: str, view: int, step: int) -> Tensor:
-        """One batch of a file, mapped; what is done to the tensor does not reach the file."""
+        """One batch of a file, mapped into memory. Changes of the tensor do not reach the file."""
         file, layout, place = self._file(name), self.layouts[name], self._place(name, view, step)
         with self._guarded(), file.open("rb") as opened:
-            if sys.platform == "linux":  # have the disk bring this batch and the next
+            if sys.platform == "linux":  # ask the disk for this batch and the next
                 os.posix_fadvise(opened.fileno(), place, 2 * layout.nbytes, os.POSIX_FADV_WILLNEED)
             return layout.unpack(np.memmap(opened, layout.stored, "c", place, layout.shape))
 
@@ -286,7 +287,7 @@ class Cache:
         return torch.equal(marks, samples)
 
     def _checksum(self, view: int, step: int, samples: Tensor) -> int:
-        """Of a batch as it lies in the files, with its place, its samples and their headers; a number of 64 bits."""
+        """A checksum of 64 bits: of a batch in the files, its place, its samples and the files' headers."""
         place = f"{self.path.name} {view} {step} {samples.tolist()}"
         digest = hashlib.blake2b(place.encode() + self.headers, digest_size=8)
         for name in self.layouts:
@@ -302,22 +303,22 @@ class Cache:
             kept.flush()
 
     def _check_batch(self, view: int, step: int, samples: Tensor) -> None:
-        """Look, once in a process, at whether a batch that another one kept is as it was written."""
+        """Check, once per process, that a batch stored by another process is unchanged."""
         self.whole.add((view, step))
         if (view, step) in self.unmarked:
             return
         with self._guarded():
             kept = int(_map(self._file(CHECKSUMS))[view - 1, step])
         if kept not in (0, self._checksum(view, step, samples)):
-            raise self._unusable(f"step {step + 1} of view {view} has another checksum than was written")
+            raise self._unusable(f"step {step + 1} of view {view} does not match its checksum")
 
     def _fill(self, view: int, step: int, answer: Answer) -> None:
         tensors = _named(answer)
         for name, tensor in tensors.items():
             if not self.layouts[name].fits(tensor):
                 raise ConfigError(
-                    f"The teacher's {name} became {tensor.dtype}{list(tensor.shape)}, unlike in its first answer: only"
-                    " answers of one shape can be kept; give --views 0."
+                    f"The teacher's {name} became {tensor.dtype}{list(tensor.shape)}, unlike for its first batch: only"
+                    " outputs of one shape can be kept; give --views 0."
                 )
         for name, tensor in tensors.items():
             self._write(name, view, step, tensor)
@@ -338,24 +339,24 @@ class Cache:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # numpy finds a file too short: ValueError
+        except (OSError, ValueError) as error:  # numpy raises ValueError for a file that is too short
             raise self._unwritten(error) from error
 
     def _unusable(self, reason: str) -> RunError:
         return RunError(
-            f"The teacher's answers in '{self.path}' cannot be used ({reason}): delete that directory, they are then"
+            f"The teacher's outputs in '{self.path}' cannot be used ({reason}): delete that directory, and they are"
             " computed again; or give another --cache-dir."
         )
 
     def _unwritten(self, error: Exception) -> RunError:
         return RunError(
-            f"The teacher's answers in '{self.path}' could not be written or read ({error}): free some disk space, then"
+            f"The teacher's outputs in '{self.path}' could not be written or read ({error}): free some disk space, then"
             " go on with --resume; or give another --cache-dir."
         )
 
 
 def _named(answer: Answer) -> dict[str, Tensor]:
-    """The tensors of an answer by the names of their files."""
+    """The tensors of an ``Answer`` by the names of their files."""
     known = {"logits": answer.logits}
     for kind in KINDS:
         for path, tensor in getattr(answer, kind).items():
@@ -368,13 +369,13 @@ def _map(file: Path) -> np.memmap[Any, np.dtype[Any]]:
 
 
 def _header(file: Path) -> bytes:
-    """What stands before the numbers."""
+    """The header of a ``.npy`` file, before the numbers."""
     with file.open("rb") as opened:
         return opened.read(_map(file).offset)
 
 
 def _size(count: int) -> str:
-    """Bytes as people read them.
+    """Bytes in readable units.
 
     >>> _size(1000), _size(1536), _size(5632 * 2**20)
     ('1000 bytes', '1.5 KiB', '5.5 GiB')

@@ -1,7 +1,7 @@
-"""Trained ANNs from wherever users have them, as networks that own their input normalisation.
+"""Trained ANNs from files and libraries, as networks with their own input normalisation.
 
-``build_network`` makes an architecture by name; ``load_weights`` fills it from safetensors, ``.npz`` or a torch file
-(read with ``weights_only=True``; nothing is ever unpickled); ``Teacher`` freezes it.
+``Architecture.build`` makes a network by name. ``load_weights`` fills it with tensors from safetensors, ``.npz`` or a
+torch file (``weights.py``; nothing is unpickled). ``Teacher`` freezes it.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from spikedistill.teacher.zoo import ZOO
 
 
 def from_library(name: str) -> bool:
-    """Whether an architecture's name asks for a network of torchvision or timm."""
+    """Whether an architecture's name means a network of torchvision or timm."""
     return name.startswith(("torchvision/", "timm/"))
 
 
 def is_elsewhere(name: str) -> bool:
-    """Whether an architecture's name asks for a network that is not the zoo's."""
+    """Whether an architecture's name means a network from outside the zoo."""
     return from_library(name) or ".py:" in name
 
 
@@ -41,12 +41,12 @@ class Architecture:
 
     Args:
         name: a zoo name, ``torchvision/NAME``, ``timm/NAME``, or ``FILE.py:FUNCTION`` (called with ``classes``).
-        classes: outputs.
+        classes: number of logits, K.
         channels: input channels.
-        width: channels of the first stage (zoo only); the architecture's own where not given.
+        width: channels of the first stage, for the zoo only (default: the architecture's usual width).
 
     Raises:
-        ConfigError: if a size is below 1, or a network from elsewhere is to have a width.
+        ConfigError: if a size is below 1, or a width is given for a network from outside the zoo.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Architecture:
             if value < 1:
                 raise ConfigError(f"{field} (={value}) of '{self.name}' must be 1 or more.")
         if self.width is not None and is_elsewhere(self.name):
-            raise ConfigError(f"width (={self.width}) is for the zoo's networks, '{self.name}' has its own: give none.")
+            raise ConfigError(f"width (={self.width}) is for the zoo's networks, '{self.name}' has its own: omit it.")
 
     def build(self) -> nn.Module:
         """The network with fresh weights.
 
         Raises:
-            ConfigError: if there is no such architecture.
+            ConfigError: if there is no such architecture, its library is missing, or its code cannot be run.
         """
         if self.names_code:
             return _own(self.name, self.classes)
@@ -83,11 +83,11 @@ class Architecture:
 
     @property
     def names_code(self) -> bool:
-        """Whether building it executes a file of Python code."""
+        """Whether building the network executes a file of Python code."""
         return ".py:" in self.name
 
     def facts(self) -> dict[str, Any]:
-        """The fields as JSON keeps them."""
+        """The fields, as JSON values."""
         return asdict(self)
 
 
@@ -98,7 +98,7 @@ def _library(origin: str, name: str, classes: int, channels: int) -> nn.Module:
         one_of("torchvision model", name, torchvision.models.list_models())
         if channels != 3:
             raise ConfigError(
-                f"torchvision's models take 3 input channels, the data have {channels}: use a zoo network."
+                f"torchvision's models take 3 input channels, the data have {channels}: take a network of the zoo."
             )
         return torchvision.models.get_model(name, weights=None, num_classes=classes)
     timm = _timm(name)
@@ -108,7 +108,7 @@ def _library(origin: str, name: str, classes: int, channels: int) -> nn.Module:
 
 
 def _timm(name: str) -> Any:
-    """The optional library that a network of this name comes from."""
+    """The optional library timm."""
     try:
         import timm
     except ImportError as error:
@@ -122,7 +122,7 @@ def _own(name: str, classes: int) -> nn.Module:
         network = maker(classes=classes)
     except TypeError as error:
         raise ConfigError(
-            f"'{name}' cannot be called with classes={classes} ({error}): let it take 'classes'."
+            f"'{name}' cannot be called with classes={classes} ({error}): give it an argument 'classes'."
         ) from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"'{name}' returned {type(network).__name__}: it must return a torch.nn.Module.")
@@ -130,7 +130,7 @@ def _own(name: str, classes: int) -> nn.Module:
 
 
 def import_object(name: str) -> Any:
-    """What ``FILE.py:NAME`` names; the file is executed.
+    """Execute a file and return the object that ``FILE.py:NAME`` names.
 
     Raises:
         ConfigError: if there is no such file, it cannot be imported, or it has no such name.
@@ -142,7 +142,7 @@ def import_object(name: str) -> Any:
         raise ConfigError(f"The file '{file}' of '{name}' does not exist: check the path.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
-    sys.path.insert(0, str(Path(file).resolve().parent))  # for modules that lie beside it
+    sys.path.insert(0, str(Path(file).resolve().parent))  # for its imports from the same folder
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file raises
@@ -159,10 +159,10 @@ def import_object(name: str) -> Any:
 
 
 def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fill a network; a leading ``module.`` of all names (DataParallel) is dropped.
+    """Fill a network with tensors by name. If all names start with ``module.`` (DataParallel), that is removed.
 
     Raises:
-        WeightsError: if a tensor is missing, superfluous, of the wrong shape or not finite.
+        WeightsError: if a tensor is missing, unknown to the network, of the wrong shape or not finite.
     """
     wanted = network.state_dict()
     if all(name.startswith("module.") for name in tensors) and not wanted.keys() & tensors.keys():
@@ -180,13 +180,13 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
         shown = "; ".join(sorted(faults)[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise WeightsError(
             f"The weights of {source} do not fit {type(network).__name__}: {shown}. Give the architecture, width and"
-            " class count that they were trained with."
+            " number of classes that they were trained with."
         )
     network.load_state_dict(tensors, strict=False)
 
 
 class Normalised(nn.Module):
-    """A network with the normalisation of its inputs: raw images in 0..1 go in.
+    """A network that takes raw images in 0..1 and normalises them itself.
 
     Args:
         network: any module from images ``[B, C, H, W]`` to logits ``[B, K]``.
@@ -194,7 +194,7 @@ class Normalised(nn.Module):
         std: one value per channel, above 0.
 
     Raises:
-        ConfigError: if a deviation is not above 0, or the network normalises its inputs itself, as students do.
+        ConfigError: if a deviation is not above 0, or the network already normalises its inputs, as students do.
     """
 
     mean: Tensor
@@ -204,8 +204,8 @@ class Normalised(nn.Module):
         super().__init__()
         if isinstance(network, Learner):
             raise ConfigError(
-                f"A {type(network).__name__} owns the normalisation of its inputs, a second one would be wrong: give it"
-                " as it is, a student can teach."
+                f"A {type(network).__name__} normalises its inputs itself, and a second time would be wrong: give it as"
+                " it is, because a student can teach."
             )
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise ConfigError(f"mean {tuple(mean)} and std {tuple(std)} need one value per channel, std above 0.")
@@ -214,23 +214,23 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def logits(self, images: Tensor) -> ClassLogits:
-        """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``, in whatever order of memory."""
+        """Images ``[B, C, H, W]`` in 0..1 to logits ``[B, K]``, in any memory order."""
         with AnyLayout():
             logits = self.network(self.normalise(images))
         if not isinstance(logits, Tensor):
             raise ConfigError(
                 f"{type(self.network).__name__} returns {type(logits).__name__}, not a tensor of logits: switch its"
-                " auxiliary outputs off, or wrap it in a module that returns one."
+                " auxiliary outputs off, or wrap it in a module that returns the logits."
             )
         if logits.ndim == 3:
             raise ConfigError(
-                f"{type(self.network).__name__} returns logits of shape {tuple(logits.shape)}, an ANN's are [B, K]."
-                " A network with time steps teaches as it is, if it has 'observe' as a student has."
+                f"{type(self.network).__name__} returns logits of shape {tuple(logits.shape)}: expected [B, K]."
+                " A network with time steps can teach without Teacher(...) if it has 'observe', as a student has."
             )
         return logits
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images in 0..1 as the network was trained on."""
+        """Images in 0..1, normalised as in the network's training."""
         return normalise(images, self.mean, self.std)
 
     def observe(
@@ -239,12 +239,12 @@ class Normalised(nn.Module):
         """Logits ``[1, B, K]`` and features ``[1, B, ...]`` at module paths of the network.
 
         Raises:
-            ConfigError: if there is no module at a path, or spikes or potentials are asked for, which an ANN lacks.
+            ConfigError: if there is no module at a path, or spikes or potentials are asked for. An ANN has none.
         """
         if spikes or potentials:
             raise ConfigError(
                 f"{type(self.network).__name__} is an ANN and has no spikes or potentials at"
-                f" {', '.join([*spikes, *potentials])}: take a spiking network, a run of 'distill'."
+                f" {', '.join([*spikes, *potentials])}: take a spiking network, for instance a run of 'distill'."
             )
         if not paths:
             return Answer(self.logits(inputs)[None])
@@ -257,21 +257,21 @@ class Normalised(nn.Module):
         return [name for name, _ in self.network.named_modules() if name]
 
     def layers(self) -> list[str]:
-        """None, since it is an ANN."""
+        """Empty: an ANN has no layers of neurons."""
         return []
 
 
 class Teacher(Normalised):
-    """A trained ANN that stays as it is: frozen, in evaluation mode whatever is asked, owner of its normalisation.
+    """A trained ANN that never changes: frozen, in evaluation mode, with its own input normalisation.
 
     Args:
         network: any module from images ``[B, C, H, W]`` to logits ``[B, K]``.
-        mean: one value per channel, 0..1 as the images are.
+        mean: one value per channel, 0..1 like the images.
         std: one value per channel, above 0 and at most 1.
-        class_names: what its outputs mean, where that is known.
+        class_names: the names of its classes, if they are known.
 
     Raises:
-        ConfigError: if a value is outside its range, as values for bytes of 0..255 are.
+        ConfigError: if a value is outside its range, for instance for bytes of 0..255.
     """
 
     def __init__(
@@ -280,8 +280,8 @@ class Teacher(Normalised):
         super().__init__(network, mean, std)
         if not all(0 <= value <= 1 for value in mean) or not all(value <= 1 for value in std):
             raise ConfigError(
-                f"mean {tuple(mean)} and std {tuple(std)} are not those of images in 0..1: mean is to be 0 to 1, std at"
-                " most 1. Divide values for bytes by 255; any other normalisation belongs into the network."
+                f"mean {tuple(mean)} and std {tuple(std)} do not fit images in 0..1: expected mean 0 to 1, std up to 1."
+                " Divide values for bytes by 255; put any other normalisation into the network."
             )
         self.class_names = tuple(map(str, class_names))
         self.requires_grad_(False)
@@ -292,12 +292,12 @@ class Teacher(Normalised):
         return self.logits(images)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in evaluation mode."""
+        """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
 
 class OneStep(Normalised):
-    """An ANN in training, seen as a network of one time step, so that the one loop can train it."""
+    """An ANN in training as a network of one time step, so that the same loop trains ANNs and students."""
 
     def forward(self, images: Tensor) -> Logits:
         """Images ``[B, C, H, W]`` in 0..1 to logits ``[1, B, K]``."""
@@ -305,7 +305,7 @@ class OneStep(Normalised):
 
 
 def code_refused(path: Path, name: str) -> ConfigError:
-    """The refusal of a weights file that names Python code."""
+    """The error for a weights file that names Python code."""
     return ConfigError(
         f"'{path}' names Python code as its network, '{name}', which is not executed unasked: give the network, or"
         " trust_code=True if you trust the file (on the command line --trust-code)."
@@ -313,13 +313,16 @@ def code_refused(path: Path, name: str) -> ConfigError:
 
 
 def pretrained(name: str) -> tuple[Teacher, Architecture]:
-    """A network with the weights that its library publishes: downloaded, unless they lie in the library's cache.
+    """A network with the weights that its library publishes, downloaded or from the library's cache.
 
     Args:
         name: ``torchvision/NAME`` (its default weights) or ``timm/NAME``.
 
+    Returns:
+        The teacher and its architecture.
+
     Raises:
-        ConfigError: if there is no such network, it has no weights, or they cannot be had.
+        ConfigError: if there is no such network, it has no published weights, or the download fails.
     """
     origin, _, model = name.partition("/")
     network: Any
@@ -340,8 +343,8 @@ def pretrained(name: str) -> tuple[Teacher, Architecture]:
     except Exception as error:  # whatever the library and its download raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            f"The published weights of '{name}' cannot be had ({reason}): check the name and the connection, or give a"
-            " weights file with --teacher-network."
+            f"The published weights of '{name}' cannot be loaded ({reason}): check the name and the connection, or give"
+            " a weights file with --teacher-network."
         ) from error
     return Teacher(network, mean, std, names), architecture
 
@@ -358,18 +361,18 @@ def load_teacher(
 
     Args:
         source: a run directory of ``spikedistill teach``, or a weights file.
-        architecture: what the weights belong to; files of ``teach`` know it themselves.
-        mean: input normalisation, one value per channel; files of ``teach`` know it themselves.
-        std: likewise.
-        trust_code: execute the file of Python code that a weights file may name as its network.
+        architecture: the network of the weights. A file of ``teach`` contains it.
+        mean: mean of the input normalisation, one value per channel, 0..1. A file of ``teach`` contains it.
+        std: likewise the standard deviation, above 0 and at most 1.
+        trust_code: whether to execute the Python file that the weights file names as its network.
 
     Returns:
         The teacher and its architecture.
 
     Raises:
         WeightsError: if the weights cannot be read or do not fit.
-        ConfigError: if architecture or normalisation are neither given nor known to the file, or it names Python code
-            and is not trusted.
+        ConfigError: if architecture or normalisation are neither given nor in the file, or the file names Python code
+            without ``trust_code``.
     """
     path = weights_file(source)
     tensors, facts = read_weights(path)

@@ -1,4 +1,4 @@
-"""Named activations by module path, without editing the model."""
+"""Activations by module path, without changing the model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from spikedistill.errors import ConfigError, unknown
 
 @contextmanager
 def taps(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what the modules at the paths return while the context is open.
+    """Collect the outputs of the modules at these paths while the context is open.
 
-    A module called more than once leaves its last output.
+    For a module that is called more than once, the last output is kept.
 
     >>> import torch
     >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -38,7 +38,7 @@ def taps(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]
                 raise ConfigError(
                     f"The module '{path}' returns {type(output).__name__}: tap one that returns a tensor."
                 )
-            seen[path] = output.clone()  # what follows may work in place
+            seen[path] = output.clone()  # a later module may work in place
 
         handles.append(modules[path].register_forward_hook(keep))
     try:

@@ -1,4 +1,4 @@
-"""Tensors out of weights files of every kind; nothing is ever unpickled."""
+"""Tensors from weights files of every kind. Nothing is unpickled."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from spikedistill.files import read_tensors
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and the facts beside them, from ``.safetensors``, ``.npz`` or a torch file.
+    """Tensors by name from a ``.safetensors``, ``.npz`` or torch file, and the file's facts (empty if it has none).
 
     Raises:
         WeightsError: if the file is missing, truncated, holds pickled objects or is not a set of tensors.

@@ -1,8 +1,8 @@
-"""The architectures, defined once as ordinary ANNs. A spiking architecture is one of these passed through ``student``.
+"""The architectures, defined once as ordinary ANNs. ``to_spiking`` makes spiking networks of them.
 
-Every function takes ``classes``, ``channels`` (1 or 3 input channels) and ``width`` (channels of the first stage),
-accepts images from 8 x 8 up, and names its stages ``layer1``, ``layer2``, ... as torchvision does. Convolutions
-carry no bias where a batch norm follows.
+Every function takes ``classes``, ``channels`` (1 or 3 input channels) and ``width`` (channels of the first stage). The
+networks accept images of 8 x 8 pixels or more. Stages are called ``layer1``, ``layer2``, ... as in torchvision.
+Convolutions before a batch norm have no bias.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,7 +86,7 @@ class ResidualNet(nn.Module):
         stem: channels of the first convolution.
         classes: outputs of the classifier.
         channels: input channels.
-        normed_stem: norm and activation after the stem (post-activation nets) or before the pooling (pre-activation).
+        normed_stem: norm and activation after the stem (post-activation), or else before the pooling (pre-activation).
         hidden: sizes of hidden layers in the classifier.
     """
 
@@ -215,7 +215,7 @@ def wrn28_4(classes: int = 10, channels: int = 3, width: int = 64) -> ResidualNe
 def pyramidnet18(classes: int = 10, channels: int = 3, width: int = 64) -> ResidualNet:
     """PyramidNet of 18 layers (Han et al., arXiv 1610.02915): eight blocks, growing evenly from width to 8 x width.
 
-    KDSNN names a "Pyramidnet18", whose widening is not known to us; 7 x width is this project's choice.
+    KDSNN names a "Pyramidnet18" and we do not know its widening. An increase by 7 x width is this project's choice.
     """
     sizes = [width + round(7 * width * step / 8) for step in range(1, 9)]
     stages = [sizes[0:2], sizes[2:4], sizes[4:6], sizes[6:8]]

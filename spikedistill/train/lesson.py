@@ -1,7 +1,7 @@
-"""What is computed in one step: the teacher's answer, the student's, and the objective's terms."""
+"""What is computed in one training step: outputs of teacher and student, and the objective's terms."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from spikedistill.compute.place import Place
 from spikedistill.data.feed import Feed, Inputs
 from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.files import fingerprint_of
-from spikedistill.objective.terms import NO_SOURCE, NO_TEACHER, Batch, Needs, Objective, Terms
+from spikedistill.objective.terms import NO_SOURCE, NO_TEACHER, Batch, Needs, Objective, Terms, as_it_is
 from spikedistill.shapes import Labels, Logits
 from spikedistill.student.build import Student
 from spikedistill.student.fold import fold
@@ -23,19 +23,26 @@ from spikedistill.teacher.load import Normalised
 
 
 class Lesson(nn.Module):
-    """What is computed in one step with gradients: the student's answer and the terms of a settled objective."""
+    """The part of a training step with gradients: the student's outputs and the objective's terms."""
 
-    def __init__(self, student: nn.Module, objective: Objective, adapters: nn.ModuleDict) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        adapters: nn.ModuleDict,
+        over_processes: Callable[[Tensor], Tensor] = as_it_is,
+    ) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
         self.adapters = adapters
         self.needs = objective.needs
+        self.over_processes = over_processes
 
     def forward(
         self, inputs: Tensor, labels: Labels, teacher: Answer | None, source: Tensor | None, progress: Tensor
     ) -> tuple[Logits, Terms]:
-        """One batch to logits ``[T, B, K]``, in the student's number format, and named terms."""
+        """The logits ``[T, B, K]`` for a batch, in the student's number format, and the named terms of the loss."""
         answer = observe(self.student, inputs, self.needs)
         batch = Batch(
             labels=labels,
@@ -43,23 +50,24 @@ class Lesson(nn.Module):
             teacher=teacher,
             source=None if source is None else in_float32(observe(self.student, source, self.needs)),
             progress=progress,
+            over_processes=self.over_processes,
         )
         return answer.logits.detach(), self.objective(batch, self.adapters)
 
 
 def observe(student: Any, inputs: Tensor, needs: Needs) -> Answer:
-    """The student's answer with what the objective looks at."""
+    """The student's logits, with the features, spikes and potentials that the objective needs."""
     paths = tuple(path for _, path in needs.pairs)
     return student.observe(inputs, paths, spikes=needs.student_spikes, potentials=needs.potentials)
 
 
 def in_float32(answer: Answer) -> Answer:
-    """The same answer, its logits in float32, in which losses are computed."""
+    """The same answer with logits in float32, since losses are computed in float32."""
     return replace(answer, logits=answer.logits.float())
 
 
 def is_finite(held: Any) -> bool:
-    """Whether all numbers are finite in a tensor, an ``Answer``, or a mapping or list of such; None is."""
+    """Whether all numbers in a tensor, an ``Answer``, or a mapping or list of these are finite; None is finite."""
     if isinstance(held, Tensor):
         return not held.is_floating_point() or bool(torch.isfinite(held).all())
     if isinstance(held, Answer):
@@ -70,10 +78,11 @@ def is_finite(held: Any) -> bool:
 
 
 def settle_objective(objective: Objective, student: nn.Module, teacher: nn.Module | None, inherits: bool) -> Objective:
-    """The objective with its open fields closed, fit for these networks.
+    """The objective with its open fields filled in, checked against these networks.
 
     Raises:
-        ConfigError: if a network is missing, has not what is looked at, or cannot give it by its gradient.
+        ConfigError: if a network is missing, lacks a path that the objective needs, or its gradient cannot give what
+            the objective needs.
     """
     given: Any = teacher
     if objective.needs.asks_teacher and given is None:
@@ -82,8 +91,8 @@ def settle_objective(objective: Objective, student: nn.Module, teacher: nn.Modul
     needs = objective.needs
     if not set(needs.teacher_spikes) <= set(given.layers() if needs.teacher_spikes else ()):
         layers = ", ".join(given.layers()) or "none, it is an ANN"
-        asked = f"Spikes of {', '.join(needs.teacher_spikes)} are looked at, the teacher's layers of neurons are: "
-        raise ConfigError(f"{asked}{layers}. Take a spiking teacher, a run of 'distill', and paths of its layers.")
+        asked = f"The method needs spikes of {', '.join(needs.teacher_spikes)}; the teacher's layers of neurons are: "
+        raise ConfigError(f"{asked}{layers}. Use a spiking teacher, a run of 'distill', and paths of its layers.")
     looked_at = {"spikes": needs.student_spikes, "features": needs.pairs, "potentials": needs.potentials}
     flags = {name: bool(value) for name, value in looked_at.items()}
     refusal = student.refusal(every_step=needs.every_step, **flags) if isinstance(student, Student) else ""
@@ -93,13 +102,19 @@ def settle_objective(objective: Objective, student: nn.Module, teacher: nn.Modul
 
 
 @torch.no_grad()
-def make_lesson(student: nn.Module, objective: Objective, tutor: "Tutor | None", inputs: Inputs) -> Lesson:
-    """The lesson with the objective's helpers, made from one batch; the student is left as it was.
+def make_lesson(
+    student: nn.Module,
+    objective: Objective,
+    tutor: "Tutor | None",
+    inputs: Inputs,
+    over_processes: Callable[[Tensor], Tensor] = as_it_is,
+) -> Lesson:
+    """The lesson with the objective's adapters, which are made from one batch. The student is not changed.
 
-    Where an objective looks at logits alone and has no helpers, the networks are not asked.
+    If an objective needs only logits and has no adapters, the networks are not run.
 
     Raises:
-        ConfigError: if a network has not what the objective looks at, or the feed has no second stream.
+        ConfigError: if a network lacks what the objective needs, or the feed has no second stream.
     """
     needs = objective.needs
     if needs.source and inputs.source is None:
@@ -107,7 +122,8 @@ def make_lesson(student: nn.Module, objective: Objective, tutor: "Tutor | None",
     inner = needs.pairs or needs.student_spikes or needs.teacher_spikes or needs.potentials or needs.source
     if not inner and not objective.has_modules:
         empty = Answer(torch.zeros(1, len(inputs.labels), 0))
-        return Lesson(student, objective, objective.modules(Batch(labels=inputs.labels, student=empty), None))
+        modules = objective.modules(Batch(labels=inputs.labels, student=empty), None)
+        return Lesson(student, objective, modules, over_processes)
     training = student.training
     student.eval()
     theirs = None if tutor is None else tutor.ask(inputs.shown_to_teacher)
@@ -115,12 +131,13 @@ def make_lesson(student: nn.Module, objective: Objective, tutor: "Tutor | None",
     source = observe(student, inputs.source, needs) if needs.source and inputs.source is not None else None
     student.train(training)
     probe = Batch(labels=inputs.labels, student=ours, teacher=theirs, source=source)
-    return Lesson(student, objective, objective.modules(probe, None if tutor is None else tutor.teacher))
+    modules = objective.modules(probe, None if tutor is None else tutor.teacher)
+    return Lesson(student, objective, modules, over_processes)
 
 
 @dataclass
 class Tutor:
-    """The teacher in the loop: frozen, asked for what the objective needs, its answers perhaps kept on disk."""
+    """The frozen teacher in the loop. It computes what the objective needs; a cache may keep its outputs on disk."""
 
     teacher: Any
     needs: Needs
@@ -128,14 +145,14 @@ class Tutor:
 
     @torch.no_grad()
     def ask(self, inputs: Tensor) -> Answer:
-        """The teacher's answer now; averaged over its time steps unless the objective looks at every step."""
+        """Run the teacher. Its outputs are means over its time steps unless the objective needs every step."""
         paths = tuple(path for path, _ in self.needs.pairs)
         answer = self.teacher.observe(inputs, paths, spikes=self.needs.teacher_spikes)
         answer = in_float32(answer)
         return answer if self.needs.every_step else answer.averaged()
 
     def answer(self, inputs: Inputs, view: int, step: int) -> Answer:
-        """The teacher's answer to a batch, asked now or kept from an earlier epoch."""
+        """The teacher's outputs for a batch, computed now or kept from an earlier epoch."""
         if self.cache is None:
             return self.ask(inputs.shown_to_teacher)
         return self.cache.answer(view, step, inputs.samples, lambda: self._ask_to_keep(inputs.shown_to_teacher))
@@ -144,15 +161,15 @@ class Tutor:
         answer = self.ask(inputs)
         if not is_finite(answer):
             raise ConfigError(
-                "The teacher's answer holds NaN or infinity and is not kept: check its weights, its normalisation and"
-                " the images."
+                "The teacher's logits or features hold NaN or infinity and are not kept: check its weights, its"
+                " normalisation and the images."
             )
         return answer
 
     def keep_answers(self, folder: Path, feed: Feed, place: Place, teacher: nn.Module, inputs: Inputs) -> Cache:
-        """Keep answers on disk from now on, in a folder of caches.
+        """Keep the teacher's outputs on disk from now on, in a folder of caches.
 
-        They are those of ``teacher`` as it was given, before it was made faster; ``inputs`` are an example.
+        The cache is identified by ``teacher`` as it was given, before folding; ``inputs`` are an example.
         """
         computed = [place.device.type, str(place.dtype), str(place.layout)]
         key = {"teacher": fingerprint_of(teacher), **feed.fingerprint(), "computed": computed}
@@ -162,10 +179,10 @@ class Tutor:
 
 
 def make_tutor(teacher: Any, needs: Needs, place: Place) -> Tutor | None:
-    """The teacher made ready for the loop, if the objective asks it; the caller's is left as it is.
+    """The teacher prepared for the loop, if the objective needs one. The caller's network is not changed.
 
-    An ANN gets its batch norms folded where it can be traced. A spiking teacher is a copy in evaluation mode, not
-    folded, since folded weights round in another way and would tip spikes at their threshold.
+    The batch norms of an ANN are folded if it can be traced. A spiking teacher is copied in evaluation mode and not
+    folded: folded weights round differently, which would change spikes near the threshold.
     """
     if teacher is None or not needs.asks_teacher:
         return None

@@ -1,9 +1,14 @@
-"""The only training loop. It trains spiking students and, as networks of one time step, their teachers.
+"""The only training loop. It trains spiking students and, as networks with one time step, their teachers.
 
-One step: take a batch from the feed, ask the teacher, ask the student, compute the loss terms and take a gradient step
-on their sum. What is drawn depends on (seed, epoch, step) alone, so a resumed run goes on with the same bits.
+One step: take a batch from the feed, run the teacher, run the student, compute the loss terms and take a gradient step
+on their sum. All random numbers depend only on (seed, epoch, step), so a resumed run continues with the same bits.
+
+With several processes each computes its rows of every batch. Gradients, loss terms, accuracy and firing rate are means
+over all processes. Process 0 writes the files, and validates while the others wait. Buffers, such as the running
+statistics of batch norm, are taken from process 0.
 """
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -14,27 +19,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from spikedistill.data.feed import Feed, Inputs
+from spikedistill.data.feed import Feed, Inputs, step_seed
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict
-from spikedistill.neuron.fused import works
+from spikedistill.neuron.fused import this_processor, works
 from spikedistill.objective.terms import Objective, check_terms, total
 from spikedistill.student.build import Student
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
 from spikedistill.train.lesson import is_finite, make_lesson, make_tutor, settle_objective
 from spikedistill.train.meters import FiringRateMeter, Meters
-from spikedistill.train.optimise import learning_rate, make_averaged, make_optimiser, set_learning_rate
-from spikedistill.train.processes import Processes
+from spikedistill.train.optimise import clip, learning_rate, make_averaged, make_optimiser, set_learning_rate
+from spikedistill.train.processes import Processes, join
 from spikedistill.train.progress import Events, Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
 CAUSES = {
-    "weights": "an earlier step broke the weights, or their file holds them so: lower --lr, in another --out",
-    "inputs": "mend the images, the normalisation or the augmentation that makes them",
-    "teacher's answer": "check the teacher's weights and its normalisation; answers that are kept on disk must go too",
+    "weights": "an earlier step broke the weights, or their file holds such values: lower --lr, in another --out",
+    "inputs": "check the images, their normalisation and their augmentation",
+    "teacher's outputs": "check the teacher's weights and its normalisation; delete its outputs that are kept on disk",
 }
-"""What to do where that is the first part that is not finite."""
+"""The first part that is not finite -> what to do."""
 
 
 def fit(
@@ -47,54 +52,58 @@ def fit(
     teacher: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train a network in place; go on from the run's checkpoint where there is one.
+    """Train a network in place; go on from the run's checkpoint if there is one.
 
     Args:
-        student: a ``Learner``; moved to the device that the configuration names.
-        objective: what it is taught; open fields are closed.
-        feed: where batches and the held-out samples come from.
+        student: a ``Learner``; moved to the device in the configuration.
+        objective: the loss terms; open fields are filled in.
+        feed: yields batches and the held-out samples.
         config: how it is trained; batch size, seed and views are the feed's.
-        run: where metrics and checkpoints go.
-        teacher: a ``Learner`` that the objective asks, an ANN or a student.
-        progress: what shows the work; silent by default.
+        run: the directory of metrics and checkpoints. With several processes only process 0 writes there.
+        teacher: a ``Learner`` that the objective may need, an ANN or a student.
+        progress: shows the work; silent by default.
 
     Returns:
-        The last line of metrics.
+        The last line of metrics. With several processes all end with the same network.
 
     Raises:
-        ConfigError: if the objective needs what there is not, the loss, its gradient or the weights are no longer
-            finite, or the disk is too small for the teacher's answers. What is not finite is never saved.
-        RunError: if a checkpoint of another run lies in the directory, or the teacher's answers there are damaged.
+        ConfigError: if the objective needs something that does not exist, the loss, its gradient or the weights are no
+            longer finite, or the disk is too small for the teacher's outputs. Values that are not finite are never
+            saved.
+        RunError: if the directory holds a checkpoint of another run, the teacher's outputs there are damaged, or
+            another process has ended.
     """
-    course = Course(student, objective, feed, config, run, teacher, progress or Progress.silent())
-    behind, done, meters = course.restore()
-    events = Events(run.path) if config.tensorboard else None
+    processes = join()
+    shown = progress if progress is not None and processes.first else Progress.silent()
+    with processes.first_before_others():
+        course = Course(student, objective, feed, config, run, teacher, shown, processes)
+        behind, done, meters = course.restore()
+        events = Events(run.path) if config.tensorboard and processes.first else None
+    processes.check_devices(course.place.device)
+    processes.share(*course.kept().values())
     for epoch in range(behind + 1, config.epochs + 1):
         began = time.monotonic()
         course.progress.epoch(epoch, config.epochs, course.feed.steps, done)
-        course.trained.train()
+        course.lesson.train()
         for step, inputs in enumerate(course.feed.batches(epoch, done), done):
             meters.add(*course.step(inputs, epoch, step))
             course.progress.step({**meters.means(), **course.firing.facts()})
-            if time.monotonic() - course.saved > 60 * config.checkpoint_minutes:
+            if course.due:
                 course.save(epoch - 1, step + 1, meters)
         course.check_weights(epoch, course.feed.steps)
         line = course.line(epoch, meters)
-        if course.processes.first:
-            run.append("metrics", line)
-            run.append("timing", {"epoch": epoch, "seconds": time.monotonic() - began, **course.computed})
-            if events is not None:
-                events.add(line)
+        processes.by_first(functools.partial(course.write, line, time.monotonic() - began, events))
         done, meters = 0, Meters()
         course.save(epoch, done, meters)
         course.progress.epoch_done(line)
     if course.averaged is not None:
         student.load_state_dict(course.averaged.module.state_dict())
-    return run.lines("metrics")[-1]
+    processes.share(student)
+    return processes.by_first(lambda: run.lines("metrics")[-1])
 
 
 class Course:
-    """What ``fit`` needs at every step, set up once."""
+    """Everything that ``fit`` needs at each step, set up once."""
 
     def __init__(
         self,
@@ -105,40 +114,41 @@ class Course:
         run: Run,
         teacher: nn.Module | None,
         progress: Progress,
+        processes: Processes,
     ) -> None:
         torch.manual_seed(config.seed)
         self.student, self.config, self.run, self.progress = student, config, run, progress
+        self.processes = processes
         inherits = isinstance(student, Student) and student.conversion.inherit
         objective = settle_objective(objective, student, teacher, inherits)
         self.place = config.place().for_training(student)
         if config.channels_last and self.place.layout is not torch.channels_last:
             progress.say(
-                "contiguous memory: with channels last 3D convolutions do not run, and oneDNN has a fault in narrow"
-                " strided 1 x 1 convolutions"
+                "tensors are contiguous: channels last does not suit this network's narrow strided or 3D convolutions"
             )
-        self.processes = Processes(self.place.device)
         self.feed = feed.shared(self.processes.rank, self.processes.count)
         self.tutor = make_tutor(teacher, objective.needs, self.place)
         self.computed = self._prepare(student)
         example = self._moved(next(self.feed.batches(1)))
         with self.place.autocast():
-            self.lesson = make_lesson(student, objective, self.tutor, example).to(self.place.device)
+            lesson = make_lesson(student, objective, self.tutor, example, self.processes.mean)
+            self.lesson = lesson.to(self.place.device)
             if self.tutor is not None and teacher is not None and feed.views:
                 folder = run.path / "answers" if config.cache_dir is None else Path(config.cache_dir).expanduser()
                 progress.say(str(self.tutor.keep_answers(folder, self.feed, self.place, teacher, example)))
         self.optimiser = make_optimiser(self.lesson, config)
         self.averaged = make_averaged(student, config)
         self.firing = FiringRateMeter(student)
-        self.trained: Any = self.processes.joined(self.lesson)
+        self.trained: Any = self.lesson
         if config.compile and works(self.place.device.type):
-            self.trained = torch.compile(self.trained)
-        self.saved = time.monotonic()
+            self.trained = torch.compile(self.lesson, options=this_processor())
+        self.saved, self.due = time.monotonic(), False
 
     def _prepare(self, student: nn.Module) -> dict[str, str]:
-        """Move the student to its place; say, and return, where and how it computes."""
+        """Move the student to its device. Print and return device, number format and memory format."""
         reason = self.place.prepare(student)
         if reason and self.config.convolutions == "winograd":
-            raise ConfigError(f"convolutions (=winograd) cannot be had here ({reason}): give torch, or auto.")
+            raise ConfigError(f"convolutions (=winograd) are not available here ({reason}): give torch, or auto.")
         computed = {
             "device": str(self.place.device),
             "dtype": str(self.place.dtype).removeprefix("torch."),
@@ -155,93 +165,121 @@ class Course:
         return learning_rate((epoch - 1) * self.feed.steps + step, self.config.epochs * self.feed.steps, self.config)
 
     def step(self, inputs: Inputs, epoch: int, step: int) -> tuple[dict[str, float], int, int]:
-        """One gradient step; returns the terms, how many predictions were right, and of how many."""
+        """One gradient step. Returns the terms, the number of correct predictions, and the number of samples."""
         inputs = self._moved(inputs)
         gone = ((epoch - 1) * self.feed.steps + step) / (self.config.epochs * self.feed.steps)
         progress = torch.tensor(gone, device=self.place.device)
         set_learning_rate(self.optimiser, self._rate(epoch, step))
+        self.processes.reseed(step_seed(self.config.seed, epoch, step))
         with self.place.autocast(), self.firing.at(step):
             teacher = None if self.tutor is None else self.tutor.answer(inputs, self.feed.view(epoch), step)
             source = inputs.source if self.lesson.needs.source else None
             logits, terms = self.trained(inputs.student, inputs.labels, teacher, source, progress)
         check_terms(terms)
-        values = {name: float(term.detach()) for name, term in terms.items()}
+        values, correct = self._counted(terms, int((logits.float().mean(0).argmax(-1) == inputs.labels).sum()))
         given = [inputs.student, inputs.teacher, inputs.source]
-        seen = {"inputs": given, "teacher's answer": teacher, "student's logits": logits}
+        seen = {"inputs": given, "teacher's outputs": teacher, "student's logits": logits}
         if not math.isfinite(sum(values.values())):
             raise self._broken(f"The loss became {values}", epoch, step, seen)
         self.optimiser.zero_grad(set_to_none=True)
-        self.processes.backward(total(terms))
-        norm = self.processes.clip(self.lesson.parameters(), self.config.clip)
+        total(terms).backward()
+        self.processes.average_gradients(self.lesson.parameters())
+        norm = clip(self.lesson.parameters(), self.config.clip)
         if not math.isfinite(norm):
             raise self._broken(f"The norm of the gradient became {norm} at the loss {values}", epoch, step, seen)
         self.optimiser.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.student)
-        return values, int((logits.float().mean(0).argmax(-1) == inputs.labels).sum()), len(inputs.labels)
+        return values, correct, len(inputs.labels) * self.processes.count
 
-    def _broken(self, what: str, epoch: int, step: int, seen: Mapping[str, Any]) -> ConfigError:
-        """The refusal of a step whose loss or gradient is not finite; nothing of it is saved."""
+    def _counted(self, terms: Mapping[str, torch.Tensor], correct: int) -> tuple[dict[str, float], int]:
+        """Mean terms and correct predictions over all processes; the firing rate, and whether process 0 would save."""
+        own = [float(term.detach()) for term in terms.values()]
+        due = self.processes.first and time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes
+        *sums, right, rate, late = self.processes.summed([*own, float(correct), self.firing.percent or 0.0, float(due)])
+        self.due = bool(late)
+        count = self.processes.count
+        self.firing.percent = None if self.firing.percent is None else rate / count
+        return {name: value / count for name, value in zip(terms, sums, strict=True)}, int(right)
+
+    def _broken(self, what: str, epoch: int, step: int, seen: Mapping[str, Any]) -> BaseException:
+        """The error for a step whose loss or gradient is not finite; nothing of this step is saved."""
         whole = {"weights": dict(self.lesson.named_parameters()), **seen}
-        broken = [name for name, held in whole.items() if not is_finite(held)]
+        found = self.processes.gathered([name for name, held in whole.items() if not is_finite(held)])
+        broken = [name for name in whole if any(name in one for one in found)]
         fine = [name for name in whole if name not in broken]
         lower = f"lower --lr (={self.config.peak}), or set --clip 1, in another --out"
-        return ConfigError(
+        refusal = ConfigError(
             f"{what} in epoch {epoch}, step {step + 1}: {CAUSES.get((broken or [''])[0], lower)}. Not finite:"
-            f" {', '.join(broken) or 'that alone'}; finite: {', '.join(fine) or 'nothing'}. The last checkpoint is"
-            " untouched."
+            f" {', '.join(broken) or 'nothing else'}; finite: {', '.join(fine) or 'nothing'}. The last checkpoint is"
+            " unchanged."
         )
+        return self.processes.shared(refusal)
 
     def check_weights(self, epoch: int, step: int) -> None:
-        """Refuse weights, statistics or an optimiser's state that are not finite, before they are saved or judged.
+        """Refuse weights, statistics or an optimiser's state that are not finite, before they are saved or validated.
 
         Raises:
-            ConfigError: if there are such.
+            ConfigError: if any are not finite.
         """
-        held = {f"{role}.{n}": v for role, module in self._kept().items() for n, v in module.state_dict().items()}
+        held = {f"{role}.{n}": v for role, module in self.kept().items() for n, v in module.state_dict().items()}
         held["the optimiser's state"] = list(self.optimiser.state.values())
-        broken = [name for name, value in held.items() if not is_finite(value)]
+        found = self.processes.gathered([name for name, value in held.items() if not is_finite(value)])
+        broken = max(found, key=len)
         if broken:
-            raise ConfigError(
+            refusal = ConfigError(
                 f"After epoch {epoch}, step {step}, {len(broken)} of {len(held)} tensors hold NaN or infinity,"
-                f" {broken[0]} first: lower --lr (={self.config.peak}), or set --clip 1, in another --out; the last"
-                " checkpoint is untouched."
+                f" {broken[0]} first: lower --lr (={self.config.peak}), or set --clip 1, in another --out. The last"
+                " checkpoint is unchanged."
             )
+            raise self.processes.shared(refusal)
 
     def line(self, epoch: int, meters: Meters) -> dict[str, Any]:
-        """An epoch's line for metrics.jsonl, with the accuracy on the held-out samples."""
+        """The line of an epoch in metrics.jsonl, with the accuracy on the held-out samples."""
         line = {"epoch": epoch, "step": epoch * self.feed.steps, "lr": self._rate(epoch, self.feed.steps - 1)}
         line |= {**meters.means(), **self.firing.facts()}
         held, labels = self.feed.held()
         if len(held):
             judged: nn.Module = self.student if self.averaged is None else self.averaged.module
-            line["validation_accuracy"] = accuracy_by_step(predict(judged, held, self.place.dtype), labels)[-1]
+            line["validation_accuracy"] = self.processes.by_first(
+                lambda: accuracy_by_step(predict(judged, held, self.place.dtype), labels)[-1]
+            )
         return line
 
-    def _kept(self) -> dict[str, nn.Module]:
+    def write(self, line: dict[str, Any], seconds: float, events: Events | None) -> None:
+        """Add an epoch's line to the logs."""
+        self.run.append("metrics", line)
+        timing = {"epoch": line["epoch"], "seconds": seconds, **self.computed, "processes": self.processes.count}
+        self.run.append("timing", timing)
+        if events is not None:
+            events.add(line)
+
+    def kept(self) -> dict[str, nn.Module]:
         """The modules whose tensors a checkpoint holds."""
         return {"lesson": self.lesson} | ({} if self.averaged is None else {"averaged": self.averaged})
 
     def save(self, epoch: int, step: int, meters: Meters) -> None:
-        """Write a checkpoint: so many epochs and steps lie behind.
+        """Write a checkpoint after this number of epochs and steps.
 
         Raises:
-            ConfigError: if what would be written is not finite.
+            ConfigError: if weights or the optimiser's state are not finite.
         """
         self.check_weights(epoch, step)
         if self.tutor is not None and self.tutor.cache is not None:
             self.tutor.cache.flush()
-        if self.processes.first:
-            facts = {"epoch": epoch, "step": step, "meters": asdict(meters), "rate": self.firing.percent}
-            facts["metrics"] = self.run.history(epoch)
-            save_checkpoint(self.run.checkpoint, self._kept(), self.optimiser, facts)
+        self.processes.by_first(lambda: self._save(epoch, step, meters))
         self.saved = time.monotonic()
 
+    def _save(self, epoch: int, step: int, meters: Meters) -> None:
+        facts = {"epoch": epoch, "step": step, "meters": asdict(meters), "rate": self.firing.percent}
+        facts["metrics"] = self.run.history(epoch)
+        save_checkpoint(self.run.checkpoint, self.kept(), self.optimiser, facts)
+
     def restore(self) -> tuple[int, int, Meters]:
-        """Go back to the checkpoint, if there is one: epochs and steps that lie behind, and the sums so far."""
+        """Restore the checkpoint, if there is one. Returns the epochs and steps that are done, and the sums so far."""
         facts: dict[str, Any] = {"epoch": 0, "step": 0, "meters": {}, "rate": None}
         if self.run.checkpoint.exists():
-            facts = load_checkpoint(self.run.checkpoint, self._kept(), self.optimiser)
+            facts = load_checkpoint(self.run.checkpoint, self.kept(), self.optimiser)
             self.progress.say(f"going on after epoch {facts['epoch']}, step {facts['step']}")
         if self.processes.first:
             self.run.rewind(facts["epoch"], facts.get("metrics"))

@@ -1,4 +1,4 @@
-"""What is summed up over an epoch: terms, accuracy, and now and then the firing rate."""
+"""Sums over an epoch: loss terms, accuracy, and at some steps the firing rate."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from spikedistill.evaluate.activity import firing_rates
 from spikedistill.student.build import Student
 
 EVERY = 20
-"""Steps between two looks at the firing rate."""
+"""The firing rate is measured once in every ``EVERY`` steps."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Meters:
 
 
 class FiringRateMeter:
-    """The firing rate of a student, looked at now and then, since counting costs a pass over all spikes."""
+    """The firing rate of a student, measured at some steps only, since counting takes a pass over all spikes."""
 
     def __init__(self, student: nn.Module) -> None:
         self.student = student if isinstance(student, Student) else None
@@ -45,7 +45,7 @@ class FiringRateMeter:
 
     @contextlib.contextmanager
     def at(self, step: int) -> Iterator[None]:
-        """Count the spikes of one step, if it is one of those that are looked at."""
+        """Count the spikes of this step, if the firing rate is measured at it."""
         if self.student is None or step % EVERY:
             yield
             return
@@ -55,5 +55,5 @@ class FiringRateMeter:
             self.percent = 100.0 * rates.mean()
 
     def facts(self) -> dict[str, float]:
-        """The last rate, spikes per neuron and step in percent."""
+        """The last firing rate, spikes per neuron and step in percent."""
         return {} if self.percent is None else {"firing_rate": self.percent}

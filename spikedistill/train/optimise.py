@@ -1,6 +1,7 @@
-"""Optimiser, learning rate, and averaged weights."""
+"""Optimiser, learning rate, clipping and averaged weights."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from spikedistill.train.recipe import Training
 
 
 def learning_rate(step: int, steps: int, config: Training) -> float:
-    """The rate of step 0..steps-1: a straight rise over ``warmup``, then half a cosine or a straight line to 0.
+    """The learning rate of step 0..steps-1: a linear rise over ``warmup``, then half a cosine or a line to 0.
 
     >>> config = Training(lr=1.0, warmup=0.5, schedule="one-cycle")
     >>> [round(learning_rate(step, 4, config), 2) for step in range(4)]
@@ -24,13 +25,13 @@ def learning_rate(step: int, steps: int, config: Training) -> float:
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Take the next step with this rate."""
+    """Use this learning rate in the next step."""
     for group in optimiser.param_groups:
         group["lr"] = rate
 
 
 def make_optimiser(module: nn.Module, config: Training) -> torch.optim.Optimizer:
-    """SGD or AdamW; matrices and kernels decay, vectors (biases, norms) and scalars (thresholds, leaks) do not."""
+    """SGD or AdamW. Matrices and kernels have weight decay; biases, norms, thresholds and leaks have none."""
     learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in learned if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -42,8 +43,16 @@ def make_optimiser(module: nn.Module, config: Training) -> torch.optim.Optimizer
     return torch.optim.SGD(groups, lr=config.peak, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
+def clip(parameters: Iterable[nn.Parameter], norm: float) -> float:
+    """Scale the gradient down to at most this norm; 0 leaves it as it is. Returns the norm before."""
+    learned = list(parameters)
+    if norm:
+        return float(nn.utils.clip_grad_norm_(learned, norm))
+    return float(nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None]))
+
+
 def make_averaged(network: nn.Module, config: Training) -> AveragedModel | None:
-    """An average of the network over steps that follows it, if the configuration wants one."""
+    """The exponential moving average of the network over steps, if the configuration has one."""
     if not config.ema:
         return None
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)

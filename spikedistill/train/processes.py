@@ -1,49 +1,312 @@
-"""Several processes that train one network: the only file that asks for ranks. One process is several of one."""
+"""Several processes that train one network; the only file that uses ranks. A single process is the case of one.
 
-from collections.abc import Iterable
-from typing import Any
+torchrun and ``accelerate launch`` start the processes. Process 0 decides, writes and prints. If it raises an error, all
+processes raise it. The others wait for it without a time limit. If a process ends, the others notice at once; if a
+whole machine fails within an epoch, after ``PATIENCE``.
+"""
+
+import atexit
+import contextlib
+import datetime
+import functools
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from spikedistill.errors import ConfigError, Heard, RunError, SpikeDistillError
 
+Result = TypeVar("Result")
+
+PATIENCE = datetime.timedelta(minutes=30)
+"""Longest time that processes wait for each other within a step."""
+FOREVER = datetime.timedelta(days=365)
+"""Longest time that the others wait while process 0 measures or writes."""
+TRAINING = ("distill", "teach")
+"""The commands that can run in several processes."""
+REFUSALS = (SpikeDistillError, OSError)
+"""Errors that process 0 passes on to the others: they have a message for the user."""
+
+
+class Lost(RunError):
+    """Another process of the run has ended, and this one cannot go on."""
+
+
+@dataclass(frozen=True)
 class Processes:
-    """The processes of this training, and what they do together.
+    """The processes of this training, and what they do together. All processes must call each of its methods.
 
     Args:
-        device: where this process computes.
+        rank: the number of this process, from 0.
+        count: the number of processes.
+        stepping: the process group for communication within a step, on the CPU.
+        waiting: the process group in which the others wait for process 0.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._accelerator = Accelerator(cpu=device.type == "cpu")
-
-    @property
-    def rank(self) -> int:
-        """The number of this process, 0, 1, ..."""
-        return self._accelerator.process_index
-
-    @property
-    def count(self) -> int:
-        """How many processes there are."""
-        return self._accelerator.num_processes
+    rank: int = 0
+    count: int = 1
+    stepping: Any = None
+    waiting: Any = None
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files."""
-        return self._accelerator.is_main_process
+        """Whether this is process 0, which writes and prints."""
+        return self.rank == 0
 
-    def joined(self, module: nn.Module) -> Any:
-        """The module with gradients averaged over processes; itself where there is one process."""
-        return self._accelerator.prepare(module) if self.count > 1 else module
+    def by_first(self, work: Callable[[], Result]) -> Result:
+        """Run ``work`` in process 0 while the others wait. All return its result, or raise its error."""
+        if self.count == 1:
+            return work()
+        made, refusal = None, None
+        if self.first:
+            try:
+                made = work()
+            except REFUSALS as error:
+                refusal = error
+        made, refusal = self._told((made, refusal))
+        if refusal is not None:
+            raise self.shared(refusal)
+        return made
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss."""
-        self._accelerator.backward(loss)
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Run the body in process 0 first, then in the others. If one raises an error, all raise it.
 
-    def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> float:
-        """Shorten the gradient to this norm, 0 leaves it as it is; the norm that it had."""
-        learned = list(parameters)
-        if norm:
-            return float(self._accelerator.clip_grad_norm_(learned, norm))
-        return float(nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None]))
+        So files that process 0 downloads, builds or repairs exist for the others. The body must not wait for other
+        processes.
+        """
+        if self.count == 1:
+            yield
+            return
+        if not self.first and (refusal := self._told(None)):
+            raise self.shared(refusal)
+        try:
+            yield
+        except REFUSALS as error:
+            refusal = error
+        else:
+            refusal = None
+        if self.first:
+            self._told(refusal)
+            if refusal is not None:
+                raise refusal
+        for other in self.gathered(refusal):
+            if other is not None:
+                raise self.shared(other)
+
+    def shared(self, error: BaseException) -> BaseException:
+        """Mark an error that all processes raise; only process 0 prints it."""
+        if not self.first:
+            error.__cause__ = Heard()
+        return error
+
+    def gathered(self, value: Result) -> list[Result]:
+        """The values of all processes, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        with self._connected():
+            dist.all_gather_object(values, value, group=self.waiting)
+        return values
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """The sums over processes, in float64."""
+        if self.count == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        with self._connected():
+            dist.all_reduce(sums, group=self.stepping)
+        return sums.tolist()
+
+    def mean(self, statistic: Tensor) -> Tensor:
+        """The mean over processes of a tensor without gradient; of one process the tensor itself."""
+        if self.count == 1:
+            return statistic
+        summed = statistic.detach().clone()
+        with self._connected():
+            dist.all_reduce(summed, group=self._group(summed))
+        return summed / self.count
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over processes. A gradient that no process has stays None."""
+        if self.count == 1:
+            return
+        kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for parameter in parameters:
+            if parameter.requires_grad:
+                kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+        for learned in kinds.values():
+            self._average(learned)
+
+    def _average(self, learned: Sequence[nn.Parameter]) -> None:
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
+        given = parts[0].new_tensor([float(p.grad is not None) for p in learned])
+        flat = torch.cat([*(part.reshape(-1) for part in parts), given])
+        with self._connected():
+            dist.all_reduce(flat, group=self._group(flat))
+        *means, given = flat.split([*(p.numel() for p in learned), len(learned)])
+        for parameter, mean, there in zip(learned, means, given.tolist(), strict=True):
+            if there:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad.copy_(mean.view_as(parameter) / self.count)
+
+    def share(self, *modules: nn.Module) -> None:
+        """Copy the parameters and buffers of process 0 to all processes."""
+        if self.count == 1:
+            return
+        held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        for tensor in held:
+            sent = tensor.detach().contiguous().reshape(-1).view(torch.uint8)  # not all carry every number format
+            with self._connected():
+                dist.broadcast(sent, 0, group=self._group(sent))
+            tensor.detach().copy_(sent.view(tensor.dtype).view_as(tensor))
+
+    def reseed(self, seed: int) -> None:
+        """Seed the random numbers inside the network, differently in each process; process 0 as a single process."""
+        if not self.first:
+            torch.manual_seed((seed * 1_000_003 + self.rank) % 2**63)
+
+    def check_devices(self, device: torch.device) -> None:
+        """Refuse two processes on one GPU.
+
+        Raises:
+            ConfigError: if two processes would use the same GPU.
+        """
+        if self.count == 1 or device.type != "cuda":
+            return
+        used = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+        if len(set(self.gathered(used))) < self.count:
+            raise self.shared(
+                ConfigError(
+                    f"{self.count} processes were started, and two of them would use the same GPU: start at most"
+                    f" {torch.cuda.device_count()} on this machine, and give --device cuda without a number."
+                )
+            )
+
+    def _told(self, value: Any) -> Any:
+        """The value of process 0, in all processes."""
+        told = [value]
+        with self._connected():
+            dist.broadcast_object_list(told, 0, group=self.waiting)
+        return told[0]
+
+    def _group(self, tensor: Tensor) -> Any:
+        """The process group that can transfer a tensor: on a GPU the default group of torch."""
+        return self.stepping if tensor.device.type == "cpu" else None
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost(f"another one has ended or cannot be reached ({_reason(error)})") from error
+
+    def _lost(self, why: str) -> Lost:
+        """The error that ends this process. From now on SIGTERM is ignored, else it could come before the message."""
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return Lost(
+            f"Process {self.rank} of {self.count} ends: {why}. See the message of the process that ended first. Go on"
+            " by the same command with --resume; the number of processes may differ."
+        )
+
+    def terminate(self, *_: Any) -> None:
+        """Handler of SIGTERM, which torchrun sends to the others when a process has ended."""
+        raise self._lost("it got SIGTERM, which torchrun sends when another process has ended")
+
+
+def launched() -> int:
+    """The number of processes that torchrun or ``accelerate launch`` started, including this one."""
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    known = rank.isdecimal() and size.isdecimal() and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return int(size) if known else 1
+
+
+def join() -> Processes:
+    """The processes that were started together, including this one. The first call waits until all have started.
+
+    Raises:
+        ConfigError: if the others do not start within torch's time limit.
+    """
+    if not dist.is_available() or (launched() == 1 and not dist.is_initialized()):
+        return Processes()
+    return _join()
+
+
+@functools.cache
+def _join() -> Processes:
+    if torch.cuda.is_available() and (local := int(os.environ.get("LOCAL_RANK", "0"))) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        _meet()
+    if dist.get_world_size() == 1:
+        return Processes()
+    stepping, waiting = (dist.new_group(backend="gloo", timeout=time) for time in (PATIENCE, FOREVER))
+    made = Processes(dist.get_rank(), dist.get_world_size(), stepping, waiting)
+    if not made.first:
+        logging.getLogger("spikedistill").setLevel(logging.ERROR)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, made.terminate)
+    return made
+
+
+def _meet() -> None:
+    try:
+        dist.init_process_group()
+        atexit.register(_part)
+    except (RuntimeError, ValueError) as error:
+        place = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConfigError(
+            f"This is process {os.environ['RANK']} of {launched()} by its environment, and they did not meet at {place}"
+            f" ({_reason(error)}): start all by torchrun, or one alone without RANK and WORLD_SIZE in its environment."
+        ) from error
+
+
+def _part() -> None:
+    """Close the connections at the end. Torch may abort a process that ends while its threads still serve others."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says first, without where in gloo, and without its general advice."""
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S*\] ", "", said).partition(". ")[0]
+
+
+@contextlib.contextmanager
+def speaking(command: str) -> Iterator[None]:
+    """Let only process 0 print the output of a command. Errors go on to the caller.
+
+    Raises:
+        ConfigError: if this is one of several processes and the command cannot run in several.
+    """
+    if (count := launched()) == 1:
+        yield
+        return
+    this = Processes(int(os.environ["RANK"]), count)
+    if command not in TRAINING:
+        raise this.shared(
+            ConfigError(
+                f"'{command}' runs in one process, but {count} were started: start it without torchrun, and without"
+                " WORLD_SIZE in its environment."
+            )
+        )
+    if this.first:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    with nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield

@@ -50,6 +50,14 @@ def square(height, width, side, centre_row, centre_column):
     return covered
 
 
+@pytest.mark.parametrize("augment", EACH)
+@pytest.mark.parametrize("rows", [slice(0, 8), slice(8, 32), slice(31, 32)])
+def test_some_rows_have_the_bits_that_they_have_in_the_whole_batch(augment, rows, pixels):
+    turned = torch.arange(32) % 3 == 0
+    assert torch.equal(augment(pixels, 5, turned, rows), augment(pixels, 5, turned)[rows])
+    assert torch.equal(augment(pixels, 5, None, rows), augment(pixels, 5)[rows])
+
+
 def test_nothing_asked_only_divides_by_255(pixels):
     torch.testing.assert_close(Augment()(pixels, 0), pixels.float() / 255, rtol=0, atol=0)
 

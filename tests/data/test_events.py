@@ -37,7 +37,7 @@ class TestReading:
     def test_files_of_other_lengths_are_refused(self, tmp_path: Path, content):
         path = tmp_path / "1.bin"
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"has {len(content)} bytes: expected five for each event"):
+        with pytest.raises(DataError, match=rf"has {len(content)} bytes: expected five per event"):
             read_nmnist(path)
         with pytest.raises(DataError, match="cannot be read"):
             read_nmnist(tmp_path / "none.bin")
@@ -52,15 +52,15 @@ class TestReading:
     @pytest.mark.parametrize(
         "content, message",
         [
-            (bytes([1, 2, 0, 0, 9, 1, 2, 0, 0, 8]), "its times fall"),
-            (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x01\x00", "its times fall"),
+            (bytes([1, 2, 0, 0, 9, 1, 2, 0, 0, 8]), "its times decrease"),
+            (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x01\x00", "its times decrease"),
             (bytes([0, 240, 0, 0, 0]), "it holds no event"),
         ],
         ids=["swapped", "a picture", "clock alone"],
     )
     def test_files_of_another_format_are_refused(self, tmp_path: Path, content, message):
         (tmp_path / "1.bin").write_bytes(content[: len(content) // 5 * 5])
-        with pytest.raises(DataError, match=rf"1\.bin' is no recording of five bytes an event \({message}\)"):
+        with pytest.raises(DataError, match=rf"1\.bin' is not a recording with five bytes per event \({message}\)"):
             read_nmnist(tmp_path / "1.bin")
 
 
@@ -157,16 +157,16 @@ class TestUnits:
             ({"y": [0, 3]}, r"y 0\.\.3.*y below 3"),
             ({"t": [0.0, np.nan]}, "t of recording 0 holds NaN or infinity"),
             ({"x": [0.0, np.inf]}, "x of recording 0 holds NaN or infinity"),
-            ({"t": ["1", "2"]}, r"t of recording 0 is of the kind <U1: give numbers"),
-            ({"t": np.array([1, 2], "datetime64[us]")}, r"kind datetime64\[us\]: give numbers"),
-            ({"t": np.array([1, 2], object)}, "kind object"),
-            ({"t": np.array([1, 2], complex)}, "kind complex128"),
+            ({"t": ["1", "2"]}, r"t of recording 0 has the dtype <U1: give numbers"),
+            ({"t": np.array([1, 2], "datetime64[us]")}, r"dtype datetime64\[us\]: give numbers"),
+            ({"t": np.array([1, 2], object)}, "dtype object"),
+            ({"t": np.array([1, 2], complex)}, "dtype complex128"),
             ({"t": np.array([0, 2**63], np.uint64)}, r"goes up to 9223372036854775808"),
             ({"t": [7, 7]}, "The 2 events of recording 0 have times from 7 to 7, .* divided into 2 frames: were"),
             ({"t": [0.25, 0.25]}, r"have times from 0\.25 to 0\.25"),
-            ({"t": [False, True]}, "t of recording 0 is of the kind bool: give numbers"),
-            ({"x": [False, True]}, "x of recording 0 is of the kind bool"),
-            ({"y": [False, True]}, "y of recording 0 is of the kind bool"),
+            ({"t": [False, True]}, "t of recording 0 has the dtype bool: give numbers"),
+            ({"x": [False, True]}, "x of recording 0 has the dtype bool"),
+            ({"y": [False, True]}, "y of recording 0 has the dtype bool"),
             ({"x": [[0, 1]]}, r"has 2, \(1, 2\), 2, 2 values"),
         ],
         ids=str,

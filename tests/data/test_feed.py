@@ -84,7 +84,7 @@ choices = st.tuples(kinds, st.sampled_from([4, 8]), st.integers(0, 99), st.integ
 class TestEveryFeed:
     """What the loop relies on, of images, of event frames, and of both."""
 
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=15)
     @given(choice=choices, epoch=st.integers(1, 4), data=st.data())
     def test_resumed_in_mid_epoch_it_yields_what_the_uninterrupted_one_yields(self, choice, epoch, data):
         feed = make_feed(*choice)
@@ -94,7 +94,7 @@ class TestEveryFeed:
         torch.manual_seed(done)
         assert_same(replace(feed).batches(epoch, done), whole[done:])
 
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=15)
     @given(choice=choices, epoch=st.integers(1, 4), processes=st.sampled_from([2, 4]))
     def test_of_several_processes_the_rows_together_are_those_of_one(self, choice, epoch, processes):
         feed = make_feed(*choice)
@@ -104,7 +104,7 @@ class TestEveryFeed:
             together = united(shares)
             assert all(torch.equal(value, together[name]) for name, value in tensors(whole).items())
 
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=10)
     @given(choice=choices)
     def test_with_views_epochs_come_again_in_turn_and_never_without(self, choice):
         feed = make_feed(*choice)
@@ -117,7 +117,7 @@ class TestEveryFeed:
             else:
                 assert differs(seen[first], seen[second])
 
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     @given(choice=choices)
     def test_labels_and_sample_numbers_are_those_of_the_set_and_none_is_held_out(self, choice):
         feed = make_feed(*choice)
@@ -141,7 +141,6 @@ class TestEveryFeed:
 
 
 class TestMemoryFeed:
-    @settings(deadline=None)
     @given(seed=st.integers(-(2**40), 2**62), epoch=st.integers(1, 50), augment=st.sampled_from(AUGMENTS))
     def test_order_and_augmentation_are_what_seed_epoch_and_step_say(self, seed, epoch, augment):
         """Computed again from the numbers alone."""
@@ -167,7 +166,6 @@ class TestMemoryFeed:
             for row, sample in enumerate(inputs.samples):
                 assert torch.equal(inputs.student[:, row], FRAMES.train_images[sample].float())
 
-    @settings(deadline=None)
     @given(batch_size=st.integers(1, 43), validation=st.sampled_from([0.0, 0.1, 0.25]))
     def test_a_last_batch_that_is_too_small_is_left_out(self, batch_size, validation):
         trained = {0.0: 48, 0.1: 43, 0.25: 36}[validation]
@@ -239,7 +237,7 @@ class TestMemoryFeed:
 
     def test_frames_are_not_augmented(self):
         with pytest.raises(
-            ConfigError, match=r"'events' holds event frames, and augmentation is for images: leave crop"
+            ConfigError, match=r"'events' holds event frames, and augmentation is for images: leave out crop"
         ):
             MemoryFeed(FRAMES, 8, augment=Augment(flip=True))
 
@@ -381,9 +379,7 @@ class TestPairFeed:
         "images", [make_set(3, 6, 5, count=47), replace(IMAGES, train_labels=IMAGES.train_labels.flip(0))]
     )
     def test_sets_that_are_not_paired_are_refused_as_such_alone(self, images):
-        with pytest.raises(
-            DataError, match="are not paired sample by sample, their labels differ: leave --paired away"
-        ):
+        with pytest.raises(DataError, match="are not paired sample by sample, their labels differ: leave --paired out"):
             PairFeed(MemoryFeed(FRAMES, 8), images, paired=True)
         assert PairFeed(MemoryFeed(FRAMES, 8), images).steps == 5
 
@@ -403,7 +399,6 @@ class TestAsFrames:
         for frame, polarity in itertools.product(as_frames(images, 5, 6, 4), (0, 1)):
             torch.testing.assert_close(frame[:, polarity], images.amax(1))
 
-    @settings(deadline=None)
     @given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 999))
     def test_frames_stay_between_0_and_1(self, height, width, seed):
         images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(seed)).round()

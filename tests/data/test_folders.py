@@ -110,7 +110,7 @@ class TestFolder:
     def test_a_test_class_that_was_never_trained_is_refused(self, tmp_path):
         write_classes(tmp_path / "train", {"cat": 2})
         write_classes(tmp_path / "test", {"cat": 2, "yak": 1})
-        with pytest.raises(DataError, match="classes that 'train' has not: yak"):
+        with pytest.raises(DataError, match="classes that 'train' does not have: yak"):
             load_images(str(tmp_path))
 
     def test_a_class_too_small_to_be_split_is_refused(self, tmp_path):
@@ -217,7 +217,7 @@ class TestParts:
     def test_of_the_test_kind_come_before_those_of_validation(self, tmp_path):
         write_parts(tmp_path)
         write_classes(tmp_path / "val", {"cat": 1, "dog": 1})
-        assert is_read_as_parts(tmp_path).notes == ("the folders val are passed over",)
+        assert is_read_as_parts(tmp_path).notes == ("the folders val are ignored",)
 
     def test_beside_other_folders_and_files_are_read_and_these_are_said(self, tmp_path):
         write_parts(tmp_path, "seg_train/seg_train", "seg_test/seg_test")
@@ -228,8 +228,8 @@ class TestParts:
         (tmp_path / "seg_train" / "seg_train" / "LICENSE").write_text("no image")
         (tmp_path / "seg_test" / "preview.png").unlink()
         first, second = is_read_as_parts(tmp_path).notes
-        assert first == "the folders seg_pred are passed over"
-        assert second == "files that are no images of a class are passed over (1 .png, 1 .txt, 1 without suffix)"
+        assert first == "the folders seg_pred are ignored"
+        assert second == "files that are not images of a class are ignored (1 .png, 1 .txt, 1 without suffix)"
 
     def test_that_are_a_class_among_others_are_a_class(self, tmp_path):
         write_classes(tmp_path, {"bus": 5, "bullet_train": 5, "train": 5, "trainer": 5})
@@ -274,11 +274,11 @@ class TestParts:
             (["train/cat", "test/cat", "cat"], r"has cat beside train and test: put these classes into the parts"),
             (
                 ["train/cat", "train/dog", "test/Cat", "test/dog"],
-                r"has classes that 'train' has not: Cat\. .* are cat, dog",
+                r"has classes that 'train' does not have: Cat\. .* are cat, dog",
             ),
-            (["cat"], r"training images of 1 class \(cat\): a classifier needs two"),
+            (["cat"], r"training images of 1 class \(cat\): give images of at least two"),
             (["train/cat", "test/cat"], r"training images of 1 class"),
-            ([""], r"holds no images; images lie in it, but in no class"),
+            ([""], r"holds no images; images lie in it, but not in class folders"),
         ],
         ids=str,
     )
@@ -309,7 +309,7 @@ class TestParts:
     def test_without_a_class_of_the_other_say_so(self, tmp_path):
         write_parts(tmp_path)
         write_image(tmp_path / "train" / "yak" / "0.png", (7, 7, 7))
-        assert load_images(str(tmp_path)).notes == ("no test images of yak: the test accuracy says nothing of them",)
+        assert load_images(str(tmp_path)).notes == ("no test images of yak: the test accuracy says nothing about them",)
 
     def test_that_share_images_say_how_many(self, tmp_path):
         write_parts(tmp_path)
@@ -455,7 +455,7 @@ class TestPictures:
     @pytest.mark.parametrize("name", ["own.gif", "own.webp", "own.png", "own.tiff"])
     def test_of_several_frames_is_refused(self, tmp_path, name):
         frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
-        with pytest.raises(DataError, match=rf"cat/{name}' cannot be read \(it holds 3 images, and which is meant"):
+        with pytest.raises(DataError, match=rf"cat/{name}' cannot be read \(it holds 3 images, expected one"):
             self.read(tmp_path, frames[0], name, save_all=True, append_images=frames[1:])
 
     @pytest.mark.parametrize("content", [b"", b"<html></html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + bytes(60)])
@@ -500,7 +500,7 @@ class TestWhatLiesBesideTheClasses:
         write_image(tmp_path / test / "montage.png")
         found = load_images(str(tmp_path))
         assert (found.class_names, len(found.train_images), len(found.test_images)) == (("cat", "dog", "yak"), 6, 3)
-        assert found.notes == ("files that are no images of a class are passed over (2 .png)",)
+        assert found.notes == ("files that are not images of a class are ignored (2 .png)",)
 
     @pytest.mark.parametrize(
         "inside, beside",
@@ -514,7 +514,7 @@ class TestWhatLiesBesideTheClasses:
     )
     def test_parts_that_lie_deeper_are_refused(self, tmp_path, inside, beside):
         write_classes(tmp_path, dict.fromkeys((*inside, beside), 3))
-        with pytest.raises(DataError, match=r"lie a training and a test part: give '.*', or bring the parts above"):
+        with pytest.raises(DataError, match=r"holds a training and a test part: give '.*', or move the parts above"):
             load_images(str(tmp_path))
 
     def test_a_class_named_as_a_part_may_hold_images_and_folders(self, tmp_path):

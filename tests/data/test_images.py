@@ -332,7 +332,7 @@ class TestStatistics:
 
 
 class TestSplit:
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(
         counts=st.lists(st.integers(10, 30), min_size=1, max_size=4),
         fraction=st.floats(0.15, 0.5),

@@ -147,10 +147,9 @@ def test_the_smallest_and_the_longest_images_work(name, size):
 
 
 @every
-def test_black_and_white_stay_in_range(name):
-    for value in (0, 255):
-        changed = corrupt(grey(value, 2), name, 5)
-        assert changed.dtype == torch.uint8 and changed.shape == (2, 3, 32, 32)
+def test_black_stays_dark_and_white_bright(name):
+    black, white = (corrupt(grey(value, 2), name, 5).float().mean() for value in (0, 255))
+    assert black < 0.3 * 255 and white > 0.7 * 255  # bytes that wrap around would be near the middle or beyond
 
 
 @pytest.mark.parametrize("severity", [6, 0, -1, 10**9, True])

@@ -1,14 +1,18 @@
 import csv
 import dataclasses
+import io
 
 import pytest
 import torch
+from rich.console import Console
+from scores import percent_right
 
 from spikedistill.deliver import energy as module
 from spikedistill.deliver.energy import lines, measure_energy, table
 from spikedistill.deliver.record import Record
 from spikedistill.errors import ConfigError
 from spikedistill.files import write_csv
+from spikedistill.train.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("without_compiler")
 
@@ -21,7 +25,11 @@ def test_bills_students_and_anns_side_by_side(home):
     assert student.cost.dense == teacher.cost.dense == pytest.approx(teacher.cost.macs, rel=0.9)
     assert student.cost.updates == 2 * teacher.cost.updates
     assert 0 < student.cost.spikes < student.cost.updates
-    assert student.accuracy == pytest.approx(float(student.accuracy)) and 0 <= teacher.accuracy <= 100
+    images, few = Record.read(home / "student").images(), [0, 3, 6, 8, 11, 14, 17, 20, 23]
+    for bill in (teacher, student):
+        network = Record.read(home / bill.network).network()
+        found = percent_right(network, images.test_images[few], images.test_labels[few])
+        assert bill.accuracy == pytest.approx(found) and bill.images == 9
 
 
 def test_the_table_sets_the_quantised_ann_below_each_student(home):
@@ -38,7 +46,7 @@ def test_the_file_holds_every_figure(home, tmp_path):
     with (tmp_path / "x.csv").open() as file:
         found = {(line["network"], line["metric"]): float(line["value"]) for line in csv.DictReader(file)}
     assert found["student", "acs"] == bill.cost.acs
-    assert found["student", "energy_memory_quantised"] == bill.energy["memory"]["quantised"]
+    assert found["student", "energy_uJ_memory_quantised"] == bill.energy["memory"]["quantised"]
     assert (found["student", "images"], found["student", "format_bits"]) == (9, 32)
     assert found["student", "accuracy"] == bill.accuracy and found["student", "accuracy_error"] == bill.error
 
@@ -58,10 +66,27 @@ def test_table_and_file_have_the_same_figures(home, tmp_path):
                 )
         for model in ("float32", "int8", "memory"):
             kind = end[1:] or ("ann" if network == "teacher" else "student")
-            assert float(shown[f"nJ, {model}"]) == pytest.approx(found[network, f"energy_{model}_{kind}"], abs=0.51)
+            assert float(shown[f"µJ, {model}"]) == pytest.approx(found[network, f"energy_uJ_{model}_{kind}"], rel=5e-3)
     assert found["student", "macs_quantised-sparse"] == bills[1].cost.active < bills[1].cost.dense
     # every connection is one for the teacher, however many of its inputs were zero
     assert found["teacher", "macs"] == found["student", "macs_quantised"] == bills[0].cost.dense
+
+
+def test_sets_the_student_beside_each_ann(home):
+    bills = measure_energy([home / "teacher", home / "student"], images=9)
+    columns, (teacher, student, *anns) = table(bills)
+    place = columns.index("student / ANN")
+    assert teacher[place] == student[place] == ""
+    energy = bills[1].energy
+    for row, kind in zip(anns, ("quantised", "quantised-sparse")):
+        ratios = [energy[model]["student"] / energy[model][kind] for model in ("float32", "int8", "memory")]
+        assert [float(found) for found in row[place].split(", ")] == pytest.approx(ratios, abs=0.006)
+
+
+def test_shows_each_run_and_how_far_it_is(home):
+    told = io.StringIO()
+    measure_energy([home / "student"], images=9, progress=Progress(Console(file=told, width=80), "energy"))
+    assert told.getvalue() == "energy: 1 of 1, student, 9 images\n"
 
 
 def test_says_how_many_images_in_what_format_and_with_what_error(home):
@@ -87,10 +112,12 @@ def test_a_network_that_answers_with_nan_has_no_accuracy(home):
 def test_measures_every_run_where_it_was_trained(home, elsewhere, monkeypatch):
     asked, bill_of = {}, module.bill_of
 
-    def remember(name, network, pixels, labels, dtype):
+    def remember(name, network, pixels, labels, dtype, seen):
         asked[name] = dtype, network.core.get_submodule("layer1.0").weight.is_contiguous()
-        return bill_of(name, network, pixels, labels, dtype)
+        return bill_of(name, network, pixels, labels, dtype, seen)
 
     monkeypatch.setattr(module, "bill_of", remember)
     measure_energy([home / "student", elsewhere], images=3)
     assert asked == {"student": (torch.float32, False), "elsewhere": (torch.bfloat16, True)}
+    bills = measure_energy([home / "student", elsewhere], images=3, device="cpu", precision="fp32")
+    assert [bill.dtype for bill in bills] == [torch.float32] * 2

@@ -1,17 +1,20 @@
 import csv
 import shutil
+from contextlib import contextmanager
 
 import PIL.Image
 import pytest
 import torch
+from rich.console import Console
 
 from spikedistill.deliver import immunity as module
-from spikedistill.deliver.immunity import measure_immunity, panels, summary
+from spikedistill.deliver.immunity import gains, measure_immunity, panels, summary
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.accuracy import standard_error
 from spikedistill.evaluate.attacks import ATTACKS, SURROGATES
-from spikedistill.evaluate.immunity import Score
+from spikedistill.evaluate.immunity import Score, perturbations
 from spikedistill.recipes.teach import Teach, teach
+from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run
 
@@ -19,6 +22,28 @@ TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="
 
 
 pytestmark = pytest.mark.usefixtures("without_compiler")
+
+
+class Told(Progress):
+    """Keeps what it is told, and interrupts the work at the so-manieth score."""
+
+    def __init__(self, most=1000):
+        super().__init__(Console(quiet=True))
+        self.most, self.lines_said, self.scores, self.counted = most, [], [], 0
+
+    def say(self, text):
+        self.lines_said.append(text)
+
+    @contextmanager
+    def part(self, title, total=None):
+        self.total = total
+        yield self.seen
+
+    def seen(self, done=1, facts=""):
+        self.counted += done
+        self.scores += [facts] if facts else []
+        if len(self.scores) == self.most:
+            raise KeyboardInterrupt
 
 
 def test_writes_scores_a_table_and_a_picture_for_each_kind(home, tmp_path):
@@ -50,9 +75,9 @@ def test_writes_scores_a_table_and_a_picture_for_each_kind(home, tmp_path):
 
 def test_attacks_are_named_one_by_one_with_a_transfer_where_the_teacher_is_there(home, tmp_path, monkeypatch):
     monkeypatch.setitem(ATTACKS, "pgd", (2, ATTACKS["pgd"][1]))  # for time
-    said = []
+    told = Told()
     runs = [home / "teacher", home / "student"]
-    columns, rows = measure_immunity(runs, tmp_path, kinds=("attack",), attacked=4, say=said.append)
+    columns, rows = measure_immunity(runs, tmp_path, kinds=("attack",), attacked=4, progress=told)
     assert columns[:5] == ["network", "images", "format", "clean", "attack"] and rows[0][1] == "24"
     text = (tmp_path / "immunity.md").read_text()
     head, _, *lines = [line.strip("| ").split(" | ") for line in text.split("\n\n")[-1].splitlines()]
@@ -67,8 +92,8 @@ def test_attacks_are_named_one_by_one_with_a_transfer_where_the_teacher_is_there
     own = {line["name"] for line in scores if line["network"] == "teacher" and line["kind"] == "gradient"}
     assert own == {"fgsm by own", "pgd by own"}
     assert {float(score["accuracy"]) for score in scores if score["name"] == "attacked"} <= {0, 25, 50, 75, 100}
-    of = {line.partition(":")[0] for line in said}
-    assert len(said) == len(scores) and f"{len(scores)} of at most {len(scores)}" in of
+    assert len(told.scores) == told.counted == told.total == len(scores)
+    assert told.scores[0] == f"teacher, clean: {float(scores[0]['accuracy']):.2f} %"
     drawn = panels([Score(**line) for line in Run(tmp_path).lines("scores")], ["student"], "attack")
     clean = next(
         float(line["accuracy"]) for line in scores if line["name"] == "attacked" and line["network"] == "student"
@@ -81,13 +106,11 @@ def test_says_where_there_is_no_teacher_for_a_transfer(home, tmp_path):
     recipe = Run(home / "student").read("recipe")
     recipe["teacher"]["source"] = str(tmp_path / "gone")
     Run(tmp_path / "orphan").write("recipe", recipe)
-
-    def interrupt(line):
-        assert line.startswith("orphan: its teacher is not there")
-        raise KeyboardInterrupt
-
+    told = Told(most=1)
     with pytest.raises(KeyboardInterrupt):
-        measure_immunity([tmp_path / "orphan"], tmp_path / "out", kinds=("attack",), attacked=1, say=interrupt)
+        measure_immunity([tmp_path / "orphan"], tmp_path / "out", kinds=("attack",), attacked=1, progress=told)
+    (line,) = told.lines_said
+    assert line.startswith("orphan: its teacher does not exist any more")
 
 
 @pytest.mark.parametrize("kind", ["natural", "hardware", "attack"])
@@ -103,22 +126,16 @@ def test_scores_of_other_definitions_are_not_gone_on_with(home, tmp_path, kind):
 def test_goes_on_where_it_was_interrupted_with_the_same_result(home, tmp_path, monkeypatch):
     runs = [home / "student"]
     whole = measure_immunity(runs, tmp_path / "whole", kinds=("noise",), images=6)
-    said = []
-
-    def interrupt(line):
-        said.append(line)
-        if len(said) == 10:
-            raise KeyboardInterrupt
-
     options = {"kinds": ("noise",), "images": 6}
     with pytest.raises(KeyboardInterrupt):
-        measure_immunity(runs, tmp_path / "cut", **options, say=interrupt)
+        measure_immunity(runs, tmp_path / "cut", **options, progress=Told(most=10))
     with pytest.raises(RunError, match="already holds a run: go on with it by --resume"):
         measure_immunity(runs, tmp_path / "cut", **options)
     with pytest.raises(RunError, match="begun with another recipe"):
         measure_immunity(runs, tmp_path / "cut", kinds=("noise",), images=7, resume=True)
-    assert measure_immunity(runs, tmp_path / "cut", **options, say=said.append, resume=True) == whole
-    assert len(said) == 1 + 7 * 5
+    told = Told()
+    assert measure_immunity(runs, tmp_path / "cut", **options, progress=told, resume=True) == whole
+    assert len(told.scores) == 1 + 7 * 5 - 10 and told.counted == told.total == 1 + 7 * 5
     assert (tmp_path / "cut" / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
 
 
@@ -180,7 +197,6 @@ def test_refuses_a_run_that_is_not_finished(home, tmp_path):
     run.write("recipe", Run(home / "student").read("recipe"))
     with pytest.raises(RunError, match="holds no finished run"):
         measure_immunity([tmp_path / "begun"], tmp_path / "x")
-    assert module.KINDS == ("noise", "natural", "hardware", "attack")
 
 
 def test_measures_every_run_where_it_was_trained(home, elsewhere, tmp_path, monkeypatch):
@@ -197,3 +213,34 @@ def test_measures_every_run_where_it_was_trained(home, elsewhere, tmp_path, monk
     measure_immunity([home / "student", elsewhere], tmp_path / "out", kinds=("noise",), images=3)
     assert asked["dtypes"] == {"student": torch.float32, "elsewhere": torch.bfloat16}
     assert asked["last"] == {"student": True, "elsewhere": False}
+    given = {"kinds": ("noise",), "images": 3, "precision": "fp32"}
+    measure_immunity([home / "student", elsewhere], tmp_path / "fp32", device="cpu", **given)
+    assert set(asked["dtypes"].values()) == {torch.float32}
+    with pytest.raises(RunError, match="precision"):
+        measure_immunity([home / "student", elsewhere], tmp_path / "out", resume=True, device="cpu", **given)
+
+
+def scores_of(heights, perturbations=("fog",)):
+    """Scores of networks by name: clean, then at severities 1..5 of each perturbation."""
+    for name, (clean, *found) in heights.items():
+        yield Score(name, "clean", "clean", 0, float(clean))
+        for what in perturbations:
+            yield from (Score(name, "natural", what, x, float(height)) for x, height in enumerate(found, 1))
+
+
+def test_gains_are_points_above_the_baseline_or_alone_above_clean_images():
+    scores = [*scores_of({"a": [90, 80, 70, 60, 50, 40], "b": [91, 82, 73, 64, 55, 39]})]
+    assert gains(panels(scores, ["a", "b"], "natural"), ["a", "b"], "a") == {"b\nminus a": {"fog": [2, 3, 4, 5, -1]}}
+    alone = gains(panels(scores, ["b"], "natural"), ["b"], "b")
+    assert alone == {"b\nminus itself on clean images": {"fog": [-9, -18, -27, -36, -52]}}
+
+
+def test_many_perturbations_are_one_map_of_gains_and_few_are_curves(tmp_path, monkeypatch):
+    kept = []
+    for name in ("curves", "heat_maps"):
+        monkeypatch.setattr(module, name, lambda path, *given, name=name, **_: kept.append((path.name, name)))
+    corruptions = [name for _, name in perturbations(["natural"])]
+    for count in (8, 9):
+        scores = [*scores_of({"a": [90] * 6, "b": [91] * 6}, corruptions[:count])]
+        module.draw_kind(tmp_path / f"{count}.png", scores, ["a", "b"], "natural", "a", "", "")
+    assert kept == [("8.png", "curves"), ("9.png", "heat_maps")]

@@ -51,7 +51,7 @@ class TestPlace:
 
     @pytest.fixture
     def copied(self, home, tmp_path):
-        def copy(recipe, timing):
+        def copy(recipe, timing, **wished):
             run = tmp_path / "run"
             shutil.copytree(home / "two", run)
             changed = Run(run).read("recipe")
@@ -60,7 +60,7 @@ class TestPlace:
             line = {**Run(run).lines("timing")[0], **timing}
             kept = {name: value for name, value in line.items() if value}
             (run / "timing.jsonl").write_text(json.dumps(kept) + "\n")
-            return Record.read(run).place()
+            return Record.read(run).place(**wished)
 
         return copy
 
@@ -75,10 +75,23 @@ class TestPlace:
         monkeypatch.setattr(place_module, "_processor_flags", lambda: {"avx512_bf16"})
         assert copied({"precision": "fp32"}, {"dtype": "bfloat16"}).dtype is torch.float32
 
-    def test_is_this_machines_own_where_nothing_is_known_or_the_device_is_not_here(self, copied, monkeypatch):
+    def test_is_this_machines_own_where_nothing_is_known_or_the_device_is_not_here(self, copied, monkeypatch, caplog):
         monkeypatch.setattr(place_module, "_processor_flags", lambda: {"avx512_bf16"})
         found = copied({"precision": "auto", "device": "auto"}, {"dtype": None, "device": "cuda:99"})
+        assert "was computed on cuda:99, which cannot be used here: using" in caplog.text
         assert found.dtype is torch.bfloat16 and found.device.type in ("cpu", "cuda")
+
+    @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+    def test_is_what_is_wished_for_even_where_the_recipe_says_otherwise(self, copied, precision, dtype):
+        assert copied({"precision": "bf16", "device": "cuda:99"}, {}, precision=precision, device="cpu").dtype is dtype
+
+    def test_with_another_device_keeps_the_number_format_of_the_run(self, copied):
+        found = copied({"precision": "auto", "device": "cuda:99"}, {"dtype": "bfloat16"}, device="cpu")
+        assert (found.dtype, found.device.type) == (torch.bfloat16, "cpu")
+
+    def test_that_is_wished_for_and_not_here_is_an_error(self, copied):
+        with pytest.raises(ConfigError, match=r"The device 'cuda:99' cannot be used here"):
+            copied({}, {}, device="cuda:99")
 
 
 class TestRead:
@@ -137,12 +150,12 @@ class TestNetwork:
         assert all(torch.equal(value, written[key]) for key, value in teacher.network.state_dict().items())
 
     def test_of_a_teacher_is_no_student(self, home):
-        with pytest.raises(RunError, match=r"teacher/model\.safetensors' holds no student but teacher"):
+        with pytest.raises(RunError, match=r"teacher/model\.safetensors' holds teacher, not a student"):
             load_student(home / "teacher")
 
     def test_of_an_unfinished_run_is_refused(self, home, tmp_path):
         Run(tmp_path).write("recipe", Run(home / "two").read("recipe"))
-        with pytest.raises(RunError, match=r"holds no finished run: end it by the same command with --resume"):
+        with pytest.raises(RunError, match=r"holds no finished run: finish it by the same command with --resume"):
             Record.read(tmp_path).network()
 
     def test_is_refused_where_the_weights_are_of_another_kind_than_the_recipe(self, home, tmp_path):
@@ -151,7 +164,7 @@ class TestNetwork:
         with pytest.raises(RunError, match="was written by another run"):
             Record.read(tmp_path / "mixed").network()
         (tmp_path / "mixed" / "environment.json").unlink()  # then nothing says of which run the directory is
-        with pytest.raises(RunError, match="holds no student but teacher"):
+        with pytest.raises(RunError, match="holds teacher, not a student"):
             Record.read(tmp_path / "mixed").network()
 
 
@@ -255,21 +268,27 @@ class TestEvaluate:
     def test_says_nothing_where_it_finds_what_the_run_wrote_down(self, home, name, caplog):
         evaluate(home / name)
         evaluate(home / name / "model.safetensors") if name == "two" else None
-        evaluate(home / "two", timesteps=1)
         assert not caplog.messages
+
+    def test_says_that_thresholds_belong_to_their_t(self, home, caplog):
+        evaluate(home / "two", timesteps=2)
+        assert not caplog.messages
+        evaluate(home / "two", timesteps=1)
+        (said,) = caplog.messages
+        assert "thresholds were trained or calibrated for T=2" in said and "distill --timesteps 1" in said
 
     @pytest.mark.parametrize("name", ["teacher", "two"])
     @pytest.mark.parametrize(
         "moved, elsewhere, why",
         [
-            (0.01, {}, "it is computed in the same place, so images, weights or the file are not those of the run."),
-            (30.0, {}, "it is computed in the same place, so images, weights or the file are not those of the run."),
+            (0.01, {}, "machine and device are those of the run, so images, weights or the file must have changed."),
+            (30.0, {}, "machine and device are those of the run, so images, weights or the file must have changed."),
             (
                 0.5,
                 {"processor": "Z80"},
-                r"it is computed elsewhere \(processor was 'Z80', now .*\), where rounding moves",
+                r"it is computed elsewhere \(processor was 'Z80', now .*\), where rounding differs",
             ),
-            (30.0, {"processor": "Z80"}, r"more than computing elsewhere explains \(processor was 'Z80', now .*images"),
+            (30.0, {"processor": "Z80"}, r"more than another machine explains \(processor was 'Z80', now .*images"),
             (0.5, {"versions": {"torch": "0.1"}}, r"computed elsewhere \(torch was '0\.1', now "),
         ],
     )
@@ -283,9 +302,7 @@ class TestEvaluate:
         (said,) = caplog.messages
         assert found["test_accuracy"] == results["test_accuracy"]
         now, then = (f"{results['test_accuracy'] - each:.2f} %" for each in (0.0, moved))
-        assert said.startswith(
-            f"note: the test accuracy is {now}, and the run '{tmp_path / 'run'}' wrote down {then}: "
-        )
+        assert said.startswith(f"note: the test accuracy is {now}, but the run '{tmp_path / 'run'}' wrote {then}: ")
         assert re.search(why, said)
 
     def test_says_where_the_images_are_others(self, home, tmp_path, write_blobs, caplog):
@@ -297,7 +314,7 @@ class TestEvaluate:
         for label in range(3):  # one of them is not a third of the predictions
             np.savez(tmp_path / "blobs.npz", **{**arrays, "test_labels": np.full(24, label)})
             evaluate(tmp_path / "run")
-        assert caplog.messages and all("computed in the same place" in said for said in caplog.messages)
+        assert caplog.messages and all("machine and device are those of the run" in said for said in caplog.messages)
 
     def test_with_damaged_results_is_refused(self, home, tmp_path):
         shutil.copytree(home / "two", tmp_path / "run")
@@ -325,6 +342,9 @@ class TestEvaluate:
         evaluate(home / name)
         (place,) = [given for given in asked if hasattr(given, "dtype") and hasattr(given, "reason")]
         assert (place.dtype, place.reason) == (torch.float32, "float32 was asked for")
+        asked.clear()
+        evaluate(home / name, device="cpu", precision="bf16")
+        assert [given.dtype for given in asked if hasattr(given, "reason")] == [torch.bfloat16]
 
 
 def test_a_damaged_header_names_the_file(home, tmp_path):
@@ -332,7 +352,7 @@ def test_a_damaged_header_names_the_file(home, tmp_path):
     tensors, facts = read_tensors(home / "two" / "model.safetensors")
     facts["network"] = json.loads(json.dumps(facts["network"]).replace('"vgg9"', "7"))
     write_tensors(tmp_path / "odd" / "model.safetensors", tensors, facts)
-    with pytest.raises(RunError, match=r"odd/model\.safetensors' describes its student .*name \(='7'\)"):
+    with pytest.raises(RunError, match=r"description of the student in '.*odd/model\.safetensors' .*name \(='7'\)"):
         evaluate(tmp_path / "odd")
 
 

@@ -40,7 +40,7 @@ class TestDivergence:
         each = [divergence(student[:, row : row + 1], teacher[row : row + 1]) for row in range(4)]
         assert divergence(student, teacher) == pytest.approx(sum(each) / 4)
 
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     @given(seed=st.integers(0, 10**6), shift=st.floats(-5, 5))
     def test_is_0_for_equal_answers_and_positive_for_others(self, seed, shift):
         teacher = drawn(seed, 4, 3)

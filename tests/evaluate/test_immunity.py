@@ -81,7 +81,7 @@ def test_the_error_of_an_accuracy_by_hand():
     [
         (torch.rand(4, 1, 8, 8), torch.zeros(4), r"torch.float32 were given .*expected bytes"),
         (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(3), r"labels of shape \(3,\)"),
-        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(0), "one sample or more"),
+        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(0), "at least one sample"),
     ],
 )
 def test_images_that_are_no_bytes_or_have_no_labels_are_refused(trio, given, labels, message):
@@ -117,12 +117,12 @@ class TestEvents:
         assert {score.kind for score in scores} == {"clean", "event", "hardware"}
         assert scores[0].accuracy == 100.0 and len(scores) == 1 + 5 * (5 + len(FAULTS))
         lost = [score.accuracy for score in scores if score.name == "dropped-events"]
-        assert lost[-1] < lost[0] <= 100.0
+        assert lost[-1] < lost[0]
         assert immunity({"snn": event_student}, frames, labels, kinds=["event"])[1] in scores
 
     def test_kinds_that_do_not_fit_the_input_are_refused(self, event_student, frames, trio):
         labels = torch.zeros(30, dtype=torch.long)
-        with pytest.raises(ConfigError, match=r"'attack' is not for inputs of shape .*Choose among event, hardware"):
+        with pytest.raises(ConfigError, match=r"'attack' is not for inputs of shape .*Choose from event, hardware"):
             immunity({"snn": event_student}, frames, labels, kinds=["event", "attack"])
         with pytest.raises(ConfigError, match=r"'event' is not for inputs of shape \(60, 1, 8, 8\): 'event' is for"):
             immunity({"ann": trio[0]}, trio[2], trio[3], kinds=["event"])

@@ -53,6 +53,11 @@ class TestStudent:
         assert results["agreement"] == pytest.approx(100 * agreed)
         assert 0 < results["firing_rate"] < 100 and len(results["firing_rate_by_layer"]) == 1
 
+    def test_tells_how_many_images_each_pass_saw(self, student, teacher, blobs):
+        seen = []
+        measure_student(student, teacher, blobs, PLACE, confidence=0.5, seen=seen.append)
+        assert sum(seen) == 3 * len(blobs.test_images)  # student, teacher, early exit
+
     def test_alone_is_compared_with_nobody(self, student, teacher, blobs):
         whole, alone = (measure_student(student, other, blobs, PLACE) for other in (teacher, None))
         assert whole.keys() - alone.keys() == {"teacher_accuracy", "agreement", "divergence"}
@@ -77,7 +82,9 @@ class TestStudent:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_is_measured_in_the_number_format_of_the_place(self, student, teacher, blobs, dtype, monkeypatch):
         asked, predict = [], module.predict
-        monkeypatch.setattr(module, "predict", lambda *given: asked.append(given[2]) or predict(*given))
+        monkeypatch.setattr(
+            module, "predict", lambda *given, **named: asked.append(given[2]) or predict(*given, **named)
+        )
         measure_student(student, teacher, blobs, dataclasses.replace(PLACE, dtype=dtype))
         assert asked == [dtype, dtype]
 
@@ -106,8 +113,8 @@ class TestFits:
     @pytest.mark.parametrize(
         "value, message",
         [
-            (torch.zeros(2, 4), r"It returns logits of shape \(4,\), 'blobs' has 3 classes"),
-            (torch.zeros(3), r"It returns logits of shape \(\), 'blobs' has 3 classes"),
+            (torch.zeros(2, 4), r"It returns logits of shape \(4,\), but 'blobs' has 3 classes"),
+            (torch.zeros(3), r"It returns logits of shape \(\), but 'blobs' has 3 classes"),
             (torch.zeros(1, 1, 2, 3), r"It returns logits of shape \(1, 2, 3\)"),
             ((torch.zeros(2, 3),), r"It does not accept the images .* \(it returns tuple, not a tensor of logits\)"),
             (SimpleNamespace(), r"it returns SimpleNamespace, not a tensor"),

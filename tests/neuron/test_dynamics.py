@@ -17,7 +17,7 @@ DYADIC = st.integers(-2048, 4096).map(lambda k: k / 1024)
 TRAINS = st.lists(DYADIC, min_size=1, max_size=8)
 ANY = st.lists(st.floats(-3, 4), min_size=1, max_size=20)
 LENGTHS = st.integers(1, 32)
-law = settings(deadline=None, max_examples=50)
+law = settings(max_examples=50)
 
 
 def double(*values: float) -> torch.Tensor:

@@ -36,7 +36,7 @@ class TestFeatureDistance:
         teacher = drawn(0, 4, 3, 2, 2)
         assert float(feature_distance(torch.zeros_like(teacher), teacher)) == pytest.approx(1)
 
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     @given(seed=seeds, scale=st.floats(0.1, 10))
     def test_does_not_depend_on_the_scale_of_both(self, seed, scale):
         student, teacher = drawn(seed, 4, 3), drawn(seed + 1, 4, 3)

@@ -56,7 +56,7 @@ class TestCrossEntropyAgainstPlainPython:
 
 
 class TestCrossEntropy:
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     @given(seed=st.integers(0, 10**6), smoothing=st.floats(0, 1))
     def test_judging_every_step_costs_no_less_than_judging_their_mean(self, seed, smoothing):
         logits, labels = answered(seed)
@@ -87,7 +87,7 @@ class TestSoftTargetDivergence:
         expected = temperature**2 * np.mean(np.sum(p * np.log(p / q), axis=-1))
         assert float(soft_target_divergence(student, teacher, temperature)) == pytest.approx(expected, rel=1e-9)
 
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     @given(seed=seeds, temperature=st.floats(0.5, 20))
     def test_of_the_teachers_own_answer_cost_nothing_and_others_no_less(self, seed, temperature):
         student, teacher = drawn(seed, 3, 4), drawn(seed + 1, 3, 4)
@@ -95,7 +95,7 @@ class TestSoftTargetDivergence:
         assert float(soft_target_divergence(teacher + 7.0, teacher, temperature)) == pytest.approx(0, abs=1e-9)
         assert soft_target_divergence(student, teacher, temperature) > 0
 
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     @given(seed=seeds)
     def test_approach_the_squared_difference_of_centred_logits_as_the_temperature_grows(self, seed):
         student, teacher = drawn(seed, 3, 4, scale=2.0), drawn(seed + 1, 3, 4, scale=2.0)

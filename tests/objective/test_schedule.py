@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spikedistill.errors import ConfigError
@@ -21,18 +21,15 @@ def rounded(value):
 
 
 class TestClosedForms:
-    @settings(deadline=None)
     @given(value=weights, progress=moments)
     def test_a_constant_is_its_value(self, value, progress):
         assert at(Constant(value), progress) == value
 
-    @settings(deadline=None)
     @given(start=weights, end=weights, power=st.floats(0.1, 10), progress=moments)
     def test_a_ramp_is_a_power_of_progress(self, start, end, power, progress):
         expected = start + (end - start) * progress**power
         assert at(Ramp(start, end, power), progress) == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
-    @settings(deadline=None)
     @given(before=weights, after=weights, point=moments, width=st.floats(0.01, 1), progress=moments)
     def test_a_switch_is_half_a_cosine_about_its_point(self, before, after, point, width, progress):
         gone = min(1.0, max(0.0, (progress - point) / width + 0.5))
@@ -45,25 +42,21 @@ class TestClosedForms:
 
 
 class TestEndpoints:
-    @settings(deadline=None)
     @given(start=st.floats(0, 1000), end=st.floats(0, 1000), power=st.floats(0.1, 10))
     def test_of_a_ramp_are_exact(self, start, end, power):
         ramp = Ramp(start, end, power)
         assert (at(ramp, 0.0), at(ramp, 1.0)) == (rounded(start), rounded(end))
 
-    @settings(deadline=None)
     @given(before=st.floats(0, 1000), after=st.floats(0, 1000), width=st.floats(0, 0.5), point=st.floats(0.26, 0.74))
     def test_of_a_switch_are_exact_where_its_change_lies_inside(self, before, after, width, point):
         switch = Switch(point, before, after, width)
         assert (at(switch, 0.0), at(switch, 1.0)) == (rounded(before), rounded(after))
 
-    @settings(deadline=None)
     @given(width=st.floats(0.01, 1), point=st.floats(0, 1))
     def test_at_its_point_a_switch_is_half_way(self, width, point):
         assert at(Switch(point, 1.0, 3.0, width), point) == pytest.approx(2.0, abs=1e-4)
 
 
-@settings(deadline=None)
 @given(
     schedule=st.one_of(
         st.builds(Ramp, weights, weights, st.floats(0.1, 10)), st.builds(Switch, moments, weights, weights, moments)
@@ -100,5 +93,5 @@ def test_a_power_that_is_no_ramp_is_refused(power):
 @pytest.mark.parametrize("wrong", [{"at": -0.1}, {"at": 1.1}, {"width": -0.1}, {"width": 1.5}, {"at": float("nan")}])
 def test_a_switch_outside_of_training_is_refused(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ConfigError, match=rf"{name} \(={value}\).*parts of training: give 0 to 1"):
+    with pytest.raises(ConfigError, match=rf"{name} \(={value}\).*fractions of training: give 0 to 1"):
         Switch(**wrong)

@@ -76,11 +76,11 @@ class TestOfAFile:
 
     @pytest.mark.parametrize("name", ["Other", "Bare", "Changing", "function"])
     def test_what_is_no_objective_is_refused(self, name, file):
-        with pytest.raises(ConfigError, match=rf"own\.py:{name}' is no objective: expected .*frozen=True"):
+        with pytest.raises(ConfigError, match=rf"own\.py:{name}' is not an objective: expected .*frozen=True"):
             find_method(f"{file}:{name}")
 
     def test_a_class_that_says_no_terms_is_refused(self, file):
-        with pytest.raises(ConfigError, match=r"own\.py:Silent' has no __call__\(self, batch, modules\)"):
+        with pytest.raises(ConfigError, match=r"own\.py:Silent' lacks __call__\(self, batch, modules\)"):
             find_method(f"{file}:Silent")
 
     def test_a_missing_class_or_file_is_refused(self, file):

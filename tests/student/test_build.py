@@ -341,7 +341,7 @@ class TestRules:
             convert(net(), rule="percentile", percentile=percentile)
 
     def test_inheriting_without_images_is_refused(self):
-        with pytest.raises(ConfigError, match=r"give some hundred images as calibrate=\.\.\., or inherit=False"):
+        with pytest.raises(ConfigError, match=r"give a few hundred images as calibrate=\.\.\., or set inherit=False"):
             to_spiking(net())
 
     def test_images_that_are_not_finite_are_refused(self):
@@ -388,7 +388,7 @@ def test_the_state_of_another_student_is_refused():
 
 
 def test_no_image_at_all_is_refused_as_calibration():
-    with pytest.raises(ConfigError, match="need thresholds: give some hundred images"):
+    with pytest.raises(ConfigError, match="need calibrated thresholds: give a few hundred images"):
         convert(net(), calibrate=torch.rand(0, 1, 4, 4))
 
 

@@ -21,7 +21,7 @@ from spikedistill.student.calibrate import (
 )
 from spikedistill.student.conversion import Conversion
 
-law = settings(deadline=None, max_examples=30)
+law = settings(max_examples=30)
 GRIDDED = [REACH * number / (GRID - 1) for number in range(GRID)]
 
 
@@ -363,5 +363,5 @@ class TestBiases:
         assert {name for name in plain if not torch.equal(plain[name], corrected[name])} == {"core.norm.bias"}
 
     def test_of_fresh_weights_are_refused(self):
-        with pytest.raises(ConfigError, match="correct_bias is for inherited weights"):
+        with pytest.raises(ConfigError, match="correct_bias needs inherited weights"):
             to_spiking(self.network(), Conversion(inherit=False, correct_bias=True))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from spikedistill.errors import ShapeError
 from spikedistill.student.coding import CODINGS, Coding, DirectCoding, Frames, Latency, Rate
 
-law = settings(deadline=None, max_examples=50)
+law = settings(max_examples=50)
 BYTES = st.lists(st.integers(0, 255), min_size=1, max_size=12)
 LENGTHS = st.integers(1, 16)
 
@@ -104,7 +104,6 @@ class TestLatency:
 
 
 def test_every_name_makes_a_coding():
-    assert set(CODINGS) == {"direct", "frames", "latency", "rate"}
     assert all(isinstance(coding(), Coding) for coding in CODINGS.values())
 
 

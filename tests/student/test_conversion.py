@@ -54,7 +54,7 @@ def conversions(draw):
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(conversions())
 def test_facts_are_json_and_come_back(conversion):
     facts = json.loads(json.dumps(conversion.facts()))
@@ -79,7 +79,7 @@ FAULTS = [
     ({"timesteps": 0}, "timesteps (=0) must be 1 or more"),
     ({"percentile": 100.5}, "percentile (=100.5) must be between 0 and 100"),
     ({"percentile": float("nan")}, "percentile (=nan)"),
-    ({"inherit": False, "correct_bias": True}, "correct_bias is for inherited weights"),
+    ({"inherit": False, "correct_bias": True}, "correct_bias needs inherited weights"),
 ]
 
 
@@ -92,19 +92,19 @@ def test_what_cannot_work_is_refused_at_once(fields, said):
 HOSTILE = [
     (None, "Conversion is written as None: expected the fields timesteps, neuron"),
     ([], "Conversion is written as []"),
-    ({"timesteps": "4"}, "Conversion: timesteps (='4') is no value for it: expected"),
-    ({"timesteps": True}, "timesteps (='True') is no value for it"),
+    ({"timesteps": "4"}, "Conversion: timesteps (='4') has the wrong type: expected"),
+    ({"timesteps": True}, "timesteps (='True') has the wrong type"),
     ({"timesteps": -1}, "timesteps (=-1) must be 1 or more"),
     (
         {"rule": "maximum"},
-        "Conversion: rule (='maximum') is no value for it: expected Literal['least-squares', 'max', 'percentile']",
+        "Conversion: rule (='maximum') has the wrong type: expected Literal['least-squares', 'max', 'percentile']",
     ),
-    ({"rule": ["max"]}, "rule (=\"['max']\") is no value for it"),
+    ({"rule": ["max"]}, "rule (=\"['max']\") has the wrong type"),
     ({"percentile": 10**400}, "percentile (="),
     ({"neuron": {"leak": 1.0}}, "Neuron is written as ['leak']: expected the fields leak, learn_leak"),
-    ({"coding": "direct"}, "'direct' names none of direct, frames, latency, rate"),
-    ({"coding": {"name": ["direct"]}}, "names none of direct"),
-    ({"coding": {"name": "rate", "seed": 0.5}}, "Rate: seed (='0.5') is no value for it"),
+    ({"coding": "direct"}, "'direct' is none of direct, frames, latency, rate"),
+    ({"coding": {"name": ["direct"]}}, "is none of direct"),
+    ({"coding": {"name": "rate", "seed": 0.5}}, "Rate: seed (='0.5') has the wrong type"),
     ({"coding": {"name": "direct", "seed": 1}}, "DirectCoding is written as ['seed']: expected the fields none"),
     ({"more": 1}, "Conversion is written as"),
 ]
@@ -120,7 +120,7 @@ def test_facts_of_another_kind_are_refused(change, said):
 def test_facts_that_lack_a_field_are_refused():
     for name in Conversion().facts():
         facts = {key: value for key, value in Conversion().facts().items() if key != name}
-        with pytest.raises(ConfigError, match="the file is damaged or of another version"):
+        with pytest.raises(ConfigError, match="The file is damaged or was written by another version"):
             Conversion.from_facts(facts)
 
 
@@ -151,7 +151,7 @@ class Own:
     "fields", [{"neuron": Neuron(surrogate=Own())}, {"coding": Own()}], ids=["surrogate", "coding"]
 )
 def test_a_class_of_the_user_s_own_works_but_is_not_written(fields):
-    with pytest.raises(ConfigError, match="Own is none of this package's and cannot be written to a file: take one of"):
+    with pytest.raises(ConfigError, match="Own is not part of this package and cannot be written to a file: use one"):
         Conversion(**fields).facts()
 
 

@@ -83,7 +83,7 @@ class Doing(nn.Module):
 @pytest.mark.parametrize("name", BY_DIMENSION)
 def test_what_works_along_the_batch_is_refused_without_images_too(name, inherit):
     images = torch.rand(4, 1, 6, 6) if inherit else None
-    with pytest.raises(ConversionError, match=r"test_mixing\.py.*the batch holds the time steps too"):
+    with pytest.raises(ConversionError, match=r"test_mixing\.py.*The batch also holds the time steps"):
         to_spiking(Doing(BY_DIMENSION[name]), Conversion(inherit=inherit), calibrate=images)
 
 

@@ -216,7 +216,7 @@ class TestRefusals:
     def test_the_quantised_stand_in_has_neither(self, asked):
         student, _ = convert()
         student.gradient = "quantised"
-        with pytest.raises(ConfigError, match=r"gradient \(='quantised'\) has no time steps.*take gradient='exact'"):
+        with pytest.raises(ConfigError, match=r"gradient \(='quantised'\) has no time steps.*use gradient='exact'"):
             student.train().observe(images, **asked)
         assert student.observe(images, ["act"]).features["act"].shape == (1, 3, 4, 4, 4)
         assert student.eval().observe(images, **asked).logits.shape == (4, 3, 3)
@@ -224,7 +224,9 @@ class TestRefusals:
     def test_rates_have_no_potentials(self):
         student, _ = convert()
         student.gradient = "rate"
-        with pytest.raises(ConfigError, match=r"gradient \(='rate'\) knows rates alone, no potentials: take gradient="):
+        with pytest.raises(
+            ConfigError, match=r"gradient \(='rate'\) computes firing rates only, no potentials: use gradient="
+        ):
             student.train().observe(images, potentials=["act"])
         with torch.no_grad():
             assert student.observe(images, potentials=["act"]).potentials["act"].shape == (4, 3, 4, 4, 4)
@@ -232,7 +234,7 @@ class TestRefusals:
     def test_what_is_computed_again_has_no_potentials(self):
         student, _ = convert()
         student.recompute = "stages"
-        with pytest.raises(ConfigError, match=r"recompute \(='stages'\) keeps no potentials: take recompute='nothing'"):
+        with pytest.raises(ConfigError, match=r"recompute \(='stages'\) keeps no potentials: use recompute='nothing'"):
             student.train().observe(images, potentials=["act"])
         assert student.eval().observe(images, potentials=["act"]).potentials["act"].shape == (4, 3, 4, 4, 4)
 

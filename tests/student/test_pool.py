@@ -53,7 +53,7 @@ def test_it_is_the_growth_of_the_largest_sum(name):
         assert state is None and found.dtype == x.dtype
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 12), st.floats(1e-3, 1e3), st.sampled_from(sorted(POOLS)), st.integers(0, 99))
 def test_over_spikes_of_one_height_a_step_is_a_spike_to_the_last_bit(timesteps, height, name, seed):
     pool, shape = POOLS[name]
@@ -218,7 +218,7 @@ def test_before_the_first_neuron_an_image_is_pooled_once_and_frames_over_time():
     assert pooled.shape == (4, 2, 4, 2, 2)  # a module that is called twice has its last result
 
 
-@pytest.mark.parametrize("how, note", [("or", "logical or: its error does not shrink"), ("average", "exchanged for")])
+@pytest.mark.parametrize("how, note", [("or", "logical or: its error does not shrink"), ("average", "replaced by")])
 def test_the_report_says_what_becomes_of_each_pool(how, note):
     _, report = to_spiking(ZOO["vgg9"](width=2), Conversion(inherit=False, max_pool=how))
     assert len(report.pools) == 3 and all(note in pool.note for pool in report.pools)

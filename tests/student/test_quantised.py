@@ -16,7 +16,7 @@ ONE = torch.ones(())
 
 
 class TestClipFloorShift:
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(st.integers(1, 12), st.integers(-40, 200), st.sampled_from([0.25, 1.0, 4.0]))
     def test_is_what_a_neuron_answers_to_a_constant_current(self, levels, eighths, threshold):
         # currents between the stairs, in sixteenths of a level
@@ -74,14 +74,15 @@ class TestStudent:
     def test_refuses_frames(self):
         layers = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
         student = learner(*layers, timesteps=4, coding=Frames()).train()
-        with pytest.raises(ConfigError, match=r"has no time: give images \(no frames\)"):
+        with pytest.raises(ConfigError, match=r"has no time steps: give images \(no frames\)"):
             student(torch.rand(4, 5, 1, 4, 4))
 
     @pytest.mark.parametrize("neuron", [LIF, Neuron(initial=0.5, reset=Reset.ZERO), Neuron()], ids=["lif", "zero", "0"])
     def test_refuses_neurons_that_answer_otherwise(self, neuron):
         student = learner(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3), neuron=neuron).train()
         with pytest.raises(
-            ConfigError, match=r"that of IF with a fixed initial 0\.5 and subtractive reset, not of leak"
+            ConfigError,
+            match=r"needs IF neurons with a fixed initial potential of 0\.5 and reset by subtraction",
         ):
             student(torch.rand(4, 1, 4, 4))
 

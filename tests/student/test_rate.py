@@ -145,7 +145,7 @@ def test_synchronised_batch_norm_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     student, _ = to_spiking(nn.SyncBatchNorm.convert_sync_batchnorm(network), Conversion(inherit=False))
     student.gradient = "rate"
-    with pytest.raises(ConfigError, match="SyncBatchNorm asks for those of all"):
+    with pytest.raises(ConfigError, match="SyncBatchNorm needs those of all"):
         student(torch.rand(2, 3, 4, 4))
 
 

@@ -8,7 +8,6 @@ from students import Sized, can_learn, convert, line
 from torch import Tensor, nn
 
 from spikedistill.errors import ConversionError
-from spikedistill.student.rules import LARGEST_SLOPE
 
 HERE = Path(__file__)
 
@@ -81,10 +80,9 @@ class TestOtherActivations:
 
     @pytest.mark.parametrize("slope", [0.5, -0.5])
     def test_too_steep_a_slope_is_refused(self, slope):
-        said = rf"'part' at {place('the part')} has a negative slope of {slope}.*train the ANN with ReLU"
+        said = rf"'part' at {place('the part')} has a negative slope of {slope}.*Train the ANN with ReLU"
         with pytest.raises(ConversionError, match=said):
             convert(Around(nn.LeakyReLU(slope)), torch.rand(2, 1, 4, 4))
-        assert LARGEST_SLOPE == 0.3
 
 
 GATE = "leave it out with its product where it is a gate"
@@ -193,7 +191,7 @@ class TestRefusals:
                 return super().forward(x + y)
 
         with pytest.raises(
-            ConversionError, match=r"takes 2 inputs and returns a tensor: expected one tensor in.*wrap it"
+            ConversionError, match=r"takes 2 inputs and returns a tensor: expected one tensor in.*Wrap it"
         ):
             convert(Two(), torch.rand(2, 1, 4, 4), **options)
 
@@ -204,12 +202,10 @@ class TestRefusals:
                 logits = super().forward(x)
                 return logits, logits
 
-        with pytest.raises(ConversionError, match=r"takes 1 inputs and returns tuple: expected one tensor in.*wrap it"):
+        with pytest.raises(ConversionError, match=r"takes 1 inputs and returns tuple: expected one tensor in.*Wrap it"):
             convert(Pair(), torch.rand(2, 1, 4, 4), **options)
 
     def test_of_images_that_the_network_does_not_take(self):
-        said = (
-            r"does not accept the calibration images of shape \(2, 1, 9, 9\) \(mat1.*give images as it was trained on"
-        )
+        said = r"does not accept the calibration images of shape \(2, 1, 9, 9\) \(mat1.*give images like those"
         with pytest.raises(ConversionError, match=said):
             convert(Sized(), torch.rand(2, 1, 9, 9))

@@ -55,7 +55,7 @@ class Growing(nn.Module):
 
 
 def stepped(network: nn.Module, student: Student, report: Report, images: Tensor) -> Tensor:
-    """The ANN itself with its activations exchanged for neurons with a memory, called T times."""
+    """The ANN itself with its activations replaced by neurons with a memory, called T times."""
     spiking = copy.deepcopy(network).eval()
     thresholds = {site.name: layer.threshold for site, layer in zip(report.sites, student.neurons.values())}
     for name, module in list(spiking.named_modules()):
@@ -185,7 +185,9 @@ class TestMaxPooling:
 
     def test_with_a_dilation_cannot_be_exchanged(self):
         layers = nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2, 1, dilation=2), nn.Flatten(), nn.Linear(8, 3)
-        with pytest.raises(ConversionError, match="'2' has a dilation of 2, average pooling has none: keep it"):
+        with pytest.raises(
+            ConversionError, match="'2' has a dilation of 2, and average pooling has none: keep max pooling"
+        ):
             convert(nn.Sequential(*layers), torch.rand(2, 1, 6, 6), max_pool="average")
 
     @pytest.mark.parametrize("pool", [F.max_pool2d, torch.max_pool2d])

@@ -1,16 +1,19 @@
+import pickle
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from students import Own, Sized, can_learn, convert
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConversionError
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.conversion import Conversion
+from spikedistill.student.trace import trace
 
 HERE = Path(__file__)
 
@@ -231,6 +234,44 @@ def test_sizes_flags_and_work_in_place_mean_what_they_mean_in_the_ann(kind):
     assert found(images[:2]).shape == (3, 2, 3)
 
 
+class TestNumbersAndLists:
+    """What a forward computes from the size of its input, or cuts it into, is a node under every torch."""
+
+    WORK: ClassVar = {
+        "avg_pool2d": lambda x: x + F.avg_pool2d(x, x.size(3)),
+        "reshape": lambda x: torch.reshape(x, (x.size(0), -1)),
+        "cat": lambda x: torch.cat(torch.chunk(x, 2, dim=1), 1),
+        "stack": lambda x: torch.stack(x.unbind(1), 1),
+    }
+
+    @pytest.mark.parametrize("name", WORK)
+    def test_are_traced_and_traced_again_out_of_pickle(self, name):
+        network, images = Around(self.WORK[name]), torch.rand(2, 1, 4, 4)
+        module, _ = trace(network)
+        function = getattr(F, name) if hasattr(F, name) else getattr(torch, name)
+        for each in (module, pickle.loads(pickle.dumps(module))):
+            assert [node.target for node in each.graph.nodes if node.name == name] == [function]
+            assert torch.equal(each(images), network(images))
+
+    def test_are_recorded_where_the_function_refuses_a_proxy(self, monkeypatch):
+        def cat(tensors, dim=0):
+            if isinstance(tensors, fx.Proxy):
+                raise TypeError("cat(): argument 'tensors' (position 1) must be tuple of Tensors, not Proxy")
+            return plain(tensors, dim)
+
+        plain = torch.cat
+        monkeypatch.setattr(torch, "cat", cat)
+        module, _ = trace(Around(lambda x: torch.cat(x.chunk(2, 1), 1)))
+        assert [node.target for node in module.graph.nodes if node.name == "cat"] == [cat]
+        assert torch.cat is cat  # tracing leaves torch as it was
+
+    def test_a_call_that_is_wrong_in_itself_is_refused_at_its_line(self):
+        kernel = F.avg_pool2d
+        with pytest.raises(ConversionError, match=rf"avg_pool2d.*{re.escape(str(HERE))}"):
+            trace(Around(lambda x: F.avg_pool2d(x)))
+        assert F.avg_pool2d is kernel
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "branch",
@@ -242,6 +283,6 @@ class TestRefusals:
         ids=["if", "float", "numpy"],
     )
     def test_of_a_network_that_depends_on_values(self, branch):
-        said = rf"Around cannot be traced by torch.fx .*{re.escape(str(HERE))}:\d+.* pass the inner network alone"
+        said = rf"Around cannot be traced by torch.fx .*{re.escape(str(HERE))}:\d+.* pass only the inner network"
         with pytest.raises(ConversionError, match=said):
             convert(Around(branch), torch.rand(2, 1, 4, 4))

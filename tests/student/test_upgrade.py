@@ -107,8 +107,8 @@ def test_fields_that_very_old_recipes_lack_stay_out():
     "recipe, said",
     [
         ([], "The recipe is '\\[\\]'"),
-        ({"kind": "energy"}, "of kind 'energy' and format 1"),
-        ({**old(), "format": 3}, "of kind 'distill' and format 3: this version reads"),
+        ({"kind": "energy"}, "has kind 'energy' and format 1"),
+        ({**old(), "format": 3}, "has kind 'distill' and format 3: this version reads"),
         ({**old(), "who": None}, "part 'who' is 'None': expected fields"),
         ({**old(), "data": []}, "part 'data' is"),
     ],

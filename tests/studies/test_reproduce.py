@@ -73,7 +73,10 @@ def test_pairs_give_every_seed_and_a_table_of_means(folder):
     report = reproduce(study(folder, "pairs", ("direct", "kdsnn-response"), seeds=2), out)
     lines = read(out)
     assert Counter(line["method"] for line in lines) == {"teacher": 1, "direct": 2, "kdsnn-response": 2}
-    assert all(line["metric"] == "accuracy" and 0 <= float(line["value"]) <= 100 for line in lines)
+    for line in lines:
+        run = "teacher" if line["method"] == "teacher" else f"{line['method']}-t2-s{line['seed']}"
+        results = Run(folder / "runs" / run).read("results")
+        assert (line["metric"], float(line["value"])) == ("accuracy", pytest.approx(results["test_accuracy"], abs=0.01))
     direct = [float(line["value"]) for line in lines if line["method"] == "direct"]
     assert f"{sum(direct) / 2:.2f} ± " in report
     assert (out / "kdsnn-test.md").read_text() == report
@@ -168,7 +171,12 @@ def test_energy_is_written_with_its_quantised_ann(folder):
     reproduce(study(folder, "energy", ("kdsnn",)), out)
     lines = read(out)
     metrics = {line["metric"] for line in lines if line["method"] == "kdsnn" and not line["setting"]}
-    assert metrics == {"accuracy", "spikes", "synops", "energy_float32", "energy_int8", "energy_memory"}
+    assert metrics == {
+        "accuracy",
+        "spikes",
+        "synops",
+        *(f"energy_uJ_{model}" for model in ("float32", "int8", "memory")),
+    }
     assert {line["setting"] for line in lines} == {"", "quantised-ann", "quantised-sparse-ann"}
 
 
@@ -214,7 +222,7 @@ def test_finished_runs_of_another_recipe_are_refused(folder):
     whole = study(folder, "pairs", ("direct",))
     reproduce(whole, folder / "same")
     with pytest.raises(
-        RunError, match=r"made by another recipe \(epochs was 1, now 7\): move it away, or give another"
+        RunError, match=r"has another recipe than the study \(epochs was 1, now 7\): move it away, or give another"
     ):
         reproduce(changed(whole, epochs=7), folder / "same")
 

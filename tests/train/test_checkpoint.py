@@ -7,7 +7,7 @@ from torch import nn
 
 from spikedistill import files
 from spikedistill.errors import RunError, WeightsError
-from spikedistill.files import write_json
+from spikedistill.files import read_tensors, write_json, write_tensors
 from spikedistill.train.checkpoint import load_checkpoint, previous, save_checkpoint
 
 FACTS = {"epoch": 3, "step": 2, "meters": {"sums": {"labels": 0.1 + 0.2}}, "rate": None}
@@ -70,9 +70,47 @@ class TestRoundTrip:
         save_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, optimiser, FACTS)
         again = make(first.parameters())
         load_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, again)
-        for parameter, state in again.state.items():
-            for value in state.values():
-                assert value is None or value.shape != parameter.shape or value.stride() == parameter.stride()
+        kept = [
+            (value.stride(), parameter.stride())
+            for parameter, state in again.state.items()
+            for value in state.values()
+            if value is not None and value.ndim > 0 and value.shape == parameter.shape
+        ]
+        each = {"momentum_buffer", "exp_avg", "exp_avg_sq"} & set().union(*optimiser.state.values())
+        assert len(kept) == len(each) * (len(list(first.parameters())) - 1)  # the threshold is a scalar
+        assert all(found == wanted for found, wanted in kept)
+
+    def test_state_finds_its_parameter_by_name_whatever_the_optimiser_s_order(self, make, tmp_path):
+        first = network()
+        optimiser = make(first.parameters())
+        walk(first, optimiser, 2)
+        save_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, optimiser, FACTS)
+        turned = make([{"params": [p]} for p in reversed(list(first.parameters()))])
+        load_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, turned)
+        assert_same_state(optimiser, turned)
+
+    def test_state_of_an_earlier_version_is_numbered_and_found(self, make, tmp_path):
+        first = network()
+        optimiser = make(first.parameters())
+        walk(first, optimiser, 2)
+        save_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, optimiser, FACTS)
+        tensors, facts = read_tensors(tmp_path / "c.safetensors")
+        for number, (name, _) in enumerate(first.named_parameters()):
+            for key in [key for key in tensors if key.startswith(f"optimiser.lesson.{name}.")]:
+                tensors[f"optimiser.{number}.{key.rpartition('.')[2]}"] = tensors.pop(key)
+        assert not any(key.startswith("optimiser.lesson") for key in tensors)
+        write_tensors(tmp_path / "c.safetensors", tensors, facts)
+        again = make(first.parameters())
+        load_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, again)
+        assert_same_state(optimiser, again)
+
+
+def assert_same_state(first, second):
+    """The same state for every parameter of two optimisers."""
+    for parameter, state in first.state.items():
+        kept = {key: value for key, value in state.items() if value is not None}
+        assert kept.keys() <= second.state[parameter].keys()
+        assert all(torch.equal(value, second.state[parameter][key]) for key, value in kept.items())
 
 
 class TestFile:
@@ -90,7 +128,7 @@ class TestFile:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
         assert {f"lesson.{name}" for name in first.state_dict()} <= names
-        assert "random.cpu" in names and "optimiser.0.momentum_buffer" in names
+        assert "random.cpu" in names and "optimiser.lesson.0.weight.momentum_buffer" in names
 
     @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
     def test_a_failed_write_leaves_the_old_one_and_no_rest(self, saved, monkeypatch, failure):
@@ -170,7 +208,7 @@ class TestTheOneBefore:
         damage(path, harm)
         assert self.load(twice) == 1
         (said,) = caplog.messages
-        assert said.startswith("note: ") and f"'{path}' " in said and said.endswith(" Going on from the one before it.")
+        assert said.startswith("note: ") and f"'{path}' " in said and said.endswith(" Going on from the previous one.")
 
     def test_is_not_replaced_by_the_damaged_one_at_the_next_save(self, twice):
         path, first, optimiser = twice
@@ -188,7 +226,7 @@ class TestTheOneBefore:
         for file in (path, previous(path)):
             damage(file, harm)
         with pytest.raises(
-            WeightsError, match=r"c\.safetensors' .* So is the one before it, .*another --out\."
+            WeightsError, match=r"c\.safetensors' .* So is the previous one, .*another --out\."
         ) as caught:
             self.load(twice)
         assert len(str(caught.value)) < 600

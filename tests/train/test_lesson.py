@@ -190,7 +190,7 @@ class TestSettleObjective:
         assert settle_objective(Looks(needs), spiking(), teacher, True) == Looks(needs)
 
     def test_spikes_of_an_ann_are_refused(self):
-        with pytest.raises(ConfigError, match=r"Spikes of 4 are looked at, .* none, it is an ANN"):
+        with pytest.raises(ConfigError, match=r"needs spikes of 4; .* none, it is an ANN"):
             settle_objective(Looks(Needs(teacher_spikes=("4",))), spiking(), Teacher(convolutional(4), MEAN, STD), True)
 
     @pytest.mark.parametrize("gradient", ["exact", "rate", "quantised"])
@@ -207,7 +207,7 @@ class TestSettleObjective:
     def test_a_gradient_that_cannot_give_what_is_looked_at_is_refused(self, gradient, needs, refused):
         student = spiking()
         student.gradient = gradient
-        message = rf"gradient \(='{gradient}'\) .*: take gradient='exact', or an objective"
+        message = rf"gradient \(='{gradient}'\) .*: use gradient='exact', or an objective"
         allowed = contextlib.nullcontext()
         with pytest.raises(ConfigError, match=message) if gradient in refused else allowed:
             settle_objective(Looks(needs), student, None, True)

@@ -319,7 +319,7 @@ class TestRefusals:
         before = copy.deepcopy(student.state_dict())
         message = (
             rf"The norm of the gradient became {norm} at the loss .* in epoch 1, step 1: lower --lr \(=0\.1\), or set"
-            r" --clip 1.* Not finite: that alone; finite: weights, inputs, teacher's answer, student's logits\."
+            r" --clip 1.* Not finite: nothing else; finite: weights, inputs, teacher's outputs, student's logits\."
         )
         with pytest.raises(ConfigError, match=message):
             teach(student, steep, blobs, choices(clip=clip), Run(tmp_path))
@@ -331,9 +331,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "where, remedy",
         [
-            ("teacher's answer", "check the teacher's weights and its normalisation"),
-            ("weights", "an earlier step broke the weights, or their file holds them so: lower --lr"),
-            ("inputs", "mend the images, the normalisation or the augmentation"),
+            ("teacher's outputs", "check the teacher's weights and its normalisation"),
+            ("weights", "an earlier step broke the weights, or their file holds such values: lower --lr"),
+            ("inputs", "check the images, their normalisation and their augmentation"),
         ],
     )
     def test_a_loss_that_is_no_number_names_what_is_not_finite_and_what_to_do(self, where, remedy, blobs, tmp_path):
@@ -351,7 +351,7 @@ class TestRefusals:
     def test_answers_that_are_not_finite_are_not_kept_on_disk(self, blobs, tmp_path):
         teacher = Teacher(convolutional(4), MEAN, STD)
         teacher.network[5].bias.data[0] = torch.nan
-        with pytest.raises(ConfigError, match="The teacher's answer holds NaN or infinity and is not kept"):
+        with pytest.raises(ConfigError, match="The teacher's logits or features hold NaN or infinity and are not kept"):
             teach(spiking(convolutional(4)), KDSNNResponse(), blobs, choices(views=1), Run(tmp_path), teacher=teacher)
 
     @pytest.mark.parametrize("part", ["weight", "momentum", "average"])
@@ -391,7 +391,11 @@ class TestRefusals:
             (Sum(((0.5, Direct()), (0.5, KDSNNResponse()))), "exact", "needs a teacher, and no teacher was given"),
             (TET(), "quantised", r"gradient \(='quantised'\) has no time steps"),
             (SpikeBudget("2"), "quantised", r"gradient \(='quantised'\) has no time steps, spikes"),
-            (Looks(Needs(potentials=("2",))), "rate", r"gradient \(='rate'\) knows rates alone, no potentials"),
+            (
+                Looks(Needs(potentials=("2",))),
+                "rate",
+                r"gradient \(='rate'\) computes firing rates only, no potentials",
+            ),
             (
                 Looks(Needs(source=True)),
                 "exact",
@@ -408,7 +412,7 @@ class TestRefusals:
 
     def test_an_objective_that_looks_at_the_spikes_of_an_ann(self, blobs, tmp_path, no_step):
         objective, teacher = Looks(Needs(teacher_spikes=("2",))), Teacher(convolutional(4), MEAN, STD)
-        with pytest.raises(ConfigError, match=r"Spikes of 2 are looked at, .* none, it is an ANN\. Take a spiking"):
+        with pytest.raises(ConfigError, match=r"needs spikes of 2; .* none, it is an ANN\. Use a spiking"):
             teach(spiking(convolutional(4)), objective, blobs, choices(), Run(tmp_path), teacher=teacher)
         with pytest.raises(ConfigError, match="Sequential is an ANN and has no spikes"):
             teach(learner(convolutional(4)), SpikeBudget("2"), blobs, choices(), Run(tmp_path))
@@ -671,10 +675,11 @@ class TestMetrics:
         assert line["firing_rate"] == pytest.approx(100 * count, abs=0.05)
 
     def test_tensorboard_gets_the_same_numbers(self, blobs, tmp_path):
-        accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
         teach(learner(flat()), Direct(), blobs, choices(tensorboard=True), Run(tmp_path))
         assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) == 1
-        events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
         for line in Run(tmp_path).lines("metrics"):
             for name in line.keys() - {"epoch"}:
                 point = next(point for point in events.Scalars(name) if point.step == line["epoch"])
@@ -849,11 +854,11 @@ class TestViews:
             learner(convolutional(6)), self.objective, blobs, config, Run(tmp_path), teacher=teacher, progress=progress
         )
         size = 2 * 5 * 16 * (4 * 3 + 4 * 4 * 64 + 8) / 1024
-        assert any(f"2 views of 5 steps: {size:.1f} KiB in" in line and "0 % of them" in line for line in said)
+        assert any(f"2 views of 5 steps: {size:.1f} KiB in" in line and "0 % already computed" in line for line in said)
 
     def test_are_refused_where_the_disk_is_too_small_before_anything_is_trained(self, blobs, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-        with pytest.raises(ConfigError, match=r"answers to 2 views need 163\.1 KiB in '.*answers', where 1000 bytes"):
+        with pytest.raises(ConfigError, match=r"outputs for 2 views need 163\.1 KiB in '.*answers', where 1000 bytes"):
             self.train(blobs, tmp_path, choices(epochs=3, views=2))
         assert not list((tmp_path / "answers").iterdir()) and not Run(tmp_path).checkpoint.exists()
 
@@ -877,7 +882,7 @@ class TestConvolutions:
         assert not same(found["torch"], found["winograd"])
 
     def test_winograd_s_that_cannot_be_had_are_refused(self, blobs, tmp_path):
-        with pytest.raises(ConfigError, match=r"=winograd\) cannot be had here \(no convolution"):
+        with pytest.raises(ConfigError, match=r"=winograd\) are not available here \(no convolution"):
             teach(learner(flat()), Direct(), blobs, choices(convolutions="winograd", channels_last=True), Run(tmp_path))
         assert not (tmp_path / "metrics.jsonl").exists()
 

@@ -94,7 +94,7 @@ class TestPlace:
         for name, content in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(content)
-        with pytest.raises(RunError, match=r"holds files \(.*\) and no run of spikedistill: choose an empty or a new"):
+        with pytest.raises(RunError, match=r"holds files \(.*\) but no run of spikedistill: choose an empty or a new"):
             Run(tmp_path).start({"kind": kind}, resume=False)
         found = {str(x.relative_to(tmp_path)): x.read_text() for x in tmp_path.rglob("*") if x.is_file()}
         assert found == files
@@ -132,7 +132,7 @@ class TestPlace:
     def test_among_the_images_is_refused(self, out, tmp_path):
         (tmp_path / "photos").mkdir()
         recipe = {**RECIPE, "data": {"name": str(tmp_path / "photos")}}
-        with pytest.raises(RunError, match=r"lies in the folder of the data, '.*photos': choose another --out"):
+        with pytest.raises(RunError, match=r"is inside the folder of the data, '.*photos': choose another --out"):
             Run(tmp_path / out).start(recipe, resume=False)
         assert os.listdir(tmp_path / "photos") == []
         Run(tmp_path / "photos-run").start(recipe, resume=False)
@@ -153,7 +153,7 @@ class TestPlace:
             "checkpoint": lambda: run.checkpoint,
             "model": lambda: run.model,
         }
-        with pytest.raises(RunError, match=r"run' was removed or replaced while this run worked in it.*begin anew"):
+        with pytest.raises(RunError, match=r"run' was removed or replaced while this run worked in it.*start again"):
             uses[use]()
         assert run.path.exists() is (harm != "removed")
 
@@ -269,7 +269,7 @@ class TestDamagedLines:
         with (run.path / f"{name}.jsonl").open("ab") as file:
             file.write(damaged + b"\n")
         run.append(name, {"a": 3})
-        with pytest.raises(RunError, match=rf"Line 2 of '.*{name}\.jsonl' is damaged .*delete that line, --resume"):
+        with pytest.raises(RunError, match=rf"Line 2 of '.*{name}\.jsonl' is damaged .*delete that line; --resume"):
             run.lines(name)
 
     def test_of_line_ends_as_git_writes_them_for_windows_are_none(self, run):
@@ -339,7 +339,7 @@ class TestMending:
         logged.rewind(3, self.LINES)
         assert (logged.path / "metrics.jsonl").read_bytes() == before
         (said,) = caplog.messages
-        assert "metrics.jsonl' was shorter than the checkpoint, or damaged, and is mended from it." in said
+        assert "metrics.jsonl' was shorter than the checkpoint, or damaged, and is repaired from it." in said
 
     def test_is_not_needed_after_a_kill_between_line_and_checkpoint(self, logged, caplog):
         logged.rewind(2, self.LINES[:2])
@@ -348,7 +348,7 @@ class TestMending:
     @pytest.mark.parametrize("harm", HARMS)
     def test_cannot_be_done_from_a_checkpoint_of_before(self, logged, harm):
         self.harm(logged, harm)
-        with pytest.raises(RunError, match=r"metrics\.jsonl' holds epochs \[.*\], and 3 lie behind: .*put a copy back"):
+        with pytest.raises(RunError, match=r"metrics\.jsonl' holds epochs \[.*\], but 3 are done: .*restore a copy"):
             logged.rewind(3)
 
     @pytest.mark.parametrize("harm", HARMS)
@@ -414,7 +414,7 @@ class TestARunOfFormatOne:
         return run
 
     def test_that_is_not_finished_is_refused_by_name(self, old):
-        message = r"run in '.*deep.run' was begun, and not finished, by an older version of spikedistill: finish it"
+        message = r"run in '.*deep.run' was begun and not finished by an older version of spikedistill: finish it"
         with pytest.raises(RunError, match=message):
             old.start(RECIPE, True, Distill().written())
 

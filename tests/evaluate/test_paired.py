@@ -5,7 +5,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikedistill.studies.paired import beyond, gaps, holm, p_value, verdict, with_deviation, with_test
+from spikedistill.evaluate.paired import beyond, gaps, holm, p_value, verdict, with_deviation, with_test
 
 SLEEP = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
 """Hours of sleep gained by ten patients, the example of Student's paper of 1908: t = 4.0621 with 9 degrees."""
@@ -68,5 +68,5 @@ def test_a_verdict_names_both_sides():
         {"sure": [1.0, 1.1, 0.9], "loss": [-1.0, -1.1, -0.9], "chance": [1.0, -1.0, 0.5], "same": [1.0, 1.0]}
     )
     assert ": 2 of 3 (sure; loss). Not significant: chance." in said
-    assert "Holm's correction for so many tests: 2." in said and "too few: same." in said
+    assert "Holm's correction for all these tests: 2." in said and "too few: same." in said
     assert verdict({"one": [1.0], "seed": [2.0]}) == "" and verdict({}) == ""

@@ -1,8 +1,9 @@
-"""Gains over seeds: mean, deviation, and what the paired t-test says of them.
+"""Gains over seeds: mean, standard deviation and paired t-test.
 
-Two methods are compared seed by seed, since both begin from one teacher and meet the same batches. ``±`` is the sample
-standard deviation of a value, or of a gain, over seeds; it is no confidence interval. The test asks whether the mean
-gain could be zero (Student, Biometrika 6, 1908): two-sided, each gain by itself. ``holm`` counts their number in.
+Two methods are compared seed by seed, since runs with one seed have the same teacher and the same batches. ``±`` is the
+sample standard deviation of a value or a gain over seeds, not a confidence interval. The test asks whether the mean
+gain could be zero (Student, Biometrika 6, 1908). It is two-sided and tests each gain by itself; ``holm`` corrects for
+the number of tests.
 """
 
 import math
@@ -10,18 +11,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 LEVEL = 0.05
-"""A gain with a smaller p counts as significant."""
+"""A gain with p below this is significant."""
 
 
 def gaps(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """What one method has more than another, seed by seed; of seeds that both have."""
+    """Our value minus theirs for each seed that both have."""
     return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
 
 
 def p_value(gains: Sequence[float]) -> float | None:
-    """The two-sided p of a t-test that the mean gain is zero, in 0..1.
+    """The two-sided p value of a t-test that the mean gain is zero, in 0..1.
 
-    None where it cannot be told: of fewer than two gains, and of gains that do not differ.
+    None if it is not defined: for fewer than two gains, and for gains that are all equal.
     """
     if len(gains) < 2:
         return None
@@ -36,7 +37,7 @@ def beyond(t: float, degrees: int) -> float:
 
     Args:
         t: any number.
-        degrees: of freedom, 1 or more; the finite sums for whole numbers of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+        degrees: degrees of freedom, 1 or more. The sums are from Abramowitz and Stegun, 26.7.3 and 26.7.4.
     """
     angle = math.atan(abs(t) / math.sqrt(degrees))
     cosine, odd = math.cos(angle), degrees % 2
@@ -51,12 +52,17 @@ def beyond(t: float, degrees: int) -> float:
 
 
 def deviation_of(values: Sequence[float]) -> float:
-    """The sample standard deviation; of one value 0."""
+    """The sample standard deviation; 0 for one value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def error_of(gains: Sequence[float]) -> float | None:
+    """The standard error of a mean gain: sample deviation over the square root of n; None for fewer than two seeds."""
+    return deviation_of(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
+
+
 def with_deviation(values: Sequence[float], sign: bool = False) -> str:
-    """Mean and sample deviation as people write them; of one value no deviation, of none nothing."""
+    """Mean ± sample deviation as text; only the mean for one value, empty for none."""
     if not values:
         return ""
     deviation = f" ± {deviation_of(values):.2f}" if len(values) > 1 else ""
@@ -64,7 +70,7 @@ def with_deviation(values: Sequence[float], sign: bool = False) -> str:
 
 
 def with_test(gains: Sequence[float]) -> str:
-    """A mean gain with its deviation and the p of its test."""
+    """A mean gain with its deviation and the p value of its test, as text."""
     p = p_value(gains)
     if p is None:
         return with_deviation(gains, sign=True)
@@ -72,7 +78,7 @@ def with_test(gains: Sequence[float]) -> str:
 
 
 def holm(chances: Sequence[float], level: float = LEVEL) -> int:
-    """How many of several tests stay significant when their number is counted in (Holm, Scand. J. Stat. 6, 1979)."""
+    """How many of several tests stay significant after Holm's correction (Scand. J. Stat. 6, 1979)."""
     passed = 0
     for chance in sorted(chances):
         if chance * (len(chances) - passed) >= level:
@@ -82,7 +88,7 @@ def holm(chances: Sequence[float], level: float = LEVEL) -> int:
 
 
 def verdict(gains: Mapping[str, Sequence[float]]) -> str:
-    """Which mean gains are significant, and which are not, in a few sentences; nothing where there is but one seed."""
+    """Which mean gains are significant and which are not, in a few sentences; empty if there is only one seed."""
     if all(len(found) < 2 for found in gains.values()):
         return ""
     tested = {name: p for name, found in gains.items() if (p := p_value(found)) is not None}
@@ -94,7 +100,7 @@ def verdict(gains: Mapping[str, Sequence[float]]) -> str:
         f" ({'; '.join(passed) or 'none'}). Not significant: {'; '.join(others) or 'none'}."
     )
     if len(tested) > 1:
-        said += f" With Holm's correction for so many tests: {holm([*tested.values()])}."
+        said += f" With Holm's correction for all these tests: {holm([*tested.values()])}."
     return (
         said + (f" Not tested, as the seeds do not differ or are too few: {'; '.join(equal)}." if equal else "") + "\n"
     )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikedistill.studies.paired import with_deviation
+from spikedistill.evaluate.paired import with_deviation
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,49 @@
+"""``spikedistill evaluate``: a finished run, measured again."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spikedistill.cli.options import ask
+from spikedistill.deliver.record import NO_TEACHER, Record, evaluate
+from spikedistill.train.progress import Progress
+
+NAMES = {
+    "test_accuracy": ("test accuracy", ".2f", " %"),
+    "teacher_accuracy": ("teacher's test accuracy", ".2f", " %"),
+    "agreement": ("agreement with teacher", ".2f", " %"),
+    "divergence": ("divergence from teacher", ".4f", " nats"),
+    "firing_rate": ("firing rate", ".2f", " % (spikes per neuron and step)"),
+    "early_exit_accuracy": ("early exit accuracy", ".2f", " %"),
+    "early_exit_steps": ("early exit steps", ".2f", " (mean)"),
+}
+"""Measure -> what it is called, its format and its unit, in the order in which they are shown."""
+PER_LINE = 8
+"""Time steps whose accuracies stand in one line."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, print the lines, say where the teacher is left out."""
+    results, asked = ask("evaluate", evaluate, arguments, {"progress": Progress.stderr("evaluate")})
+    print("\n".join(lines(results)))
+    alone = "accuracy_by_step" in results and "agreement" not in results
+    if alone and Record.read(asked["path"]).recipe["teacher"]["source"] != NO_TEACHER:
+        reasons = "is not where it was, sees other inputs, or names Python code (see --trust-code)"
+        print(f"The teacher of this run {reasons}: agreement with it is left out.", file=sys.stderr)
+
+
+def lines(results: Mapping[str, Any]) -> list[str]:
+    """What was measured, a line a measure: the accuracy first, firing rates of layers last."""
+    rows = [(title, f"{results[name]:{form}}{unit}") for name, (title, form, unit) in NAMES.items() if name in results]
+    steps = results.get("accuracy_by_step", [])
+    for first in range(0, len(steps), PER_LINE):
+        part = steps[first : first + PER_LINE]
+        values = " ".join(f"{value:.2f}" for value in part)
+        rows.insert(1 + first // PER_LINE, (f"accuracy at t={first + 1}..{first + len(part)}, %", values))
+    layers = [(f"  {name}", f"{rate:.2f} %") for name, rate in results.get("firing_rate_by_layer", {}).items()]
+    return [*_aligned(rows), *(["firing rate by layer"] if layers else []), *_aligned(layers)]
+
+
+def _aligned(rows: list[tuple[str, str]]) -> list[str]:
+    width = max((len(title) for title, _ in rows), default=0)
+    return [f"{title:<{width}}  {value}" for title, value in rows]
