@@ -10,7 +10,6 @@ with pixels exchanged, as its lines read; as NumPy executes them they copy (``AS
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import PIL.Image
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from spikedistill.data.images import evenly, load_images
 from spikedistill.data.noise import CORRUPTIONS, SEVERITIES, corrupt
+from spikedistill.files import write_csv
 
 SOURCE: dict[str, tuple[float, ...]] = {
     "gaussian": (10.08, 15.01, 19.85, 22.27, 24.62),
@@ -88,9 +88,7 @@ def main() -> None:
             lines.append([name, severity, f"{ours:.2f}", *there])
         print(name, *(f"{value:.2f}" for value in distances[name]), "source:", *SOURCE.get(name, ()), flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    with (given.out / "corruptions.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([["corruption", "severity", "ours", "source", "source as executed"], *lines])
+    write_csv(given.out / "corruptions.csv", ("corruption", "severity", "ours", "source", "source as executed"), lines)
     draw(given.out / "corruptions.png", example, distances)
 
 

@@ -88,11 +88,16 @@ def write_csv(path: Path, columns: Iterable[str], lines: Iterable[Iterable[Any]]
     """
     columns = list(columns)
     check_replaceable(path, f"{columns[0]},")
+    write_text(path, csv_text(columns, lines))
+
+
+def csv_text(columns: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
+    """A table as comma-separated values. The first line names the columns."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(lines)
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def check_replaceable(path: Path, mark: str) -> None:

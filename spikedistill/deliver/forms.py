@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from spikedistill.deliver.latex import latex
-from spikedistill.deliver.tables import Table, csv_text, markdown
-from spikedistill.files import check_replaceable, write_text
+from spikedistill.deliver.tables import Table, markdown
+from spikedistill.files import check_replaceable, csv_text, write_text
 
 Kind = Literal["csv", "markdown", "latex"]
 """The format of a table's file."""

@@ -1,7 +1,5 @@
-"""Tables as Markdown, CSV and plain text, and how columns fit into a width."""
+"""Tables as Markdown and plain text, and how columns fit into a width."""
 
-import csv
-import io
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -79,15 +77,6 @@ def head_width(head: str, cells: Iterable[str]) -> int:
     """The width that a column needs for its cells and for its head, which may be broken at spaces."""
     words = max(map(cell_len, head.split()), default=0)
     return max([words, min(cell_len(head), NARROW), *map(cell_len, cells), 1])
-
-
-def csv_text(columns: Row, rows: Sequence[Sequence[object]]) -> str:
-    """Comma-separated values, the columns named in the first line."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def plain(columns: Row, rows: Sequence[Row]) -> str:

@@ -4,17 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
 from spikedistill.compute.place import Place
 from spikedistill.data.feed import Inputs
-from spikedistill.deliver.record import find_teacher
 from spikedistill.errors import ConfigError, RunError, SpikeDistillError
 from spikedistill.objective.terms import Objective
-from spikedistill.recipes.distill import Distill, build_student, distill
-from spikedistill.student.build import Student
+from spikedistill.recipes.distill import Distill, Made, distill, prepare
 from spikedistill.train.extend import epochs_of
-from spikedistill.train.lesson import make_lesson, make_tutor, settle_objective
+from spikedistill.train.lesson import make_lesson, make_tutor
 from spikedistill.train.processes import join
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import check
@@ -132,30 +128,20 @@ def _rehearse(recipes: Sequence[Distill], trust_code: bool) -> None:
     by_method = {made.method_name: made.settled() for made in recipes}
     for made in by_method.values():
         check(made, made.student, made.data, made.training)
-    if not by_method:
-        return
-    shared = recipes[0]
-    images, source, who = shared.data.load(), shared.data.load_source(), shared.teacher
-    teacher, architecture = find_teacher(
-        source or images, who.source, who.network, who.width, who.mean, who.std, trust_code
-    )
-    example = next(shared.data.feed(images, shared.training, source).batches(1))
     for made in by_method.values():
-        student, report, _ = build_student(made, teacher, architecture, images)
-        if made.method is not None:
-            _try_objective(made.method, student, teacher, report.inherited, example, made.training.place())
+        prepared = prepare(made, trust_code, Progress.silent())
+        feed = made.data.feed(prepared.images, made.training, prepared.source)
+        if prepared.method is not None:
+            _try_objective(prepared.method, prepared, next(feed.batches(1)), made.training.place())
 
 
-def _try_objective(
-    method: Objective, student: Student, teacher: nn.Module | None, inherits: bool, example: Inputs, place: Place
-) -> None:
-    """Try an objective on one batch with both networks."""
-    place = place.for_training(student)
-    place.prepare(student)
-    settled = settle_objective(method, student, teacher, inherits)
-    tutor = make_tutor(teacher, settled.needs, place)
+def _try_objective(method: Objective, prepared: Made, example: Inputs, place: Place) -> None:
+    """Try an objective with no open fields on one batch, with both networks."""
+    place = place.for_training(prepared.student)
+    place.prepare(prepared.student)
+    tutor = make_tutor(prepared.teacher, method.needs, place)
     with place.autocast():
-        make_lesson(student, settled, tutor, example.to(place.device, place.layout))
+        make_lesson(prepared.student, method, tutor, example.to(place.device, place.layout))
 
 
 def _failure(path: Path, paths: Sequence[Path], reason: str) -> str:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from spikedistill.deliver.forms import FORMS, check_table, write_table
 from spikedistill.deliver.latex import escaped, latex
-from spikedistill.deliver.tables import Table, blocks, csv_text, markdown, plain
+from spikedistill.deliver.tables import Table, blocks, markdown, plain
 from spikedistill.errors import RunError
+from spikedistill.files import csv_text
 
 CELLS = st.text(st.sampled_from("ab1 .±-%_|\\*<>&#$~^{}[]`'\"é\n\t"), max_size=8)
 HOSTILE = st.lists(st.lists(CELLS, min_size=3, max_size=3), min_size=1, max_size=4)
