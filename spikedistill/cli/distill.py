@@ -84,7 +84,7 @@ def _parse(base: Distill, asked: Sequence[str], arguments: Sequence[str]) -> tup
         check_code(where.config, recipe, base, where.trust_code)
     if len(named.method) < 2 and recipe.method is None and recipe.method_name != base.method_name:
         raise ConfigError(
-            f"rule (={student.rule}) is not that of --method {base.method_name}: leave --rule away, or give"
+            f"rule (={student.rule}) is not that of --method {base.method_name}: leave --rule out, or give"
             f" --method {recipe.method_name}."
         )
     return recipe, named.method, where
@@ -126,5 +126,5 @@ def _check_shared(base: Distill, asked: Sequence[str], arguments: Sequence[str])
         if word.partition("=")[0] in own:
             raise ConfigError(
                 f"{word} is an option of one method, and {len(asked)} are given ({', '.join(asked)}), which are trained"
-                " with their usual values: give one --method, or leave it away."
+                " with their usual values: give one --method, or leave the option out."
             )

@@ -56,7 +56,7 @@ def find_recipe(
         one_of("recipe", name, known)
     files = given_to("--config", rest)
     if files and name:
-        raise ConfigError(f"Two recipes are given, '{name}' and --config {files[-1]}: leave one of them away.")
+        raise ConfigError(f"Two recipes are given, '{name}' and --config {files[-1]}: leave one of them out.")
     if files:
         return "", read_config(Path(files[-1]), kind, given_to("--method", rest), "--trust-code" in rest), rest
     return name, known[name]() if name else kind(), rest
