@@ -138,6 +138,7 @@ class Own(OwnConvolutions):
 
     gradient = "exact"
     recompute = "nothing"
+    graded = False
     kept: Any = None
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -149,13 +150,18 @@ class Own(OwnConvolutions):
         from spikedistill.compute.place import keep_freed_memory, return_freed_memory
 
         return_freed_memory() if self.options.lean else keep_freed_memory()
-        neuron = Neuron(leak=0.5, initial=0.5)
+        neuron = Neuron(initial=0.5, levels=self.options.timesteps) if self.graded else Neuron(leak=0.5, initial=0.5)
         student, _ = to_spiking(
             Net(self, self.options.width, self.options.blocks),
-            Conversion(timesteps=self.options.timesteps, neuron=neuron, inherit=False),
+            Conversion(timesteps=self.timesteps, neuron=neuron, inherit=False),
         )
         student.gradient, student.recompute = self.gradient, self.recompute
         return student
+
+    @property
+    def timesteps(self) -> int:
+        """T; of a graded student 1, with as many levels as the others have steps."""
+        return 1 if self.graded else int(self.options.timesteps)
 
     def teacher(self, network: nn.Module) -> nn.Module:
         from spikedistill import Teacher
@@ -190,7 +196,7 @@ class Own(OwnConvolutions):
         began = time.perf_counter()
         theirs = asking() if self.kept is None else self.kept.answer(1, 0, torch.arange(len(images)), asking)
         asked = time.perf_counter() - began
-        network.set_timesteps(self.options.timesteps)
+        network.set_timesteps(self.timesteps)
         answer = observe(network, images, objective.needs)
         began = time.perf_counter()
         ends = [answer.logits, *answer.features.values()]
@@ -203,8 +209,14 @@ class Own(OwnConvolutions):
         return Known.apply(loss.detach(), gradients, *ends)
 
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
-        network.set_timesteps(self.options.timesteps)
+        network.set_timesteps(self.timesteps)
         return network(images).float().mean(0)
+
+
+class OwnGraded(Own):
+    """spikedistill with graded neurons: one time step of as many levels as the others have steps."""
+
+    graded = True
 
 
 class OwnRate(Own):
@@ -332,6 +344,7 @@ KITS: dict[str, type[Kit]] = {
     "exact": Own,
     "exact-stages": OwnStages,
     "exact-neurons": OwnNeurons,
+    "graded": OwnGraded,
     "rate": OwnRate,
     "spikingjelly": SpikingJelly,
     "spikingjelly-memopt": SpikingJellyMemopt,

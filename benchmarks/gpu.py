@@ -97,7 +97,9 @@ def conversions(device: torch.device, side: int) -> Iterator[Facts]:
     ann = Architecture("resnet20", 10, 3, 8).build().to(device).eval()
     teacher = Teacher(ann, (0.4,) * 3, (0.25,) * 3).to(device)
     for biased in (False, True):
-        student, _ = to_spiking(teacher, Conversion(timesteps=4, correct_bias=biased), calibrate=images)
+        student, _ = to_spiking(
+            teacher, Conversion(timesteps=4, correct="biases" if biased else "nothing"), calibrate=images
+        )
         student.to(device).eval()
         with torch.no_grad():
             whole, state, steps = student(images[:8]), None, []

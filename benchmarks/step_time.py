@@ -8,7 +8,7 @@ channels_last, and for the peers the same handling of freed memory that ours has
 it. Where float32 is computed ours has its own convolutions (``compute/winograd.py``), as it does by default; the ANN,
 and ours once, is timed with either. What the teacher and the loss take is timed inside the step. Medians over
 alternating rounds; each peer takes turns with ours, one peer after another, so that every ratio comes from one stretch
-of time.
+of time. 'graded' is one time step of T levels, the others take T steps of one level.
 """
 
 import sys
@@ -54,6 +54,7 @@ def main() -> None:
         ours("exact, KDSNN", "exact", "joint"),
         ours("exact, KDSNN cached", "exact", "cached"),
         ours("rate", "rate", "none"),
+        ours("graded", "graded", "none"),
     )
 
     def part(label: str) -> float:
@@ -64,11 +65,12 @@ def main() -> None:
         "teacher and joint distillation, share of the exact step": (part("exact, KDSNN"), "at most", 0.10),
         "the same with answers from disk": (part("exact, KDSNN cached"), "at most", 0.01),
     }
-    against: dict[str, list[float]] = {"exact": [], "rate": []}
+    against: dict[str, list[float]] = {"exact": [], "rate": [], "graded": []}
     for peer in given.peers:
         steps = measure(
             ours("exact with teacher", "exact", "answers"),
             ours("rate with teacher", "rate", "answers"),
+            ours("graded with teacher", "graded", "answers"),
             Contender.start(f"{peer} best", peer, *best, "--teacher", "answers", environment=KEEP),
             Contender.start(f"{peer} default", peer, *default, "--teacher", "answers"),
         )
@@ -81,6 +83,7 @@ def main() -> None:
         figures |= {
             "exact, against the fastest peer at its best": (min(against["exact"]), "at least", 1.8),
             "rate, against the fastest peer at its best": (min(against["rate"]), "at least", 3.3),
+            "graded, against the fastest peer at its best": (min(against["graded"]), "at least", 4.0),
         }
     finish("step_time", rows, figures, given.check)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spikedistill.data.events import Recording, read_nmnist, to_frames
     from spikedistill.data.feed import Feed, Inputs, MemoryFeed, PairFeed
     from spikedistill.data.images import ImageSet, load_images, split
+    from spikedistill.deliver.pretrained import PRETRAINED, pretrained
     from spikedistill.deliver.record import Record
     from spikedistill.errors import (
         ConfigError,
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
     from spikedistill.student.build import Student, to_spiking
     from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
     from spikedistill.student.conversion import Conversion
+    from spikedistill.student.cos import run_with_offsets
     from spikedistill.student.fold import fold
     from spikedistill.student.report import Report
     from spikedistill.student.save import load_student, save_student
+    from spikedistill.student.substeps import run_in_substeps, step_by_step
     from spikedistill.teacher.load import Architecture, Teacher, load_teacher
     from spikedistill.train.loop import fit
     from spikedistill.train.recipe import Data, Training
@@ -61,6 +64,7 @@ __all__ = [
     "KDSNN",
     "LIF",
     "PLIF",
+    "PRETRAINED",
     "QCFS",
     "TET",
     "ATan",
@@ -131,9 +135,13 @@ __all__ = [
     "load_teacher",
     "operations",
     "predict",
+    "pretrained",
     "read_nmnist",
+    "run_in_substeps",
+    "run_with_offsets",
     "save_student",
     "split",
+    "step_by_step",
     "teach",
     "to_frames",
     "to_spiking",
@@ -148,6 +156,7 @@ _NAMES = {
     "data.events": "Recording read_nmnist to_frames",
     "data.feed": "Feed Inputs MemoryFeed PairFeed",
     "data.images": "ImageSet load_images split",
+    "deliver.pretrained": "PRETRAINED pretrained",
     "deliver.record": "Record",
     "errors": "ConfigError ConversionError DataError RunError ShapeError SpikeDistillError WeightsError",
     "evaluate.accuracy": "accuracy_by_step predict",
@@ -169,9 +178,11 @@ _NAMES = {
     "student.build": "Student to_spiking",
     "student.coding": "DirectCoding Frames Latency Rate",
     "student.conversion": "Conversion",
+    "student.cos": "run_with_offsets",
     "student.fold": "fold",
     "student.report": "Report",
     "student.save": "load_student save_student",
+    "student.substeps": "run_in_substeps step_by_step",
     "teacher.load": "Architecture Teacher load_teacher",
     "train.loop": "fit",
     "train.recipe": "Data Training",

@@ -39,6 +39,8 @@ ENVIRONMENT = "environment.json"
 """The file that says which run a directory belongs to."""
 SEALED = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 """Finds the checksum in the header of a safetensors file. Quotation marks inside the facts have backslashes."""
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""The folder of the trained students that come with the package."""
 BLANK = "0" * 64
 """The placeholder for the checksum while it is computed."""
 
@@ -152,8 +154,18 @@ def _keep(path: Path, previous: Path) -> None:
 
 
 def weights_file(path: str | Path) -> Path:
-    """The path of a weights file; for a run directory, of its ``model.safetensors``."""
-    return Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    """The path of a weights file; for a run directory, of its ``model.safetensors``.
+
+    The name of a student that comes with the package means its file, unless there is a file or folder of that name.
+    """
+    path = shipped(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def shipped(path: str | Path) -> Path:
+    """A path; for the name of a student that comes with the package, the path of its file."""
+    file = PRETRAINED / f"{path}.safetensors"
+    return file if file.parent == PRETRAINED and file.is_file() and not Path(path).exists() else Path(path)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Tensor shapes: the axes, the names that signatures use for them, and the mean over time.
+"""Tensor shapes: the axes, the names that signatures and tables use for them, and the mean over time.
 
 T  time steps            B  samples in the batch     C  channels
 H  rows                  W  columns                  K  classes
+D  levels: the most spikes of a neuron within a step, and its binary sub-steps
 
 Outside a student, time comes first: ``[T, B, ...]``. Inside, time is folded into the batch: ``[T*B, ...]``.
 Images are raw pixels between 0 and 1; each network owns its own normalisation.
@@ -31,6 +32,24 @@ StepCounts = Int[Tensor, " B"]
 """Number of time steps per sample."""
 Mask = Bool[Tensor, " B"]
 """One truth value per sample."""
+
+
+def steps_by_levels(timesteps: int, levels: int) -> str:
+    """T and D as tables have them, ``TxD``.
+
+    >>> steps_by_levels(1, 4)
+    '1x4'
+    """
+    return f"{timesteps}x{levels}"
+
+
+def steps_and_levels(timesteps: int, levels: int) -> str:
+    """T and D as sentences have them; D = 1 goes without saying.
+
+    >>> steps_and_levels(4, 1), steps_and_levels(1, 4)
+    ('T=4', 'T=1, D=4')
+    """
+    return f"T={timesteps}" + (f", D={levels}" if levels > 1 else "")
 
 
 @torch.no_grad()

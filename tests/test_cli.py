@@ -13,6 +13,7 @@ from commands import run_command as call
 from safetensors.torch import load_file
 
 from spikedistill.cli import COMMANDS
+from spikedistill.cli.evaluate import lines
 from spikedistill.cli.parse import FEW
 from spikedistill.deliver.tables import Table
 from spikedistill.objective.direct import TET
@@ -86,6 +87,7 @@ class TestHelp:
             ("immunity", {"Run directories", "--kinds", "--images", "--baseline", "--resume", "--out"}),
             ("reproduce", {"--budget", "--runs", "--seeds", "--out"}),
             ("recipes", {"ready recipes"}),
+            ("pretrained", {"trained students"}),
             ("check", {"--data", "--timesteps", "--image-size", "NETWORK"}),
         ],
     )
@@ -172,7 +174,7 @@ class TestOptions:
         assert "12.50 %" in capsys.readouterr().out
 
     def test_the_teacher_lands_where_its_student_looks_for_it(self, asked):
-        for name in TEACHERS:
+        for name in STUDENTS:
             call("teach", name)
             assert STUDENTS[name]().teacher.source == str(asked[-1][1])
 
@@ -390,10 +392,29 @@ class TestOutput:
         lines = [re.split(r"  +", line.strip()) for line in caught.out.splitlines()]
         assert [line[0] for line in lines] == [
             *("test accuracy", "accuracy at t=1..3, %", "teacher's test accuracy", "agreement with teacher"),
-            *("divergence from teacher", "firing rate", "firing rate by layer", *layers),
+            *("divergence from teacher", "firing rate", "T x D", "latency in sub-steps"),
+            *("firing rate by layer", *layers),
         ]
         assert lines[2][1] == f"{results['teacher_accuracy']:.2f} %" and len(lines[1][1].split()) == 3
+        assert lines[6][1] == "3x1" and lines[7][1].startswith("10 layer by layer, 3 step by step (longest path: 8")
         assert "evaluate: measuring on" in caught.err and "thresholds were trained" in caught.err
+
+    def test_evaluate_names_schedule_latency_and_what_waits(self):
+        buffers = [
+            {"layer": "stem", "where": "add", "before": "layer1", "sub_steps": 4, "bits": 4000},
+            {"layer": "layer1", "where": "add_1", "before": "layer2", "sub_steps": 8, "bits": 800},
+        ]
+        results = {"test_accuracy": 90.0, "timesteps": 2, "levels": 4, "schedule": "layer-by-layer"}
+        results |= {"longest_path": 19, "latency": {"layer-by-layer": 80}, "buffers": buffers}
+        assert lines(results) == [
+            "test accuracy         90.00 %",
+            "T x D                 2x4, layer by layer",
+            "latency in sub-steps  80 layer by layer (longest path: 19 layers of neurons)",
+            "spikes that wait      4,800 bits in 2 buffers, layer by layer; the largest, of stem before layer1: 4,000"
+            " bits for 4 sub-steps",
+        ]
+        single = {**results, "timesteps": 8, "levels": 1, "schedule": "step-by-step", "buffers": []}
+        assert lines({**single, "latency": {"step-by-step": 8}})[1] == "T x D                 8x1, step by step"
 
     def test_evaluate_prints_the_accuracy_of_a_teacher(self, home, capsys):
         assert call("evaluate", home / "teacher") == 0

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": 1,
     "docs/benchmarks.md": 0,
-    "docs/data-and-teachers.md": 0,
+    "docs/data-and-teachers.md": 1,
     "docs/demo.md": 0,
     "docs/glossary.md": 0,
     "docs/guide.md": 13,
-    "docs/measuring.md": 2,
+    "docs/measuring.md": 3,
     "docs/results.md": 0,
     "docs/run-directory.md": 0,
 }
@@ -67,6 +67,7 @@ CALLED = {
     "energy": ("cli.energy.measure_energy", []),
     "evaluate": ("cli.evaluate.evaluate", {}),
     "immunity": ("cli.immunity.measure_immunity", ([], [])),
+    "pretrained": ("cli.pretrained.pretrained", None),
     "recipes": ("cli.recipes.recipes", None),
     "reproduce": ("cli.reproduce.reproduce", None),
     "several": ("recipes.several.several", []),

@@ -120,7 +120,10 @@ TABLE = {
         f"{DISTILL} --method conversion-max",
         r"method \(=conversion-max\) keeps the teacher's weights",
     ),
-    "stand-in of a leaky neuron": (f"{SAME} --gradient quantised --neuron lif", r"the quantised stand-in is for"),
+    "one step for all of a leaky neuron": (
+        f"{SAME} --gradient quantised --neuron lif",
+        r"gradient=quantised trains all steps as one",
+    ),
     "teacher of other classes": (f"{DISTILL} --data {{home}}/four.npz", r"knows 3 classes, but 'four' has 4"),
     "teacher of other channels": (f"{DISTILL} --data {{home}}/grey.npz", r"normalises 3 channels, but 'grey' has 1"),
     "teacher that is missing": (f"{DISTILL} --teacher {{home}}/nobody", r"no teacher at '.*nobody'"),

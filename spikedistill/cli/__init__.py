@@ -27,6 +27,7 @@ A trained ANN becomes a deep spiking student, by knowledge distillation.
   energy RUN...        their spikes, synaptic operations, estimated energy
   reproduce STUDY      a published comparison, measured here: table, figure, CSV
   recipes              the ready recipes, with the commands that run them
+  pretrained           the trained students that come with the package
 
 'spikedistill COMMAND --help' lists the options of a command.
 Begin with: spikedistill demo"""
@@ -38,7 +39,10 @@ AGAIN |= dict.fromkeys(("demo", "reproduce"), "the same command goes on")
 TO_STDERR = logging.lastResort or logging.StreamHandler()
 """Prints notes as they are to standard error."""
 
-COMMANDS = ("check", "compare", "demo", "distill", "energy", "evaluate", "immunity", "recipes", "reproduce", "teach")
+COMMANDS = (
+    *("check", "compare", "demo", "distill", "energy", "evaluate", "immunity"),
+    *("pretrained", "recipes", "reproduce", "teach"),
+)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from spikedistill.cli.options import ask
 from spikedistill.cli.show import show_table
 from spikedistill.deliver.tables import Table
 from spikedistill.recipes.preview import Preview, preview
+from spikedistill.shapes import steps_and_levels
 from spikedistill.student.report import Report
 
 
@@ -40,15 +41,16 @@ def sentences(found: Preview, network: str) -> list[str]:
     said = [f"{', '.join(names)}: {note}." for note, names in alike.items() if note]
     if silent := [site.name for site in report.sites if site.silent]:
         said.append(
-            f"These layers never fire on the calibration images: {', '.join(silent)}. Give more time steps, or a neuron"
-            " with less leak."
+            f"These layers never fire on the calibration images: {', '.join(silent)}. Give more time steps or"
+            " levels, or a neuron with less leak."
         )
     if not found.calibrated:
         said.append("Thresholds are left out: they need trained weights (a run or a weights file) and --data.")
+    steps = steps_and_levels(report.timesteps, report.levels)
     shape = " x ".join(map(str, found.shape))
     said.append(
         f"'{network}' can be converted: {len(report.sites)} spiking layers, {sum(found.neurons.values()):,} neurons for"
-        f" an image of {shape}, {found.parameters:,} parameters, T={report.timesteps}."
+        f" an image of {shape}, {found.parameters:,} parameters, {steps}."
     )
     return said
 

@@ -1,5 +1,6 @@
 """``spikedistill compare``: finished runs side by side."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ from tyro.conf import arg
 
 from spikedistill.cli.show import Files, check_files, output
 from spikedistill.deliver.compare import table
+from spikedistill.deliver.curves import draw_training
 from spikedistill.deliver.record import RunDirectories
 from spikedistill.deliver.results import lines, read_results
 from spikedistill.deliver.tables import Table
@@ -19,6 +21,7 @@ def compare(
     csv: Annotated[Path | None, arg(metavar="FILE.csv")] = None,
     markdown: Annotated[Path | None, arg(metavar="FILE.md")] = None,
     latex: Annotated[Path | None, arg(metavar="FILE.tex")] = None,
+    curves: Annotated[Path | None, arg(metavar="FILE.png")] = None,
 ) -> None:
     """Set finished runs side by side.
 
@@ -31,10 +34,14 @@ def compare(
         csv: a file to write, one line a run, with all digits; - is standard output, here and below.
         markdown: a file to write, the table as Markdown.
         latex: a file to write, the table as LaTeX, for a document with the packages booktabs and graphicx.
+        curves: a picture to write, validation accuracy against minutes of training.
     """
     if not runs:
         raise ConfigError("No runs to compare were given: name one or more run directories.")
     files: Files = {"csv": csv, "markdown": markdown, "latex": latex}
     check_files(files, "run")
     results, unfinished = read_results(runs)
+    if curves is not None:
+        draw_training(curves, results)
+        print(f"wrote {curves}", file=sys.stderr)
     output(table(results, baseline, unfinished), files, Table(*lines(results)))

@@ -93,15 +93,22 @@ def _parse(base: Distill, asked: Sequence[str], arguments: Sequence[str]) -> tup
 def _train(recipe: Distill, where: Runs, called: str) -> None:
     kind, seed = recipe.method_name.rpartition(":")[2], recipe.training.seed
     end = "" if seed == Training().seed else f"-s{seed}"
-    out = where.out or Path("runs") / f"{called}-{kind}-t{recipe.student.timesteps}{end}"
-    distill(recipe, out, where.resume, Progress.stderr(kind), where.trust_code)
+    out = where.out or Path("runs") / f"{called}-{kind}-{recipe.student.steps_name}{end}"
+    results = distill(recipe, out, where.resume, Progress.stderr(kind), where.trust_code)
     print_table([out])
     print(f"the student is in {out}")
-    print(next_commands(recipe.teacher.source, out), file=sys.stderr)
+    print(next_commands(recipe.teacher.source, out, "test_accuracy" in results), file=sys.stderr)
 
 
-def next_commands(teacher: str, out: Path) -> str:
-    """What can be done with a student, beside its teacher where that is a run too; a command a line."""
+def next_commands(teacher: str, out: Path, labelled: bool) -> str:
+    """What can be done with a student, beside its teacher where that is a run too; a command a line.
+
+    Without labels the teacher was trained on other data, and noise immunity cannot be measured.
+    """
+    if not labelled:
+        return "\n".join(
+            ["next:", *(f"  spikedistill {name} {shlex.quote(str(out))}" for name in ("evaluate", "energy"))]
+        )
     both = shlex.join([*([teacher] if (Path(teacher) / "results.json").exists() else []), str(out)])
     commands = f"evaluate {shlex.quote(str(out))}", f"energy {both}", f"immunity {both}"
     return "next:\n" + "\n".join(f"  spikedistill {command}" for command in commands)

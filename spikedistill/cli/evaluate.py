@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spikedistill.cli.options import ask
-from spikedistill.deliver.record import NO_TEACHER, Record, evaluate
+from spikedistill.deliver.record import Record, evaluate
+from spikedistill.deliver.teachers import NO_TEACHER
+from spikedistill.shapes import steps_by_levels
+from spikedistill.student.substeps import LAYERS
 from spikedistill.train.progress import Progress
 
 NAMES = {
@@ -13,8 +16,9 @@ NAMES = {
     "teacher_accuracy": ("teacher's test accuracy", ".2f", " %"),
     "agreement": ("agreement with teacher", ".2f", " %"),
     "divergence": ("divergence from teacher", ".4f", " nats"),
-    "firing_rate": ("firing rate", ".2f", " % (spikes per neuron and step)"),
+    "firing_rate": ("firing rate", ".2f", " % (spikes per neuron and sub-step)"),
     "early_exit_accuracy": ("early exit accuracy", ".2f", " %"),
+    "early_exit_agreement": ("early exit agreement", ".2f", " %"),
     "early_exit_steps": ("early exit steps", ".2f", " (mean)"),
 }
 """Measure -> what it is called, its format and its unit, in the order in which they are shown."""
@@ -26,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure, print the lines, say where the teacher is left out."""
     results, asked = ask("evaluate", evaluate, arguments, {"progress": Progress.stderr("evaluate")})
     print("\n".join(lines(results)))
-    alone = "accuracy_by_step" in results and "agreement" not in results
+    alone = "firing_rate" in results and "agreement" not in results
     if alone and Record.read(asked["path"]).recipe["teacher"]["source"] != NO_TEACHER:
         reasons = "is not where it was, sees other inputs, or names Python code (see --trust-code)"
         print(f"The teacher of this run {reasons}: agreement with it is left out.", file=sys.stderr)
@@ -35,13 +39,35 @@ def main(arguments: Sequence[str]) -> None:
 def lines(results: Mapping[str, Any]) -> list[str]:
     """What was measured, a line a measure: the accuracy first, firing rates of layers last."""
     rows = [(title, f"{results[name]:{form}}{unit}") for name, (title, form, unit) in NAMES.items() if name in results]
-    steps = results.get("accuracy_by_step", [])
+    what = "accuracy" if "accuracy_by_step" in results else "agreement"
+    steps = results.get(f"{what}_by_step", [])
     for first in range(0, len(steps), PER_LINE):
         part = steps[first : first + PER_LINE]
         values = " ".join(f"{value:.2f}" for value in part)
-        rows.insert(1 + first // PER_LINE, (f"accuracy at t={first + 1}..{first + len(part)}, %", values))
+        rows.insert(1 + first // PER_LINE, (f"{what} at t={first + 1}..{first + len(part)}, %", values))
     layers = [(f"  {name}", f"{rate:.2f} %") for name, rate in results.get("firing_rate_by_layer", {}).items()]
+    rows += _steps(results) if "levels" in results else []
     return [*_aligned(rows), *(["firing rate by layer"] if layers else []), *_aligned(layers)]
+
+
+def _steps(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """T x D, the schedule, its latency, and the buffers that it needs."""
+    usual = results["levels"] == 1 and results["schedule"] == LAYERS
+    shown = steps_by_levels(results["timesteps"], results["levels"])
+    shown += "" if usual else f", {results['schedule'].replace('-', ' ')}"
+    times = [f"{count} {name.replace('-', ' ')}" for name, count in results["latency"].items()]
+    paths = f"longest path: {results['longest_path']} layers of neurons"
+    rows = [("T x D", shown), ("latency in sub-steps", f"{', '.join(times)} ({paths})")]
+    if buffers := results["buffers"]:
+        bits, most = sum(one["bits"] for one in buffers), max(buffers, key=lambda one: one["bits"])
+        rows.append(
+            (
+                "spikes that wait",
+                f"{bits:,} bits in {len(buffers)} buffers, layer by layer; the largest, of {most['layer']} before"
+                f" {most['before']}: {most['bits']:,} bits for {most['sub_steps']} sub-steps",
+            )
+        )
+    return rows
 
 
 def _aligned(rows: list[tuple[str, str]]) -> list[str]:

@@ -16,10 +16,10 @@ from spikedistill.recipes.config import read_config
 from spikedistill.recipes.methods import name_of
 
 FEW = {
-    "data": ("name", "data_dir", "image_size", "crop", "flip"),
+    "data": ("name", "labels", "data_dir", "image_size", "crop", "flip"),
     "training": ("epochs", "batch_size", "lr", "seed", "device"),
     "teacher": ("source", "network"),
-    "student": ("network", "timesteps", "neuron", "inherit", "gradient"),
+    "student": ("network", "timesteps", "levels", "neuron", "inherit", "gradient"),
 }
 """The fields of each group that --help shows; of other groups it shows all."""
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from torch import Tensor
 
-from spikedistill.data.parts import Parts, listed
+from spikedistill.data.parts import UNKNOWN, Parts, listed
 from spikedistill.errors import DataError, SpikeDistillError
 
 COLOURS = (1, 3)
@@ -40,7 +40,11 @@ def read_npz(path: Path) -> Parts:
                 images = [_sheets(pack, part) for part in ("train", "test")]
             else:
                 images = _images([pack[f"{part}_images"] for part in ("train", "test")], str(path), notes)
-            labels = [_labels(pack[f"{part}_labels"], str(path)) for part in ("train", "test")]
+            if "train_labels" in pack.files or "test_labels" in pack.files:
+                labels = [_labels(pack[f"{part}_labels"], str(path)) for part in ("train", "test")]
+            else:
+                labels = [torch.full((len(part),), UNKNOWN) for part in images]
+                notes.append("it has no labels: training needs a teacher's logits or features")
             names = _class_names(pack["class_names"]) if "class_names" in pack.files else None
             if other := [name for name in pack.files if name not in NAMES]:
                 notes.append(f"the arrays {listed(other)} are ignored")
@@ -56,12 +60,14 @@ def read_npz(path: Path) -> Parts:
 
 
 def _numbered(labels: Sequence[Tensor], name: str) -> list[str]:
-    """Class names "0" to "K-1" for labels that are all of 0..K-1.
+    """Class names "0" to "K-1" for labels that are all of 0..K-1; none for unknown labels.
 
     Raises:
         DataError: if a label is missing or lies outside.
     """
     present = torch.cat(list(labels)).unique().tolist()
+    if present == [UNKNOWN]:
+        return []
     if present and present != list(range(len(present))):
         low, high = present[0], present[-1]
         some = listed(present[:4] + present[-1:] if len(present) > 5 else present)

@@ -48,9 +48,11 @@ class Augment:
         cutout: side in pixels of a square set to zero (0: none; DeVries and Taylor, arXiv 1708.04552).
         policy: ``none``, ``trivial`` (TrivialAugment, arXiv 2103.10158) or ``autoaugment`` (arXiv 1805.09501).
         noise: largest standard deviation of Gaussian noise in units of the whole range, 0 to 1 (0: none).
+        zoom: smallest share of the area that a random resized crop keeps, above 0 to 1 (0: none; Szegedy et al., arXiv
+            1409.4842).
 
     Raises:
-        ConfigError: if a size is negative, the noise outside 0 to 1 or the policy unknown.
+        ConfigError: if a size is negative, noise or zoom outside 0 to 1 or the policy unknown.
     """
 
     crop: int = 0
@@ -59,12 +61,15 @@ class Augment:
     policy: str = "none"
     border: Literal["zeros", "mirror"] = "zeros"
     noise: float = 0.0
+    zoom: float = 0.0
 
     def __post_init__(self) -> None:
         if self.crop < 0 or self.cutout < 0:
             raise ConfigError(f"crop (={self.crop}) and cutout (={self.cutout}) are sizes in pixels: give 0 or more.")
         if not 0 <= self.noise <= 1:
             raise ConfigError(f"noise (={self.noise}) is a deviation of pixels in 0..1: give 0 to 1.")
+        if not 0 <= self.zoom <= 1:
+            raise ConfigError(f"zoom (={self.zoom}) is a share of the area: give more than 0 to 1, or 0 for none.")
         one_of("augmentation policy", self.policy, POLICIES)
 
     def __call__(self, pixels: Pixels, seed: int, turned: Tensor | None = None, rows: slice = WHOLE) -> Tensor:
@@ -86,6 +91,8 @@ class Augment:
         if self.crop:
             pixels = random_crop(pixels, self.crop, generator, self.border == "mirror", share)
         images = to_unit(pixels)
+        if self.zoom:
+            images = random_zoom(images, self.zoom, generator, share)
         if self.flip:
             turned = torch.rand(share.count, generator=generator) < 0.5 if turned is None else turned
             images = torch.where(turned[rows][:, None, None, None], images.flip(-1), images)
@@ -150,6 +157,33 @@ def random_crop(
     samples = torch.arange(count)[:, None, None, None]
     channels = torch.arange(pixels.shape[1])[None, :, None, None]
     return pixels[samples, channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+ASPECT = 4 / 3
+"""The largest ratio of the sides of a random resized crop to those of the image, as in Szegedy et al."""
+
+
+def random_zoom(images: Image, smallest: float, generator: torch.Generator, share: Share | None = None) -> Image:
+    """A random resized crop: a window of each image, enlarged to the size of the image by bilinear interpolation.
+
+    Its share of the area is uniform from ``smallest`` to 1. The ratio of its sides, relative to the image's, is from
+    3/4 to 4/3, uniform in the logarithm (Szegedy et al., arXiv 1409.4842). A side longer than the image's is cut to it;
+    this is this project's choice.
+    """
+    share = share or Share(len(images))
+    area, ratio, down, right = torch.rand(4, share.count, generator=generator)[:, share.rows]
+    area, ratio = smallest + (1 - smallest) * area, ASPECT ** (2 * ratio - 1)
+    height, width = ((area * change).sqrt().clamp(max=1.0) for change in (1 / ratio, ratio))
+    rows = _window(height, down, images.shape[-2])[:, :, None].expand(-1, -1, images.shape[-1])
+    columns = _window(width, right, images.shape[-1])[:, None, :].expand(-1, images.shape[-2], -1)
+    grid = torch.stack([columns, rows], -1)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False).clamp_(0.0, 1.0)
+
+
+def _window(size: Tensor, place: Tensor, pixels: int) -> Tensor:
+    """The centres of pixels ``[B, pixels]`` of windows: sizes and places 0..1 ``[B]``; coordinates from -1 to 1."""
+    centres = (2 * torch.arange(pixels) + 1) / pixels - 1
+    return size[:, None] * centres + ((1 - size) * (2 * place - 1))[:, None]
 
 
 def _mirrored(positions: Tensor, size: int) -> Tensor:

@@ -30,14 +30,14 @@ class Inputs:
 
     Args:
         student: the student's input, images ``[B, C, H, W]`` in 0..1 or frames ``[T, B, C, H, W]``.
-        labels: class numbers ``[B]``.
+        labels: class numbers ``[B]``; None for images without labels.
         samples: numbers of the samples in the training set ``[B]``; the key of the teacher's cache.
         teacher: the teacher's input, if it differs from the student's.
         source: the student's second input stream, if there is one.
     """
 
     student: Tensor
-    labels: Labels
+    labels: Labels | None
     samples: Tensor
     teacher: Tensor | None = None
     source: Tensor | None = None
@@ -55,7 +55,8 @@ class Inputs:
             return images.to(device, memory_format=order, non_blocking=True)
 
         teacher, source = (None if images is None else moved(images) for images in (self.teacher, self.source))
-        return Inputs(moved(self.student), self.labels.to(device), self.samples, teacher, source)
+        labels = None if self.labels is None else self.labels.to(device)
+        return Inputs(moved(self.student), labels, self.samples, teacher, source)
 
 
 @runtime_checkable
@@ -77,7 +78,7 @@ class Feed(Protocol):
         """This process's rows of the batches of an epoch (1, 2, ...), without the first ``done`` batches."""
 
     def held(self) -> tuple[Tensor, Labels]:
-        """The samples held out for validation, as stored, and their labels. Both may be empty."""
+        """The samples held out for validation, as stored, and their labels, which may be unknown. Both may be empty."""
 
     def calibration(self, count: int) -> Tensor:
         """``count`` evenly spaced training samples as student inputs, without augmentation."""
@@ -125,13 +126,18 @@ class MemoryFeed:
         if not 0 < self.batch_size <= len(self._parts[0]) or self.batch_size % self.processes:
             raise ConfigError(
                 f"batch_size (={self.batch_size}) must be at most the {len(self._parts[0])} training samples and a"
-                f" multiple of the number of processes, {self.processes}."
+                f" multiple of the number of processes, {self.processes}{self._remedy()}."
             )
         if self.images.frames and self.augment != Augment():
             raise ConfigError(
                 f"'{self.images.name}' holds event frames, and augmentation is for images: leave out crop, flip,"
-                " cutout, policy and noise."
+                " cutout, policy, zoom and noise."
             )
+
+    def _remedy(self) -> str:
+        """A batch size for few samples: about a fourth of them, a power of two."""
+        few = 2 ** max(1, (len(self._parts[0]) // 4).bit_length() - 1)
+        return f": give --batch-size {few}, and more --epochs" if self.processes == 1 and few < self.batch_size else ""
 
     @property
     def steps(self) -> int:
@@ -163,7 +169,7 @@ class MemoryFeed:
     def _batch(self, samples: Tensor, view: int, step: int) -> Inputs:
         """This process's rows. Random numbers are drawn for the whole batch, whatever the number of processes."""
         mine = samples[self.rows]
-        labels = self.images.train_labels[mine]
+        labels = self.images.train_labels[mine] if self.images.labelled else None
         if self.images.frames:
             return Inputs(to_inputs(self.images.train_images[mine]), labels, mine)
         turned = alternate(len(self.images.train_images), samples, view)
@@ -220,6 +226,10 @@ class PairFeed:
 
     def __post_init__(self) -> None:
         ours, theirs = self.events.images, self.images
+        if not (ours.labelled and theirs.labelled):
+            raise DataError(
+                f"'{ours.name}' and '{theirs.name}' cannot be paired without labels: give both their labels."
+            )
         if ours.classes != theirs.classes or not ours.frames or theirs.frames:
             raise DataError(
                 f"'{ours.name}' and '{theirs.name}' cannot be paired: expected event frames and images of the same"
@@ -269,7 +279,8 @@ class PairFeed:
             return inputs.samples
         generator = torch.Generator().manual_seed(step_seed(self.events.seed, view, step))
         places = torch.rand(self.events.batch_size, generator=generator, dtype=torch.float64)[self.events.rows]
-        found = [self._of_class[label] for label in inputs.labels.tolist()]
+        labels = self.events.images.train_labels[inputs.samples]
+        found = [self._of_class[label] for label in labels.tolist()]
         return torch.stack([numbers[int(place * len(numbers))] for place, numbers in zip(places.tolist(), found)])
 
     @cached_property

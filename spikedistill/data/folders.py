@@ -17,27 +17,12 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 from torch import Tensor
 
-from spikedistill.data.parts import Parts, counted, listed
+from spikedistill.data.parts import UNKNOWN, Parts, counted, listed
 from spikedistill.errors import DataError
 
 SUFFIXES = (
-    ".png",
-    ".apng",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".bmp",
-    ".dib",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".tga",
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif"),
+    *(".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 )
 LARGEST = 16 * 2**30
 """A folder with more bytes of pixels is refused, because this loader keeps everything in memory."""
@@ -50,26 +35,16 @@ ROLES = {
 }
 """Words that name a part."""
 FILLERS = (
-    "set",
-    "sets",
-    "data",
-    "dataset",
-    "datasets",
-    "image",
-    "images",
-    "img",
-    "imgs",
-    "split",
-    "splits",
-    "part",
-    "folder",
-    "dir",
-    "files",
+    *("set", "sets", "data", "dataset", "datasets", "image", "images", "img", "imgs"),
+    *("split", "splits", "part", "folder", "dir", "files"),
 )
 """Words in a folder's name that say nothing about its part."""
 BARE = tuple((role, ()) for role in ("train", "test", "validation"))
 """What ``_role`` returns for a name that means a part and nothing else."""
-EXPECTED = "Expected train/CLASS/image.png and test/CLASS/image.png (or val), or CLASS/image.png alone."
+EXPECTED = (
+    "Expected train/CLASS/image.png and test/CLASS/image.png (or val), or CLASS/image.png alone; without classes"
+    " train/image.png and test/image.png, or image.png alone."
+)
 SAID = {
     "linked": "linked folders were followed",
     "turned": "images were turned as their EXIF says",
@@ -80,9 +55,10 @@ ORIENTATION = 0x0112
 """The EXIF tag for the orientation of the camera."""
 
 
-def read_folder(path: Path, size: int | None) -> Parts:
+def read_folder(path: Path, size: int | None, labelled: bool = True) -> Parts:
     """Images by class: ``train/CLASS/image`` and ``test/CLASS/image``, or ``CLASS/image`` alone.
 
+    - Images without classes: ``train/image`` and ``test/image``, or images alone, without any folder beside them.
     - Parts may have other usual names (``Training`` and ``Testing``, ``seg_train`` and ``seg_test``) and may lie in a
       folder of their own.
     - A validation part (``val``) becomes the test part if there is no other. Otherwise it is not read.
@@ -93,16 +69,25 @@ def read_folder(path: Path, size: int | None) -> Parts:
     Args:
         path: the folder.
         size: side in pixels to which images are resized. Without it, all must have the same size.
+        labelled: whether the classes matter. Otherwise a folder that holds no parts is read whole, with all folders
+            below it, and without labels.
 
     Returns:
-        Images as bytes ``[N, 3, H, W]`` with labels; the test part is None for ``CLASS/image`` alone.
+        Images as bytes ``[N, 3, H, W]`` with labels; the test part is None where there are no parts.
 
     Raises:
         DataError: if the folders are neither parts nor classes, or an image cannot be read.
     """
     root = _unwrapped(path)
     names, tally = _names(_folders(root)), Counter[str]()
+    flat = _flat_pair(root, names)
+    if flat is not None:
+        return _without_classes(
+            [root / name for name in flat], size, tally, [name for name in names if name not in flat]
+        )
     pair = _pair(root, names)
+    if pair is None and (not labelled or (not names and _holds_images(root))):
+        return _without_classes([root], size, tally)
     if pair is None:
         _refuse_parts(path, root, names)
         notes = [f"'{name}' is read as a class, not as a part" for name in names if _role(name) in BARE]
@@ -215,6 +200,18 @@ def _pair(root: Path, names: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
+def _flat_pair(root: Path, names: Sequence[str]) -> tuple[str, str] | None:
+    """The names of a training and a test part without classes: every folder is named as a part and holds images only.
+
+    A validation part becomes the test part if there is no other.
+    """
+    if not all(_role(name) in BARE and _holds_images(root / name) and not _folders(root / name) for name in names):
+        return None
+    group = {role: found for one in _groups(names) for role, found in one.items()}
+    train, test = group.get("train", []), group.get("test") or group.get("validation", [])
+    return (train[0], test[0]) if len(train) == len(test) == 1 else None
+
+
 def _groups(names: Sequence[str]) -> list[dict[str, list[str]]]:
     """The names that mean parts, by part. Names are grouped by their other words, as "seg" in seg_train."""
     groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
@@ -275,6 +272,17 @@ def _said(tally: Counter[str]) -> list[str]:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
+def _without_classes(parts: Sequence[Path], size: int | None, tally: Counter[str], others: Sequence[str] = ()) -> Parts:
+    """One part, or a training and a test part, of images without labels, from all files below each."""
+    read = []
+    for part in parts:
+        images = _read_files(part, _class_files(part, tally), size, tally)
+        read.append((images, torch.full((len(images),), UNKNOWN)))
+    notes = ["it is read without classes: training needs a teacher's logits or features"]
+    notes += [f"the folders {listed(others)} are ignored"] if others else []
+    return Parts(read[0], read[1] if len(read) > 1 else None, (), (*notes, *_said(tally)))
+
+
 def _read_classes(
     path: Path, names: Sequence[str], size: int | None, tally: Counter[str], classes: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -287,7 +295,13 @@ def _read_classes(
         raise DataError(
             f"The folder '{path}' holds no images{lying}: expected {path}/CLASS/image.png ({', '.join(SUFFIXES)})."
         )
-    first = _read_image(files[0][0], size, Counter())
+    images = _read_files(path, [file for file, _ in files], size, tally)
+    return images, torch.tensor([number for _, number in files])
+
+
+def _read_files(path: Path, files: Sequence[Path], size: int | None, tally: Counter[str]) -> Tensor:
+    """Images of one size from files below a folder, bytes ``[N, 3, H, W]``."""
+    first = _read_image(files[0], size, Counter())
     needed = len(files) * first.nbytes
     if needed > LARGEST:
         raise DataError(
@@ -295,13 +309,12 @@ def _read_classes(
             "--image-size, or fewer images."
         )
     pixels = np.empty((len(files), *first.shape), np.uint8)
-    for row, (file, _) in enumerate(files):
+    for row, file in enumerate(files):
         image = _read_image(file, size, tally)
         if image.shape != first.shape:
-            raise DataError(f"'{file}' has shape {image.shape}, '{files[0][0]}' has {first.shape}: give --image-size.")
+            raise DataError(f"'{file}' has shape {image.shape}, '{files[0]}' has {first.shape}: give --image-size.")
         pixels[row] = image
-    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-    return images, torch.tensor([number for _, number in files])
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
 def _class_files(folder: Path, tally: Counter[str]) -> list[Path]:

@@ -1,11 +1,12 @@
 """Data sets in memory as bytes, images or event frames: named sets, folders of images by class, and ``.npz`` files.
 
+Images may come without labels, for distillation from a teacher's logits and features. Their label is ``UNKNOWN``.
 The test part is used once, at the end of a run. ``split`` cuts a validation part out of the training part. Each set
 knows the mean and standard deviation of its training pixels, by which networks normalise.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from spikedistill.data.arrays import read_npz, to_pixels
 from spikedistill.data.folders import read_folder
-from spikedistill.data.parts import Parts, check_classes, copies
+from spikedistill.data.parts import UNKNOWN, Parts, check_classes, class_order, copies
 from spikedistill.errors import ConfigError, DataError, unknown
 from spikedistill.shapes import Labels
 
@@ -30,10 +31,10 @@ class ImageSet:
     Args:
         name: the name that the user gave, or that of the file or folder.
         train_images: bytes ``[N, C, H, W]``; or event frames, counts as bytes ``[N, T, 2, H, W]``.
-        train_labels: class numbers ``[N]``.
+        train_labels: class numbers ``[N]``, or all ``UNKNOWN``.
         test_images: likewise, M samples.
-        test_labels: class numbers ``[M]``.
-        class_names: one name per class.
+        test_labels: class numbers ``[M]``, or all ``UNKNOWN``.
+        class_names: one name per class; none if neither part has labels and no teacher has named the classes yet.
         notes: how the set was read, as far as it matters for its accuracies.
         drawn: whether the test part was drawn from a set that has none. A third-party checkpoint may be trained on it.
 
@@ -70,7 +71,7 @@ class ImageSet:
                     "give one label per image."
                 )
             low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= len(self.class_names):
+            if (low < 0 or high >= len(self.class_names)) and not low == high == UNKNOWN:
                 raise DataError(
                     f"The {part} labels of '{self.name}' run from {low} to {high} for {len(self.class_names)} classes: "
                     f"expected 0 to {len(self.class_names) - 1}."
@@ -81,6 +82,30 @@ class ImageSet:
                 f"shape {tuple(self.test_images.shape[1:])} (time steps of frames, channels, rows, columns): make them"
                 " equal."
             )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes of the training images are known."""
+        return int(self.train_labels[0]) != UNKNOWN
+
+    @property
+    def test_labelled(self) -> bool:
+        """Whether the classes of the test images are known."""
+        return int(self.test_labels[0]) != UNKNOWN
+
+    def without_labels(self) -> "ImageSet":
+        """The same images, for training without labels. The test part keeps its labels."""
+        return replace(self, train_labels=torch.full_like(self.train_labels, UNKNOWN))
+
+    def with_classes(self, names: Sequence[str]) -> "ImageSet":
+        """The same images for a network of these classes. Test labels are forgotten if their classes are others.
+
+        They are others if they differ in number, or have a name at another index.
+        """
+        if len(names) == self.classes and not class_order(self.class_names, names)[0]:
+            return self
+        unknown_labels = torch.full_like(self.test_labels, UNKNOWN)
+        return replace(self, class_names=tuple(names), test_labels=unknown_labels)
 
     @property
     def channels(self) -> int:
@@ -105,6 +130,7 @@ class ImageSet:
             "test_images": len(self.test_images),
             "shape": list(self.train_images.shape[1:]),
             "class_names": list(self.class_names),
+            "labelled": self.labelled,
             "drawn": self.drawn,
             "notes": list(self.notes),
         }
@@ -127,7 +153,9 @@ def evenly(total: int, count: int) -> Tensor:
     return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
 
 
-def load_images(name: str, data_dir: str | Path | None = None, image_size: int | None = None) -> ImageSet:
+def load_images(
+    name: str, data_dir: str | Path | None = None, image_size: int | None = None, labelled: bool = True
+) -> ImageSet:
     """Read a set by name (``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``), or from a path.
 
     A path is a ``.npz`` file or a folder:
@@ -137,6 +165,8 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
       ``[N, T, 2, H, W]``. Without ``class_names``, every label of 0 to K-1 must occur.
     - A folder holds ``train/CLASS/image`` and ``test/CLASS/image`` (see ``read_folder`` for other spellings).
     - A folder that holds ``CLASS/image`` has no test part. A fifth of each class becomes one.
+    - A folder that holds images and no folders, or ``train/image`` and ``test/image``, has no labels, and neither has
+      a ``.npz`` file without ``train_labels`` and ``test_labels``. Such a set is for distillation from a teacher.
 
     ``notes`` say how the set was read.
 
@@ -144,6 +174,8 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
         name: a name or a path.
         data_dir: where named sets are, or are downloaded to (default: ``$SPIKEDISTILL_DATA``, else ``./data``).
         image_size: side in pixels to which a folder's images are resized. Without it, all must have the same size.
+        labelled: False forgets the labels of the training part. A folder without a test part may then hold images in
+            any subfolders.
 
     Raises:
         DataError: if there is no such set, or it cannot be read.
@@ -155,11 +187,12 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
     if image_size is not None and image_size < 1:
         raise ConfigError(f"image_size (={image_size}) is a side in pixels: give 1 or more.")
     if name in NAMED:
-        return NAMED[name](_directory(data_dir))
+        found = NAMED[name](_directory(data_dir))
+        return found if labelled else found.without_labels()
     if path.is_dir():
-        return _checked(path.name, read_folder(path, image_size))
+        return _checked(path.name, read_folder(path, image_size, labelled), labelled)
     if path.suffix == ".npz":
-        return _checked(path.stem, read_npz(path))
+        return _checked(path.stem, read_npz(path), labelled)
     if path.exists() or os.sep in name or path.suffix:
         state = "is neither a folder nor a .npz file" if path.exists() else "does not exist"
         raise DataError(
@@ -169,12 +202,14 @@ def load_images(name: str, data_dir: str | Path | None = None, image_size: int |
     raise DataError(unknown("data set", name, NAMED) + " A folder of images by class or a .npz file works too.")
 
 
-def _checked(name: str, parts: Parts) -> ImageSet:
+def _checked(name: str, parts: Parts, labelled: bool) -> ImageSet:
     """A user's data set, checked. If it has no test part, a fifth of each class becomes one."""
     made = _whole(name, parts)
-    notes = [*parts.notes, *check_classes(name, parts)]
+    notes = [*parts.notes, *(check_classes(name, parts) if made.labelled and labelled else ())]
+    made = made if labelled else made.without_labels()
     if made.drawn:
-        notes.append(f"it has no test part: {len(made.test_images)} of its images, a fifth of each class, became one")
+        drawn = "a fifth of each class" if made.labelled else "a fifth"
+        notes.append(f"it has no test part: {len(made.test_images)} of its images, {drawn}, became one")
     same = copies((made.train_images, made.train_labels), (made.test_images, made.test_labels))
     return replace(made, notes=(*notes, *same))
 

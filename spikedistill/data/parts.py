@@ -9,6 +9,8 @@ from torch import Tensor
 
 from spikedistill.errors import MANY, DataError
 
+UNKNOWN = -1
+"""The label of an image whose class is not known."""
 SHOWN = 8
 """A message lists this many names and counts the rest."""
 
@@ -18,7 +20,7 @@ class Parts:
     """A training and a test part as read.
 
     Args:
-        train: images ``[N, C, H, W]`` and labels ``[N]``.
+        train: images ``[N, C, H, W]`` and labels ``[N]``; labels are all ``UNKNOWN`` for a set without classes.
         test: likewise; None if the set has no test part.
         class_names: one name per class.
         notes: how the set was read, as far as it matters for its accuracies; one sentence each.
@@ -53,7 +55,7 @@ def check_classes(name: str, parts: Parts) -> tuple[str, ...]:
     if len(known) < 2:
         raise DataError(
             f"'{name}' has training images of {len(known)} class ({listed(parts.class_names)}): give images of at least"
-            " two classes."
+            " two classes, or --labels none for distillation without labels."
         )
 
     def named(numbers: Iterable[int]) -> str:

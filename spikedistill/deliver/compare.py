@@ -7,19 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikedistill.deliver.results import Result, read_results
+from spikedistill.deliver.results import Result, main_measure, read_results
 from spikedistill.deliver.tables import Table
 from spikedistill.errors import ConfigError, unknown
 from spikedistill.evaluate.paired import error_of, gaps, p_value, verdict, with_deviation
+from spikedistill.shapes import steps_by_levels
 
 FEW = 8
 """Up to this many time steps each has a column; beyond, only powers of two and the last."""
-CAPTION = """Accuracy on the test set after the last epoch, and after each time step t; the teacher's is on the same
-images. The firing rate is spikes per neuron and step. Minutes are for training, on the machine of the run."""
+STEPS = """T x D: time steps times levels, the most spikes of a neuron within a step, which are as many binary
+sub-steps. The firing rate is spikes per neuron and sub-step. Minutes are for training, on the machine of the run."""
+CAPTION = f"""Accuracy on the test set after the last epoch, and after each time step t; the teacher's is on the same
+images. {STEPS}"""
+WITHOUT_LABELS = f"""Agreement with the teacher on the test set, which has no labels, after the last epoch, and after
+each time step t. {STEPS}"""
 OVER_SEEDS = """± is the sample standard deviation over n seeds; each teacher was trained once, so ± does not include
 the variation of teachers. Difference: points above {baseline}, paired by seed, with its standard error (s.e.) and the p
 value of a paired t-test."""
-BOLD = "Bold: the highest mean accuracy of a student, significant or not."
+BOLD = "Bold: the highest mean {measure} of a student, significant or not."
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,13 @@ def table(results: Sequence[Result], baseline: str | None = None, notes: Sequenc
     sets = dict.fromkeys(group.first.record.data.name for group in groups)
     if len({group.first.test_set for group in groups}) > 1:
         told.append(f"The runs were tested on different sets ({', '.join(sets)}): compare accuracies within one set.")
-    cells = [_cells(group, several, base, bool(apart.get(group.name)), groups) for group in groups]
+    measure = main_measure(results)
+    cells = [_cells(group, several, base, bool(apart.get(group.name)), groups, measure) for group in groups]
     gains = {group.name: gain for group in groups if not apart.get(group.name) and (gain := _gains(group, base))}
     told += [said.strip()] if several and (said := verdict(gains)) else []
-    bold = _best(groups, list(cells[0]))
-    caption = f"{CAPTION} {BOLD if bold else ''}".replace("\n", " ").strip()
+    bold = _best(groups, list(cells[0]).index(f"{measure} (%)"))
+    about = CAPTION if measure == "accuracy" else WITHOUT_LABELS
+    caption = f"{about} {BOLD.format(measure=measure) if bold else ''}".replace("\n", " ").strip()
     return Table(list(cells[0]), [list(row.values()) for row in cells], caption, told, bold)
 
 
@@ -150,6 +157,8 @@ def _apart(group: Group, base: Group) -> str:
     ours, theirs = group.first, base.first
     if ours.test_set != theirs.test_set:
         return f"its data ({ours.record.data.name}) are not those of {base.name} ({theirs.record.data.name})"
+    if ours.measure != theirs.measure:
+        return f"it is measured by {ours.measure}, and {base.name} by {theirs.measure}"
     if ours.has_teacher and theirs.has_teacher and ours.teacher != theirs.teacher:
         return f"its teacher ({ours.teacher[0]}) is not that of {base.name} ({theirs.teacher[0]})"
     if ours.record.is_student != theirs.record.is_student:
@@ -188,14 +197,16 @@ def _changed_teachers(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def _cells(group: Group, several: bool, base: Group, apart: bool, groups: Sequence[Group]) -> dict[str, str]:
+def _cells(
+    group: Group, several: bool, base: Group, apart: bool, groups: Sequence[Group], measure: str
+) -> dict[str, str]:
     """The cells of a row, by column."""
     one, results = group.first, group.results
     row = {"run": group.name} | ({"n": str(len(results))} if several else {})
-    row["accuracy (%)"] = with_deviation([*group.accuracies.values()])
+    row[f"{measure} (%)"] = with_deviation([*group.accuracies.values()] if one.measure == measure else [])
     if several:
         row |= _difference("baseline" if group is base else [] if apart else _gains(group, base))
-    row |= {"method": one.method, "network": one.network, "T": str(one.timesteps or ""), "weights": one.weights}
+    row |= {"method": one.method, "network": one.network, "T x D": _steps(one), "weights": one.weights}
     row["teacher (%)"] = _teacher(group)
     row["epochs"] = _span([str(result.epochs) for result in results])
     minutes = [result.minutes for result in results if result.minutes is not None]
@@ -204,9 +215,16 @@ def _cells(group: Group, several: bool, base: Group, apart: bool, groups: Sequen
     for name in ("firing_rate", "agreement"):
         row[f"{name.replace('_', ' ')} (%)"] = with_deviation([r.found[name] for r in results if name in r.found])
     for t in _shown_steps(groups):
-        at = [result.steps[t - 1] for result in results if len(result.steps) >= t]
+        at = [result.steps[t - 1] for result in results if len(result.steps) >= t and result.measure == measure]
         row[f"t={t} (%)"] = f"{statistics.fmean(at):.2f}" if at else ""
     return row
+
+
+def _steps(result: Result) -> str:
+    """T x D of a student; empty for a teacher."""
+    if result.timesteps is None or result.levels is None:
+        return ""
+    return steps_by_levels(result.timesteps, result.levels)
 
 
 def _difference(gains: Sequence[float] | str) -> dict[str, str]:
@@ -229,7 +247,7 @@ def _teacher(group: Group) -> str:
         doubt = " ?" if about.get("doubts") else ""
         if "teacher_accuracy" in found:
             told.append(f"{found['teacher_accuracy']:.2f}{doubt}")
-        elif about:
+        elif "accuracy" in about:
             told.append(f"{about['accuracy']:.2f} on {about['images']} other images{doubt}")
     return _span(told)
 
@@ -248,10 +266,9 @@ def _shown_steps(groups: Sequence[Group]) -> list[int]:
     return sorted(lengths | {2**power for power in range(most.bit_length())})
 
 
-def _best(groups: Sequence[Group], columns: Sequence[str]) -> frozenset[tuple[int, int]]:
+def _best(groups: Sequence[Group], place: int) -> frozenset[tuple[int, int]]:
     """The cells with the highest mean accuracy of a student; none for a single student or several test sets."""
     students = {row: group.accuracy for row, group in enumerate(groups) if group.first.record.is_student}
-    if len(students) < 2 or len({groups[row].first.test_set for row in students}) > 1:
+    if len(students) < 2 or len({(groups[row].first.test_set, groups[row].first.measure) for row in students}) > 1:
         return frozenset()
-    place = columns.index("accuracy (%)")
     return frozenset((row, place) for row, mean in students.items() if mean == max(students.values()))

@@ -1,5 +1,6 @@
 """Spikes, synaptic operations and estimated energy of finished networks, side by side, with their quantised ANNs."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from spikedistill.compute.place import Precision
+from spikedistill.data.parts import UNKNOWN
 from spikedistill.deliver.record import RunDirectories, read_records, some_of
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict, standard_error
 from spikedistill.evaluate.activity import firing_rates, operations
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, micro, verdicts
 from spikedistill.files import check_replaceable, write_csv
-from spikedistill.shapes import Labels
+from spikedistill.shapes import Labels, steps_by_levels
 from spikedistill.student.build import Student
 from spikedistill.train.progress import Progress
 
@@ -27,7 +29,7 @@ class Bill:
 
     Args:
         network: its name.
-        accuracy: accuracy on these images, percent.
+        accuracy: accuracy on these images, percent; NaN if they have no labels.
         cost: operations per image.
         energy: model -> kind -> µJ per image.
         images: number of test images.
@@ -132,11 +134,14 @@ def bill_of(
     seen: Callable[[int], None] = lambda images: None,
 ) -> Bill:
     """The energy of a student or an ANN for these images (bytes)."""
+    levels = network.conversion.model.levels if isinstance(network, Student) else 1
+    at_once = max(1, network.at_once // levels) if isinstance(network, Student) else None  # sub-steps are rows too
     with firing_rates(network) as rates, operations(network) as counted:
-        logits = predict(network, pixels, dtype, seen=seen)
-    accuracy, updates = accuracy_by_step(logits, labels)[-1], float(sum(rates.chances.values()))
+        logits = predict(network, pixels, dtype, at_once, seen)
+    accuracy = math.nan if int(labels[0]) == UNKNOWN else accuracy_by_step(logits, labels)[-1]
+    updates = float(sum(rates.chances.values()))
     if isinstance(network, Student):
-        cost = cost_of(counted, network.timesteps, sum(rates.spikes.values()), updates)
+        cost = cost_of(counted, network.timesteps, sum(rates.spikes.values()), updates, levels)
         return Bill(name, accuracy, cost, energies(cost), len(labels), dtype)
     cost = cost_of(counted, 1, 0.0, updates)
     energy = {model: {"ann": value} for model, value in ann_energies(cost).items()}
@@ -149,7 +154,18 @@ def table(bills: Sequence[Bill]) -> tuple[list[str], list[list[str]]]:
     The accuracy has its standard error, the number of images and the number format.
     """
     energies = [f"µJ, {model.name}" for model in MODELS]
-    columns = ["network", "accuracy", *energies, "student / ANN", "spikes", "ACs (M)", "MACs (M)", "images", "format"]
+    columns = [
+        "network",
+        "T x D",
+        "accuracy",
+        *energies,
+        "student / ANN",
+        "spikes",
+        "ACs (M)",
+        "MACs (M)",
+        "images",
+        "format",
+    ]
     rows = []
     for bill in bills:
         for kind in bill.kinds:
@@ -163,7 +179,9 @@ def table(bills: Sequence[Bill]) -> tuple[list[str], list[list[str]]]:
             millions = [f"{counts[name] / 1e6:.2f}" if name in counts else "" for name in ("acs", "macs")]
             energy = [micro(bill.energy[model.name][kind]) for model in MODELS]
             end = [seen, bill.format] if measured else ["", ""]
-            rows.append([name, accuracy if measured else "", *energy, bill.ratios(kind), spikes, *millions, *end])
+            steps = steps_by_levels(bill.cost.timesteps, bill.cost.levels) if kind == "student" else ""
+            accuracy = ("no labels" if math.isnan(bill.accuracy) else accuracy) if measured else ""
+            rows.append([name, steps, accuracy, *energy, bill.ratios(kind), spikes, *millions, *end])
     return columns, rows
 
 
@@ -175,9 +193,12 @@ def lines(bills: Sequence[Bill]) -> list[tuple[str, str, float]]:
     found: list[tuple[str, str, float]] = []
     for bill in bills:
         measured = {"accuracy": bill.accuracy, "accuracy_error": bill.error, "images": bill.images}
+        if math.isnan(bill.accuracy):
+            measured = {"images": bill.images}
         measured["format_bits"] = 8 * bill.dtype.itemsize
         found += [(bill.network, metric, value) for metric, value in measured.items()]
         found += [(bill.network, "updates", bill.cost.updates), (bill.network, "timesteps", bill.cost.timesteps)]
+        found.append((bill.network, "levels", bill.cost.levels))
         for kind in bill.kinds:
             end = f"_{kind}" if kind.startswith("quantised") else ""
             found += [(bill.network, metric + end, value) for metric, value in bill.counts(kind).items()]

@@ -34,6 +34,8 @@ from spikedistill.evaluate.scores import (
     shared,
 )
 from spikedistill.files import fingerprint_of, write_csv, write_text
+from spikedistill.shapes import steps_by_levels
+from spikedistill.student.build import Student
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
 
@@ -111,6 +113,8 @@ def measure_immunity(
     names = [record.name for record in records]
     baseline = names[0] if baseline is None else baseline
     one_of("run to compare with", baseline, names)
+    if not data.test_labelled:
+        raise ConfigError(f"The test images of '{data.name}' have no labels, and immunity is measured in accuracy.")
     pixels, labels = some_of(data, images)
     places = {record.name: record.place(device, precision) for record in records}
     networks = {record.name: record.network(trust_code) for record in records}
@@ -156,7 +160,7 @@ def measure_immunity(
             known=known,
             keep=keep,
         )
-    columns, rows = with_errors(*summary(scores, names, kinds, baseline), scores)
+    columns, rows = with_steps(*with_errors(*summary(scores, names, kinds, baseline), scores), networks)
     lines = [(*astuple(score), f"{score.error:.4f}") for score in scores]
     write_csv(out / "scores.csv", [*(field.name for field in fields(Score)), "error"], lines)
     text = ERRORS.format(images=len(pixels), total=len(data.test_images)) + markdown(columns, rows)
@@ -202,6 +206,18 @@ def with_errors(
         ]
         told.append([name, str(clean.images or ""), clean.format, *shown])
     return [columns[0], "images", "format", *columns[1:]], told
+
+
+def with_steps(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], networks: Mapping[str, nn.Module]
+) -> tuple[list[str], list[list[str]]]:
+    """The table with a column T x D; it is empty for an ANN."""
+    steps = {
+        name: steps_by_levels(network.timesteps, network.conversion.model.levels)
+        for name, network in networks.items()
+        if isinstance(network, Student)
+    }
+    return [columns[0], "T x D", *columns[1:]], [[name, steps.get(name, ""), *cells] for name, *cells in rows]
 
 
 def attack_table(scores: Sequence[Score], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -12,21 +12,21 @@ from tyro.conf import Positional, arg
 
 from spikedistill.compute.place import Place, Precision
 from spikedistill.data.images import ImageSet, evenly
-from spikedistill.errors import ConfigError, RunError, WeightsError
+from spikedistill.deliver.teachers import find_teacher, is_published
+from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.early_exit import check_confidence
-from spikedistill.evaluate.measure import check_fits, measure_student, measure_teacher
-from spikedistill.files import note, read_facts, weights_file
+from spikedistill.evaluate.measure import measure_student, measure_teacher
+from spikedistill.files import note, read_facts, shipped, weights_file
 from spikedistill.student.build import Student
 from spikedistill.student.save import load_student
+from spikedistill.student.substeps import LAYERS, RunSchedule
 from spikedistill.student.upgrade import upgrade
-from spikedistill.teacher.load import Architecture, Teacher, from_library, load_teacher, pretrained
+from spikedistill.teacher.load import Teacher, load_teacher
 from spikedistill.train.machine import environment
 from spikedistill.train.progress import Progress, Seen
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run, differences
 
-NO_TEACHER = "none"
-"""The value of a recipe's teacher if it has none."""
 RunDirectories = Annotated[Sequence[Path], Positional, arg(metavar="RUN ...")]
 """Paths of runs, positional arguments on the command line."""
 ROUNDING = 1.0
@@ -52,15 +52,16 @@ class Record:
         Raises:
             RunError: if there is nothing, or no recipe of 'teach' or 'distill'.
         """
-        if not Path(path).exists():
+        path = shipped(path)
+        if not path.exists():
             raise RunError(f"'{path}' does not exist: give a run directory, or the model of a student's run.")
-        facts = read_facts(Path(path))
-        if Path(path).is_file() and "recipe" not in facts:
+        facts = read_facts(path)
+        if path.is_file() and "recipe" not in facts:
             raise RunError(f"'{path}' holds no recipe: give a run directory, or the model of a student's run.")
-        recipe = upgrade(facts["recipe"]) if "recipe" in facts else Run(Path(path)).recipe()
+        recipe = upgrade(facts["recipe"]) if "recipe" in facts else Run(path).recipe()
         if recipe.get("kind") not in ("teach", "distill"):
             raise RunError(f"'{path}' holds a run of kind {recipe.get('kind')!r}: give runs of 'teach' or 'distill'.")
-        return Record(Path(path), recipe)
+        return Record(path, recipe)
 
     @property
     def name(self) -> str:
@@ -182,7 +183,10 @@ class Record:
         Raises:
             DataError: if it does not exist.
         """
-        return dataclasses.replace(self.data, data_dir=data_dir or self.data.data_dir).load()
+        found = dataclasses.replace(self.data, data_dir=data_dir or self.data.data_dir).load()
+        if found.labelled:
+            return found
+        return found.with_classes(read_facts(weights_file(self.path)).get("class_names", found.class_names))
 
 
 def read_records(paths: Sequence[Path], data_dir: str | None = None) -> tuple[list[Record], ImageSet]:
@@ -225,33 +229,33 @@ def evaluate(
     trust_code: bool = False,
     device: str | None = None,
     precision: Precision | None = None,
+    schedule: RunSchedule = LAYERS,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a finished run again on its test set.
 
-    A student may run with another T than it was trained with. A note then says that thresholds belong to the T that
-    they were trained for. If the accuracy differs from the one that the run wrote, a note says so and names possible
-    causes.
+    A student may run with another T than it was trained with. A note then says that its thresholds belong to its own.
+    If the accuracy differs from the one that the run wrote, a note says so and names possible causes.
 
     Args:
-        path: run directory of 'teach' or 'distill', or the file of a student.
+        path: run directory of 'teach' or 'distill', the file of a student, or the name of one that comes with the
+            package (see 'spikedistill pretrained').
         timesteps: another T than the student was trained with; its thresholds stay.
         data_dir: folder of the data, if it is no longer the one of the run.
-        confidence: also measure early exit: a sample leaves once its likeliest class has more than this probability,
-            0 to 1.
-        trust_code: execute the Python code that the run may name as its networks. Without it such a teacher is left
-            out.
+        confidence: also measure early exit: a sample leaves once its likeliest class is more likely than this, 0 to 1.
+        trust_code: execute Python code that the run may name as its networks. Without it such a teacher is left out.
         device: cpu, cuda ...; auto takes a GPU if there is one (default: where the run was trained).
         precision: number format of the large operations; auto takes what suits the device (default: that of the run).
+        schedule: how the D sub-steps of graded spikes run: layer-by-layer, as trained, or step-by-step, the same
+            weights with T D steps of one spike each. With D=1 both are the same.
         progress: shows the work; silent by default.
 
     Returns:
-        For a student see ``measure_student``; its teacher is left out if its files are gone. For a teacher
-        ``test_accuracy``.
+        For a student see ``measure_student``, with its teacher if that still exists. For a teacher ``test_accuracy``.
 
     Raises:
-        ConfigError: if ``timesteps`` is below 1, the confidence is outside 0..1, either is given for a teacher, or the
-            device does not exist here.
+        ConfigError: if ``timesteps`` is below 1, the confidence is outside 0..1, one of them or a schedule is given
+            for a teacher, a student cannot run step by step, or the device does not exist here.
     """
     if confidence is not None:
         check_confidence(confidence)
@@ -259,8 +263,8 @@ def evaluate(
     stored = record.stored_accuracy()
     place, network = record.place(device, precision), record.network(trust_code)
     if not isinstance(network, Student):
-        if timesteps is not None or confidence is not None:
-            raise ConfigError(f"'{path}' holds a teacher, which has no time steps: omit timesteps and confidence.")
+        if (timesteps, confidence, schedule) != (None, None, LAYERS):
+            raise ConfigError(f"'{path}' holds a teacher, without time steps: omit timesteps, confidence and schedule.")
         images = record.images(data_dir)
         with _testing(images, 1, progress) as seen:
             found: dict[str, Any] = dict(measure_teacher(network, images, place, seen))
@@ -277,8 +281,8 @@ def evaluate(
     teacher = its_teacher(record, images, trust_code)
     passes = 1 + (teacher is not None) + (confidence is not None)
     with _testing(images, passes, progress) as seen:
-        found = measure_student(network, teacher, images, place, confidence=confidence, seen=seen)
-    if network.timesteps == own:
+        found = measure_student(network, teacher, images, place, None, confidence, schedule, seen)
+    if network.timesteps == own and (schedule == LAYERS or network.conversion.model.levels == 1):
         _compare(record, stored, found, place)
     return found
 
@@ -320,81 +324,3 @@ def _names_code(source: str, network: str | None) -> bool:
     facts = read_facts(weights_file(source))
     named = facts.get("network", facts.get("architecture", {}))
     return ".py:" in str(network) or ".py:" in str(named) or "code" in named
-
-
-def is_published(source: str, network: str | None) -> bool:
-    """Whether the source is a library's network with its published weights."""
-    return network is None and from_library(source) and not Path(source).exists()
-
-
-def find_teacher(
-    images: ImageSet,
-    source: str,
-    network: str | None = None,
-    width: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    trust_code: bool = False,
-) -> tuple[Teacher | Student | None, Architecture | None]:
-    """The teacher that a recipe names, checked against the data: an ANN, or a student of ``distill``.
-
-    Args:
-        images: the data set.
-        source: a run directory, a weights file, a library's network, or ``none``.
-        network: the network of a weights file that does not name it.
-        width: channels of the first stage of a zoo network.
-        mean: mean per channel for the input normalisation of a weights file that does not hold it.
-        std: standard deviation per channel, likewise.
-        trust_code: execute the Python code that a weights file may name as its network.
-
-    Raises:
-        ConfigError: if it does not exist, does not fit the data, or was never trained.
-        RunError: if its run is not finished.
-    """
-    if source == NO_TEACHER:
-        return None, None
-    given = None if network is None else Architecture(network, images.classes, images.channels, width)
-    if is_published(source, network):
-        teacher, architecture = pretrained(source)
-    elif given is None and not Path(source).exists():
-        raise ConfigError(
-            f"There is no teacher at '{source}': train one by 'spikedistill teach ... --out {source}', or give a"
-            " weights file with --teacher-network, --teacher-mean and --teacher-std, or 'none'."
-        )
-    elif (Path(source) / "recipe.json").exists() and not (run := Run(Path(source))).finished:
-        raise RunError(f"The teacher '{source}' {run.unfinished()}: end it by its own command with --resume.")
-    elif (facts := read_facts(weights_file(source))).get("kind") == "student":
-        return _spiking_teacher(images, source, facts, given, trust_code)
-    else:
-        teacher, architecture = load_teacher(source, architecture=given, mean=mean, std=std, trust_code=trust_code)
-    if images.frames:
-        raise ConfigError(
-            f"The teacher '{source}' is an ANN without time steps, but '{images.name}' holds event frames: give it"
-            " images by --source, or use a spiking teacher or none."
-        )
-    for what, its, ours in (
-        ("knows {} classes", architecture.classes, images.classes),
-        ("normalises {} channels", len(teacher.mean), images.channels),
-    ):
-        if its != ours:
-            raise ConfigError(
-                f"The teacher '{source}' {what.format(its)}, but '{images.name}' has {ours}: give the data that it was"
-                " trained on."
-            )
-    check_fits(teacher, images, f"The teacher '{source}' ({architecture.name})")
-    return teacher, architecture
-
-
-def _spiking_teacher(
-    images: ImageSet, source: str, facts: Mapping[str, Any], given: Architecture | None, trust_code: bool
-) -> tuple[Student, Architecture | None]:
-    """A student as the teacher, with its architecture if its file names one."""
-    student = load_student(source, None if given is None else given.build(), trust_code)
-    check_fits(student, images, f"The spiking teacher '{source}'")
-    named = facts.get("network", facts.get("architecture", {}))
-    try:
-        return student, given or (Architecture(**named) if "name" in named else None)
-    except TypeError as error:
-        raise WeightsError(
-            f"This version cannot read the description of the network in '{source}' ({error}): save it again."
-        ) from error

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikedistill.deliver.record import NO_TEACHER, Record
+from spikedistill.deliver.record import Record
+from spikedistill.deliver.teachers import NO_TEACHER
 from spikedistill.errors import RunError
 from spikedistill.train.extend import trains
 from spikedistill.train.run import NO_MATTER, Run
@@ -54,20 +55,25 @@ class Result:
             seconds = [line["seconds"] for line in run.lines("timing")]
             epochs, minutes = len(run.lines("metrics")), sum(seconds) / 60 if seconds else None
             result = Result(record, found, network, weights, data, epochs, minutes)
-            _ = result.accuracy, result.method, result.seed, result.steps, result.timesteps
+            _ = result.accuracy, result.method, result.seed, result.steps, result.timesteps, result.levels
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"A file in '{record.path}' lacks {error}: give the directory of a finished run.") from error
         return result
 
     @property
+    def measure(self) -> str:
+        """What it was measured by: ``accuracy``; without test labels ``agreement`` with its teacher."""
+        return "accuracy" if "test_accuracy" in self.found else "agreement"
+
+    @property
     def accuracy(self) -> float:
-        """Test accuracy in percent."""
-        return float(self.found["test_accuracy"])
+        """Test accuracy in percent; without test labels the agreement with its teacher."""
+        return float(self.found["test_accuracy" if self.measure == "accuracy" else "agreement"])
 
     @property
     def steps(self) -> list[float]:
-        """Accuracy after each time step, percent; empty for a teacher."""
-        return [float(value) for value in self.found.get("accuracy_by_step", [])]
+        """Accuracy, or agreement without test labels, after each time step, percent; empty for a teacher."""
+        return [float(value) for value in self.found.get(f"{self.measure}_by_step", [])]
 
     @property
     def method(self) -> str:
@@ -83,6 +89,11 @@ class Result:
     def timesteps(self) -> int | None:
         """T of a student; None for a teacher."""
         return int(self.record.recipe["student"]["timesteps"]) if self.record.is_student else None
+
+    @property
+    def levels(self) -> int | None:
+        """D of a student, the most spikes of a neuron within a step; None for a teacher."""
+        return int(self.record.recipe["student"].get("levels", 1)) if self.record.is_student else None
 
     @property
     def teacher(self) -> tuple[str, str]:
@@ -176,16 +187,24 @@ def _so_far(record: Record) -> str:
 def lines(results: Sequence[Result]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of a CSV file: one row per run, numbers with all digits, empty cells for missing values.
 
-    Accuracies, agreement and firing rates are in percent. ``accuracy_t1`` is the accuracy after the first time step.
+    Accuracies, agreement and firing rates are in percent. ``accuracy_t1`` is the accuracy after the first time step;
+    without any test labels there is ``agreement_t1`` instead.
     """
     most = max(len(result.steps) for result in results)
+    what = main_measure(results)
     measured = ["test_accuracy", "teacher_accuracy", "agreement", "divergence", "firing_rate"]
-    columns = ["run", "path", "data", "teacher", "network", "timesteps", "weights", "method", "seed", *measured]
-    columns += ["epochs", "minutes", *(f"accuracy_t{t + 1}" for t in range(most))]
+    columns = ["run", "path", "data", "teacher", "network", "timesteps", "levels", "weights", "method", "seed"]
+    columns += [*measured, "epochs", "minutes", *(f"{what}_t{t + 1}" for t in range(most))]
     rows = []
     for one in results:
         who = [one.record.name, str(one.record.path), one.record.data.name, one.teacher[0], one.network]
-        row: list[Any] = [*who, one.timesteps, one.weights, one.method, one.seed]
+        row: list[Any] = [*who, one.timesteps, one.levels, one.weights, one.method, one.seed]
         row += [one.found.get(name) for name in measured] + [one.epochs, one.minutes]
-        rows.append([*row, *one.steps, *[None] * (most - len(one.steps))])
+        steps = one.steps if one.measure == what else []
+        rows.append([*row, *steps, *[None] * (most - len(steps))])
     return columns, rows
+
+
+def main_measure(results: Sequence[Result]) -> str:
+    """The measure of a table: ``accuracy``, or ``agreement`` if no run has test labels."""
+    return "accuracy" if any(result.measure == "accuracy" for result in results) else "agreement"

@@ -1,7 +1,7 @@
 """Firing rates of a student, and synaptic operations of a network."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from spikedistill.errors import ConfigError, ShapeError
 from spikedistill.evaluate.calls import Call, Listener, calls_of
+from spikedistill.neuron.layer import Spiking
 from spikedistill.student.build import Student
 from spikedistill.student.graph import Charges
+from spikedistill.student.substeps import SubSteps
 
 ACTIVATIONS = frozenset(
     (
@@ -29,28 +31,38 @@ CLAMPS = frozenset(("clamp", "clamp_", "clamp_min", "clamp_min_"))
 
 @dataclass
 class FiringRates:
-    """Spikes, and possible spikes (neurons times steps), counted for each layer."""
+    """Spikes, and possible spikes (neurons times steps times levels), counted for each layer."""
 
     spikes: dict[str, float] = field(default_factory=dict)
     chances: dict[str, int] = field(default_factory=dict)
 
-    def add(self, layer: str, emitted: Tensor) -> None:
-        """Count the output of a layer."""
-        self.spikes[layer] = self.spikes.get(layer, 0.0) + float(torch.count_nonzero(emitted))
-        self.chances[layer] = self.chances.get(layer, 0) + emitted.numel()
+    def add(self, layer: str, emitted: Tensor, height: Tensor | None = None, levels: int = 1) -> None:
+        """Count the output of a layer.
+
+        Args:
+            layer: its name.
+            emitted: values of any shape; those that are not zero are spikes.
+            height: of graded spikes, of which a value holds several.
+            levels: how many it may hold.
+        """
+        counts = torch.count_nonzero(emitted) if height is None else (emitted / height).round().sum(dtype=torch.float64)
+        self.spikes[layer] = self.spikes.get(layer, 0.0) + float(counts)
+        self.chances[layer] = self.chances.get(layer, 0) + emitted.numel() * levels
 
     def by_layer(self) -> dict[str, float]:
-        """Spikes per neuron and step, 0..1, for each layer in order."""
+        """Spikes per neuron and sub-step, 0..1, for each layer in order."""
         return {layer: self.spikes[layer] / self.chances[layer] for layer in self.spikes}
 
     def mean(self) -> float:
-        """Spikes per neuron and step, 0..1, over all neurons."""
+        """Spikes per neuron and sub-step, 0..1, over all neurons."""
         return sum(self.spikes.values()) / max(1, sum(self.chances.values()))
 
 
 @contextmanager
 def firing_rates(network: nn.Module) -> Iterator[FiringRates]:
     """Count the spikes of a student, or the non-zero activations of an ANN, in every call while the context is open.
+
+    A count of n within a step is n spikes of the D that its sub-steps could hold.
 
     An ANN's activations count whether they are modules, functions or methods.
 
@@ -69,8 +81,13 @@ def firing_rates(network: nn.Module) -> Iterator[FiringRates]:
             yield rates
         return
 
-    def listen(name: str, layer: nn.Module) -> RemovableHandle:
-        return layer.register_forward_hook(lambda _, __, result: rates.add(name, result[0].detach()))
+    def listen(name: str, layer: Spiking) -> RemovableHandle:
+        def heard(_: nn.Module, __: Any, result: tuple[Tensor, Any]) -> None:
+            emitted = result[0].detach()
+            graded = layer.neuron.levels > 1 and not isinstance(network.walk, partial)
+            rates.add(name, emitted, *((layer.heights(emitted).detach(), layer.neuron.levels) if graded else ()))
+
+        return layer.register_forward_hook(heard)
 
     handles = [listen(name, layer) for name, layer in network.neurons.items()]
     try:
@@ -219,7 +236,8 @@ def operations(network: nn.Module) -> Iterator[Operations]:
     counts = Operations()
     tally = _Tally(counts)
     if isinstance(network, Student):
-        before, network.walk = network.walk, partial(_Counted, tally)
+        graded = network.conversion.model.levels > 1
+        before, network.walk = network.walk, partial(_CountedInSubSteps if graded else _Counted, tally)
         try:
             yield counts
         finally:
@@ -312,12 +330,12 @@ def _operand(call: Call, place: int) -> Tensor:
     return operand
 
 
-class _Counted(Charges):
+class _Counting(Charges):
     """Runs a student's graph and counts every call in it, except those of its neurons."""
 
     def __init__(self, tally: _Tally, core: fx.GraphModule, keep: Collection[str], layers: Collection[str]) -> None:
         super().__init__(core, keep, layers)
-        self.tally, self.listener = tally, Listener(tally.hear)
+        self.tally, self.listener, self.quiet = tally, Listener(tally.hear), False
 
     def run(self, rows: Any, timesteps: int, repeats: int, states: Any, keep: bool) -> Any:  # type: ignore[override]
         """As in ``Charges``: ``rows`` of ``timesteps`` steps, each row used at ``repeats`` steps."""
@@ -331,7 +349,8 @@ class _Counted(Charges):
         """As in ``Charges``, counted under the layer's own name."""
         with self._heard(str(self.current.target)):
             result = super().apply(layer, args, kwargs)
-            self.listener.tell_convolution(layer, args[0], result)
+            if not self.quiet:
+                self.listener.tell_convolution(layer, args[0], result)
         return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -347,8 +366,23 @@ class _Counted(Charges):
     @contextmanager
     def _heard(self, name: str) -> Iterator[None]:
         self.listener.where, self.tally.site = [f"core.{name}"], self.current.name
-        with self.listener:
+        with nullcontext() if self.quiet else self.listener:
             yield
+
+
+class _Counted(_Counting):
+    """Of a student whose neurons fire once a step."""
+
+
+class _CountedInSubSteps(SubSteps, _Counting):
+    """Of graded neurons, as they run on a chip: a count of n is n accumulates."""
+
+    def constant(self, call: Callable[[], Tensor]) -> Tensor:
+        """As ever, and not counted."""
+        self.quiet = True
+        result = super().constant(call)
+        self.quiet = False
+        return result
 
 
 def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:

@@ -63,6 +63,8 @@ def attack(
 def gradients(network: nn.Module, teacher: nn.Module | None) -> list[str]:
     """The gradients that a network is attacked by: its own, through each surrogate if it spikes, and its teacher's.
 
+    The gradient of graded spikes passes straight through and uses no surrogate, so there is one of its own.
+
     A student whose coding turns pixels into spikes has no gradient with respect to pixels: it would be zero, and no
     image would be fooled. Such a student is attacked by its teacher's gradient only.
 
@@ -77,7 +79,8 @@ def gradients(network: nn.Module, teacher: nn.Module | None) -> list[str]:
             )
         return [TEACHER]
     owns = [layer.neuron.surrogate for layer in network.modules() if isinstance(layer, Spiking)]
-    others = [name for name, surrogate in SURROGATES.items() if any(own != surrogate for own in owns)]
+    graded = any(layer.neuron.levels > 1 for layer in network.modules() if isinstance(layer, Spiking))
+    others = [name for name, surrogate in SURROGATES.items() if not graded and any(own != surrogate for own in owns)]
     return [OWN, *others, *([] if teacher is None else [TEACHER])]
 
 

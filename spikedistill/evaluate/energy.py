@@ -4,13 +4,14 @@ These are estimates from counted operations, not measurements of a chip. All con
 Horowitz, "Computing's energy problem", ISSCC 2014, figure 1.1.9: float32 add 0.9 pJ, float32 multiply 3.7 pJ, 32-bit
 integer add 0.1 pJ, 8-bit integer multiply 0.2 pJ, 64 bits from an 8 KiB cache 10 pJ.
 
-The ANN of equal information is the student's own network, run once with activations of ``ceil(log2(T + 1))`` bits,
-since T steps distinguish T + 1 values (Yan et al., arXiv 2409.08290).
+The ANN of equal information is the student's own network, run once with activations of ``ceil(log2(T D + 1))``
+bits, since T steps of D levels distinguish T D + 1 values (Yan et al., arXiv 2409.08290, for D = 1). Every sub-step
+counts: a count of n spikes is n accumulates at each of its connections, and a neuron is updated T D times.
 
 The following is our choice. A multiplication with fewer bits costs in proportion to the bits. Potentials have 16 bits.
 A neuron's own arithmetic (leak, comparison, reset) costs nothing. Memory is used without any reuse: an accumulate reads
 its weight, and reads and writes the potential that it adds to; each neuron's potential is read and written once more at
-every step; a multiply-accumulate reads weight and activation and adds in a register; each activation is written once.
+every sub-step; a multiply-accumulate reads weight and activation and adds in a register; an activation is written once.
 """
 
 import math
@@ -77,11 +78,12 @@ class Cost:
     Args:
         acs: accumulates, one for each spike and connection.
         macs: multiply-accumulates, for inputs that are not spikes (the image, average-pooled spikes).
-        spikes: spikes of all neurons over all steps.
-        updates: neurons times steps; for an ANN the number of its activations.
+        spikes: spikes of all neurons over all sub-steps.
+        updates: neurons times steps times levels; for an ANN the number of its activations.
         dense: connections of the network, each used once.
         active: connections whose input is not zero at some step.
         timesteps: T; 1 for an ANN.
+        levels: D; 1 for an ANN.
     """
 
     acs: float
@@ -91,14 +93,15 @@ class Cost:
     dense: float
     active: float
     timesteps: int
+    levels: int = 1
 
     @property
     def bits(self) -> int:
         """Bits of an activation in the ANN of equal information."""
-        return math.ceil(math.log2(self.timesteps + 1))
+        return math.ceil(math.log2(self.timesteps * self.levels + 1))
 
 
-def cost_of(operations: Operations, timesteps: int, spikes: float, updates: float) -> Cost:
+def cost_of(operations: Operations, timesteps: int, spikes: float, updates: float, levels: int = 1) -> Cost:
     """The mean cost per image from counts over many images; ``spikes`` and ``updates`` are sums over the same images.
 
     Raises:
@@ -113,6 +116,7 @@ def cost_of(operations: Operations, timesteps: int, spikes: float, updates: floa
         dense=sum(operations.once.values()) / images,
         active=sum(operations.active.values()) / images,
         timesteps=timesteps,
+        levels=levels,
     )
 
 
@@ -121,7 +125,7 @@ def energies(cost: Cost) -> dict[str, dict[str, float]]:
 
     The last two are ANNs of equal information. The sparse one skips activations that are zero.
     """
-    activations = cost.updates / cost.timesteps
+    activations = cost.updates / (cost.timesteps * cost.levels)
     return {
         model.name: {
             "student": model.student(cost) / 1e6,

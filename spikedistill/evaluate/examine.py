@@ -5,6 +5,7 @@ list of doubts is our choice.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ MOST = 1000
 """Number of images that are examined, evenly spaced."""
 VALUES = 4096
 """About this many values of an image are compared with class means."""
+MANY_ALIKE = 20
+"""This many images without labels in one class raise a doubt."""
 LEVEL = 0.01
 """Level of the tests: a result that is likelier than this by chance counts as chance."""
 
@@ -39,7 +42,8 @@ def examine_teacher(
 
     Returns:
         ``accuracy`` (percent), ``images`` (their number), ``held_out`` (whether they are held out of training) and
-        ``doubts`` (sentences).
+        ``doubts`` (sentences). Without labels there is no accuracy, but ``classes``, the number of classes that it
+        names, and ``confidence``, the mean probability of the class that it names, in percent.
 
     Raises:
         ConfigError: if its logits are not finite.
@@ -55,12 +59,25 @@ def examine_teacher(
             f"The teacher's logits of {len(labels)} images of '{images.name}' hold NaN or infinity: check its weights,"
             " and --teacher-mean and --teacher-std."
         )
+    about = {"images": len(labels), "held_out": len(held) > 0}
+    if not images.labelled:
+        return {**_without_labels(logits), **about}
     right = logits.argmax(1) == labels
     doubts = [*_as_a_guess(right, labels), *_below_class_means(right, pixels, labels, images, train)]
     doubts += [*_in_another_order(logits, labels, images.class_names), *_within_one(logits)]
     accuracy = 100.0 * float(right.double().mean())
     doubts += _below_its_file(right, stored, len(images.test_labels))
-    return {"accuracy": accuracy, "images": len(labels), "held_out": len(held) > 0, "doubts": doubts}
+    return {"accuracy": accuracy, **about, "doubts": doubts}
+
+
+def _without_labels(logits: ClassLogits) -> dict[str, Any]:
+    """What can be said of a teacher without labels."""
+    named = Counter(logits.argmax(1).tolist())
+    doubts = _within_one(logits)
+    if len(logits) >= MANY_ALIKE and len(named) == 1:
+        doubts.append(f"it gives all {len(logits)} images one class: are they images of its kind, normalised alike?")
+    confidence = 100.0 * float(logits.double().softmax(1).amax(1).mean())
+    return {"classes": len(named), "confidence": confidence, "doubts": doubts}
 
 
 def _as_a_guess(right: Tensor, labels: Labels) -> list[str]:

@@ -278,19 +278,24 @@ def threshold_mismatch(network: nn.Module, deviation: float, generator: Generato
 
 
 def dropped_spikes(network: nn.Module, share: float, generator: Generator) -> None:
-    """Drop each spike with this probability."""
+    """Drop each spike with this probability; of a count n each of its n spikes."""
     for layer in _neurons(network).values():
         own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
-        def lose(_: nn.Module, __: Any, result: tuple[Tensor, Any], own: Generator = own) -> tuple[Tensor, Any]:
+        def lose(layer: Spiking, _: Any, result: tuple[Tensor, Any], own: Generator = own) -> tuple[Tensor, Any]:
             spikes, state = result
-            return spikes * (torch.rand(spikes.shape, generator=own) >= share).to(spikes), state
+            counts = (spikes / layer.heights(spikes).to(spikes)).round()
+            kept = torch.zeros_like(counts)
+            for number in range(layer.neuron.levels):
+                stays = torch.rand(spikes.shape, generator=own) >= share
+                kept += stays.to(spikes) * (counts > number)
+            return torch.where(counts > 0, spikes * (kept / counts), spikes), state
 
         layer.register_forward_hook(lose)
 
 
 def stuck_neurons(network: nn.Module, share: float, generator: Generator) -> None:
-    """Break this fraction of the neurons: half of them never fire, half fire at every step."""
+    """Break this fraction of the neurons: half of them never fire, half fire at every sub-step."""
     for layer in _neurons(network).values():
         pattern = _Pattern(torch.rand, generator)
 
@@ -299,7 +304,7 @@ def stuck_neurons(network: nn.Module, share: float, generator: Generator) -> Non
         ) -> tuple[Tensor, Any]:
             spikes, state = result
             drawn = pattern(spikes)
-            always = layer.heights(spikes).to(spikes)
+            always = layer.neuron.levels * layer.heights(spikes).to(spikes)
             spikes = torch.where(drawn < share / 2, torch.zeros_like(always), spikes)
             return torch.where((drawn >= share / 2) & (drawn < share), always, spikes), state
 
@@ -309,7 +314,8 @@ def stuck_neurons(network: nn.Module, share: float, generator: Generator) -> Non
 def membrane_noise(network: nn.Module, deviation: float, generator: Generator) -> None:
     """Add normal noise to every potential after the charge of every step, in units of the threshold.
 
-    The noise is added to the current. If the neuron scales its input down, the noise is scaled up to compensate.
+    Sub-steps within a step fire from the same charge, so it is drawn once for them. The noise is added to the current.
+    If the neuron scales its input down, the noise is scaled up to compensate.
     """
     for layer in _neurons(network).values():
         own = Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))

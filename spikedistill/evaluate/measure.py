@@ -10,12 +10,14 @@ from spikedistill.compute.place import Place
 from spikedistill.data.augment import to_inputs
 from spikedistill.data.images import ImageSet, evenly
 from spikedistill.errors import ConfigError
-from spikedistill.evaluate.accuracy import accuracy_by_step, predict
-from spikedistill.evaluate.activity import firing_rates
+from spikedistill.evaluate.accuracy import accuracy_by_step, check_finite, predict
+from spikedistill.evaluate.activity import FiringRates, firing_rates
 from spikedistill.evaluate.agreement import agreement, divergence
 from spikedistill.evaluate.early_exit import predict_early
+from spikedistill.evaluate.latency import latency_facts
 from spikedistill.inputs import AnyLayout
 from spikedistill.student.build import Student
+from spikedistill.student.substeps import LAYERS, RunSchedule, step_by_step
 from spikedistill.teacher.load import Normalised
 
 
@@ -26,9 +28,12 @@ def measure_student(
     place: Place,
     limit: int | None = None,
     confidence: float | None = None,
+    schedule: RunSchedule = LAYERS,
     seen: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Any]:
     """Accuracy at every step, agreement with the teacher and firing rates on the test set.
+
+    Of images without labels, agreement is measured at every step, and no accuracy.
 
     Batch norm is not folded for this: folded weights round differently, which may change a spike near the threshold.
 
@@ -39,15 +44,22 @@ def measure_student(
         place: device and number format.
         limit: measure on this many training images instead, evenly spaced. The test part is then not used.
         confidence: also measure early exit at this confidence.
+        schedule: in which order the sub-steps of graded spikes run; with D = 1 both are the same.
         seen: called after each batch with the number of its images. Each pass (student, teacher, early exit) sees all
             images.
 
     Returns:
         ``accuracy_by_step`` and ``test_accuracy`` (percent), ``firing_rate`` and ``firing_rate_by_layer``
-        (spikes per neuron and step, in percent); with a teacher also ``teacher_accuracy``, ``agreement`` (percent) and
-        ``divergence`` (nats); with a limit ``train_accuracy`` instead of ``test_accuracy``; with a confidence
-        ``early_exit_accuracy`` (percent) and ``early_exit_steps`` (mean).
+        (spikes per neuron and sub-step, in percent); ``timesteps`` (T) and ``levels`` (D) as they ran, ``schedule``,
+        ``longest_path``, ``latency`` and ``buffers`` (``evaluate/latency.py``); with a teacher also
+        ``teacher_accuracy``, ``agreement`` (percent) and ``divergence`` (nats); with a limit ``train_accuracy`` instead
+        of ``test_accuracy``; with a confidence ``early_exit_accuracy`` (percent) and ``early_exit_steps`` (mean). For a
+        set without labels ``agreement_by_step``; accuracies only on images whose labels are known.
+
+    Raises:
+        ConfigError: if the student cannot run step by step.
     """
+    student = student if schedule == LAYERS else step_by_step(student)
     pixels, labels = images.test_images, images.test_labels
     if limit is not None:
         some = evenly(len(images.train_images), limit)
@@ -55,24 +67,40 @@ def measure_student(
     place.prepare(student)
     with firing_rates(student) as rates:
         logits = predict(student, pixels, place.dtype, seen=seen)
-    steps = accuracy_by_step(logits, labels)
-    results: dict[str, Any] = {
-        "test_accuracy" if limit is None else "train_accuracy": steps[-1],
-        "accuracy_by_step": steps,
-        "firing_rate": 100.0 * rates.mean(),
-        "firing_rate_by_layer": {name: 100.0 * rate for name, rate in rates.by_layer().items()},
-    }
+    check_finite(logits)
+    known = images.test_labelled if limit is None else images.labelled
+    results: dict[str, Any] = {}
+    if known:
+        steps = accuracy_by_step(logits, labels)
+        results = {"test_accuracy" if limit is None else "train_accuracy": steps[-1], "accuracy_by_step": steps}
+    results["firing_rate"] = 100.0 * rates.mean()
+    results["firing_rate_by_layer"] = {name: 100.0 * rate for name, rate in rates.by_layer().items()}
+    results |= _steps(student, schedule, rates, len(pixels))
     if teacher is not None:
         place.prepare(teacher)
         theirs = predict(teacher, pixels, place.dtype, seen=seen)
-        results["teacher_accuracy"] = accuracy_by_step(theirs, labels)[-1]
+        if known:
+            results["teacher_accuracy"] = accuracy_by_step(theirs, labels)[-1]
+        if not images.labelled:
+            results["agreement_by_step"] = accuracy_by_step(logits, theirs.mean(0).argmax(-1))
         results["agreement"] = agreement(logits, theirs.mean(0))
         results["divergence"] = divergence(logits, theirs.mean(0))
     if confidence is not None:
         early = predict_early(student, pixels, confidence, place.dtype, seen=seen)
-        results["early_exit_accuracy"] = accuracy_by_step(early.logits[None], labels)[-1]
+        if known:
+            results["early_exit_accuracy"] = accuracy_by_step(early.logits[None], labels)[-1]
+        if teacher is not None and not images.labelled:
+            results["early_exit_agreement"] = agreement(early.logits[None], theirs.mean(0))
         results["early_exit_steps"] = early.mean_steps
     return results
+
+
+def _steps(student: Student, schedule: RunSchedule, rates: FiringRates, images: int) -> dict[str, Any]:
+    """T and D, the schedule and its latency."""
+    timesteps, levels = student.timesteps, student.conversion.model.levels
+    neurons = {name: chances // (images * timesteps * levels) for name, chances in rates.chances.items()}
+    facts = {"timesteps": timesteps, "levels": levels, "schedule": schedule}
+    return {**facts, **latency_facts(student, schedule, neurons)}
 
 
 def measure_teacher(
@@ -88,8 +116,8 @@ def check_fits(network: nn.Module, images: ImageSet, name: str) -> None:
     """Try a network on two samples: a student on event frames if there are any, an ANN on a single frame.
 
     Raises:
-        ConfigError: if it does not accept them, returns no tensor, does not have one output per class, or returns
-            probabilities.
+        ConfigError: if it does not accept them, returns no tensor, does not have one output per class (if classes are
+            known), or returns probabilities.
     """
     inputs = to_inputs(images.train_images[:2])
     training = network.training
@@ -105,7 +133,7 @@ def check_fits(network: nn.Module, images: ImageSet, name: str) -> None:
         ) from error
     finally:
         network.train(training)
-    if logits.shape[-2:] != (2, images.classes) or logits.ndim not in (2, 3):
+    if logits.shape[-2:] != (2, images.classes or logits.shape[-1]) or logits.ndim not in (2, 3):
         raise ConfigError(
             f"{name} returns logits of shape {tuple(logits.shape[1:])}, but '{images.name}' has {images.classes}"
             " classes: give it one output per class."

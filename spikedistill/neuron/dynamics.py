@@ -7,6 +7,17 @@ Current x and potential v are in units of the threshold. With leak l and input g
     reset        v' = u - s           subtract the threshold
                  v' = u (1 - s)       or reset to zero
 
+A graded neuron fires up to D = ``levels`` spikes within a step. Its reset is subtractive:
+
+    fire         n = clip(floor(u), 0, D)
+    reset        v' = u - n
+
+It is trained as one integer per step (integer LIF: Luo et al., ECCV 2024, arXiv 2407.20708) with a straight-through
+gradient: ``dn/du = 1`` where ``1/2 <= u <= D + 1/2``, else 0. At T = 1 with an initial half, forward and gradient are
+those of the activation of QCFS (arXiv 2303.04347). The range is this project's choice: the range ``0 <= u <= D + 1``,
+which passes gradients to neurons below half a spike and above the last one, learned less (LOG.md). The neuron runs as D
+binary sub-steps of a layer (``student/substeps.py``). D = 1 is the neuron above.
+
 IF has l = 1. LIF has a fixed l < 1 (tau = 1 / (1 - l)). PLIF learns l (Fang et al., arXiv 2007.05785).
 
 The layer emits ``threshold * s``. Its mean over time approximates the activation of the ANN. The factor can be folded
@@ -26,7 +37,7 @@ import torch
 from torch import Tensor
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.surrogate import Surrogate, Triangle, spike
+from spikedistill.neuron.surrogate import Surrogate, Triangle, slope_of, spikes_of
 from spikedistill.shapes import Current, Spikes
 
 
@@ -39,13 +50,14 @@ class Reset(Enum):
 
 @dataclass(frozen=True)
 class Neuron:
-    """A neuron model: leak x reset x surrogate.
+    """A neuron model: leak x reset x levels x surrogate.
 
     Args:
         leak: share of the potential that is left after a step, 0 < leak <= 1 (1: no leak).
         learn_leak: whether each layer learns its own leak, from this value (PLIF).
         decay_input: whether the current is multiplied by 1 - leak, as SpikingJelly's LIF does by default.
         reset: subtract the threshold, or reset to zero.
+        levels: D, the most spikes that a neuron fires within a step, 1 or more. Above 1 the reset is subtractive.
         detach_reset: whether the gradient leaves out the reset. For a subtractive reset, the gradient through it is the
             more exact one.
         threshold: initial threshold of a layer without calibration, above 0.
@@ -53,7 +65,7 @@ class Neuron:
         initial: initial potential in units of the threshold, 0 <= initial < 1.
         learn_initial: whether each layer learns its own initial potential, per channel if its thresholds are. A learned
             value may leave 0..1; this is this project's choice.
-        surrogate: the surrogate gradient.
+        surrogate: the surrogate gradient. Graded spikes do not use it: theirs passes straight through.
 
     Raises:
         ConfigError: if a value is outside its range or of the wrong type, or ``learn_leak`` or ``decay_input`` is given
@@ -70,6 +82,7 @@ class Neuron:
     initial: float = 0.0
     learn_initial: bool = False
     surrogate: Surrogate = field(default_factory=Triangle)
+    levels: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.leak <= 1:
@@ -84,6 +97,13 @@ class Neuron:
             raise ConfigError(f"initial (={self.initial}) is in units of the threshold: give 0 <= initial < 1.")
         if not isinstance(self.reset, Reset):
             raise ConfigError(f"reset (={self.reset!r}) must be Reset.SUBTRACT or Reset.ZERO.")
+        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or self.levels < 1:
+            raise ConfigError(f"levels (={self.levels!r}) are spikes within a step: give a whole number, 1 or more.")
+        if self.levels > 1 and self.reset is not Reset.SUBTRACT:
+            raise ConfigError(
+                f"levels (={self.levels}) above 1 need the subtractive reset, as each spike takes its own part away:"
+                " give reset=Reset.SUBTRACT, or levels=1."
+            )
         if isinstance(self.surrogate, type) or not isinstance(self.surrogate, Surrogate):
             raise ConfigError(f"surrogate (={self.surrogate!r}) must have gradient(u): give Triangle(), for instance.")
 
@@ -104,23 +124,23 @@ NEURONS: dict[str, Neuron] = {"if": IF, "lif": LIF, "plif": PLIF}
 
 
 class _Step(torch.autograd.Function):
-    """The step function forward, the surrogate gradient backward."""
+    """Counts of spikes forward, the surrogate gradient backward."""
 
     @staticmethod
-    def forward(ctx, u: Tensor, surrogate: Surrogate) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(u)
-        ctx.surrogate = surrogate
-        return spike(u)
+    def forward(ctx, charged: Tensor, neuron: Neuron) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(charged)
+        ctx.neuron = neuron
+        return spikes_of(charged, neuron.levels)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        (u,) = ctx.saved_tensors
-        return grad * ctx.surrogate.gradient(u), None
+        (charged,) = ctx.saved_tensors
+        return grad * slope_of(charged, ctx.neuron.levels, ctx.neuron.surrogate), None
 
 
-def fire(u: Tensor, surrogate: Surrogate) -> Tensor:
-    """Spikes ``H(u)`` of potentials above threshold u, with the surrogate gradient."""
-    return _Step.apply(u, surrogate)
+def fire(charged: Tensor, neuron: Neuron) -> Tensor:
+    """Spikes of potentials in units of the threshold, 0 or 1, or up to D. The gradient is the surrogate's."""
+    return _Step.apply(charged, neuron)
 
 
 def step(current: Tensor, potential: Tensor, neuron: Neuron, leak: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +160,7 @@ def charge(current: Tensor, potential: Tensor, neuron: Neuron, leak: Tensor) -> 
 
 def discharge(charged: Tensor, neuron: Neuron) -> tuple[Tensor, Tensor]:
     """The spikes of one step, and the potential after the reset."""
-    spikes = fire(charged - 1.0, neuron.surrogate)
+    spikes = fire(charged, neuron)
     taken = spikes.detach() if neuron.detach_reset else spikes
     after = charged - taken if neuron.reset is Reset.SUBTRACT else charged * (1.0 - taken)
     return spikes, after
@@ -186,14 +206,14 @@ def slope_step(
 ) -> tuple[Tensor, Tensor]:
     """Forward-mode derivative of one ``step`` by a shift of the current that is equal at every step.
 
-    With d for derivatives by this shift: ``du = gain + leak dv``, ``ds = s'(u - 1) du``, and after the reset
-    ``dv = du - ds`` (reset to zero: ``(1 - s) du - u ds``; ``detach_reset``: without ``ds``).
+    With d for derivatives by this shift: ``du = gain + leak dv``, ``ds = s'(u - 1) du`` (graded: straight through), and
+    after the reset ``dv = du - ds`` (reset to zero: ``(1 - s) du - u ds``; ``detach_reset``: without ``ds``).
 
     Returns:
         ``ds`` and ``dv``.
     """
     moved = gain + leak * tangent
-    spiked = neuron.surrogate.gradient(charged - 1.0) * moved
+    spiked = slope_of(charged, neuron.levels, neuron.surrogate) * moved
     felt = torch.zeros_like(spiked) if neuron.detach_reset else spiked
     after = moved - felt if neuron.reset is Reset.SUBTRACT else (1.0 - spikes) * moved - charged * felt
     return spiked, after
@@ -219,7 +239,7 @@ def run_with_slope(
     trains = []
     for t in range(timesteps):
         charged = leak * potential + gain * exact[t if len(exact) > 1 else 0]
-        spikes = spike(charged - 1.0)
+        spikes = spikes_of(charged, neuron.levels)
         spiked, tangent = slope_step(charged, spikes, tangent, neuron, leak, gain)
         potential = charged - spikes if neuron.reset is Reset.SUBTRACT else charged * (1.0 - spikes)
         slope = slope + spiked / timesteps

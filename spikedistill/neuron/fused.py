@@ -8,7 +8,7 @@ It goes from the last step to the first. Let g_t be the gradient at the spikes o
 surrogate gradient, and r the gradient at the potential after the reset:
 
     at the spike       q = theta g_t - r          (subtractive reset; to zero: theta g_t - u r; detached: theta g_t)
-    at the charge      p = r + q s'(u - 1)        (to zero: (1 - s) r + q s'(u - 1))
+    at the charge      p = r + q s'(u - 1)        (to zero: (1 - s) r + q s'(u - 1); graded: s' of the counts)
     to the current     gain p / theta
     to the past        r <- leak p
 
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from spikedistill.files import note
 from spikedistill.neuron.dynamics import Neuron, Reset, slope_step
-from spikedistill.neuron.surrogate import spike
+from spikedistill.neuron.surrogate import slope_of, spikes_of
 
 log = logging.getLogger("spikedistill")
 
@@ -50,9 +50,9 @@ def chunks(timesteps: int) -> list[slice]:
     return [slice(first, min(first + CHUNK, timesteps)) for first in range(0, timesteps, CHUNK)]
 
 
-def _fires(u: Tensor) -> Tensor:
-    """``spike`` for the backward pass, without NaN, which comes from the surrogate. So sums keep their order."""
-    return (u >= 0).float()
+def _fires(charged: Tensor, levels: int) -> Tensor:
+    """``spikes_of`` for the backward pass, without NaN, which comes from the surrogate. So sums keep their order."""
+    return (charged - 1.0 >= 0).float() if levels == 1 else charged.floor().clamp(0.0, float(levels))
 
 
 def _charges(
@@ -62,7 +62,7 @@ def _charges(
     leak: Tensor,
     threshold: Tensor,
     timesteps: int,
-    fires: Callable[[Tensor], Tensor] = spike,
+    fires: Callable[[Tensor, int], Tensor] = spikes_of,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Potentials before and after the charge, and spikes, per step. The first list also has the final potential."""
     before = [torch.full_like(current[0], neuron.initial, dtype=torch.float32) if state is None else state]
@@ -70,7 +70,7 @@ def _charges(
     for t in range(timesteps):
         x = current[t].float() / threshold
         u = leak * before[t] + ((1.0 - leak) * x if neuron.decay_input else x)
-        s = fires(u - 1.0)
+        s = fires(u, neuron.levels)
         charged.append(u)
         spikes.append(s)
         before.append(u - s if neuron.reset is Reset.SUBTRACT else u * (1.0 - s))
@@ -139,7 +139,7 @@ def _backward(
         if not neuron.detach_reset:
             q = q - (rest if neuron.reset is Reset.SUBTRACT else u * rest)
         past = rest if neuron.reset is Reset.SUBTRACT else rest * (1.0 - s)
-        p = past + q * neuron.surrogate.gradient(u - 1.0)
+        p = past + q * slope_of(u, neuron.levels, neuron.surrogate)
         to_current.append((gain * p / threshold).to(current.dtype))
         x = current[t].float() / threshold
         if neuron.learn_leak:

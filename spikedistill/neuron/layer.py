@@ -1,5 +1,6 @@
 """A layer of neurons as a module. It holds threshold and leak, and chooses the backend. It never holds state."""
 
+import dataclasses
 import math
 from typing import Literal, get_args
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from spikedistill.errors import ConfigError, ShapeError, one_of
 from spikedistill.neuron import fused
 from spikedistill.neuron.dynamics import Neuron, run, run_with_slope
+from spikedistill.neuron.surrogate import Rectangle
 
 Backend = Literal["auto", "fused", "reference"]
 
@@ -135,6 +137,28 @@ class Spiking(nn.Module):
         trains = restore_rows(spikes, (timesteps * batch, *shape[1:]), order)
         return trains, restore_rows(rate, shape, order), restore_rows(slope, shape, order)
 
+    def in_one_step(self, current: Tensor, timesteps: int) -> Tensor:
+        """The mean over T time steps of D levels, computed as one time step of T D levels.
+
+        Spikes are a T-th of the threshold high, as counts add within a step and are averaged over steps. For IF neurons
+        that start at half a threshold and a current that is the same at every step, forward and gradient are those of
+        the activation of QCFS (Bu et al., arXiv 2303.04347) with ``L = T D``: the mean is
+        ``threshold / T * clip(floor(T x / threshold + 1/2), 0, L)``, and the gradient passes straight through.
+
+        Args:
+            current: ``[B, ...]``.
+            timesteps: T.
+
+        Returns:
+            The mean output, ``[B, ...]``.
+        """
+        flat, threshold, last, _ = self._rows(current, 1, 1)
+        whole = dataclasses.replace(self.neuron, levels=timesteps * self.neuron.levels, surrogate=Rectangle())
+        given = (flat, None, whole, self.leak, threshold / timesteps, 1)
+        compiled = not torch.compiler.is_compiling() and self._compiles(flat)
+        spikes = fused.fused_run(*given, False)[0] if compiled else run(*given)[0]
+        return restore_rows(spikes, current.shape, last)
+
     def used_threshold(self, neurons: int) -> Tensor:
         """The thresholds that a layer of this many neurons uses. Learned ones stay above 0, with a scaled gradient."""
         if not self.neuron.learn_threshold:
@@ -145,6 +169,12 @@ class Spiking(nn.Module):
         """``used_threshold`` in a shape that broadcasts to a current ``[rows, C, ...]``."""
         used = self.used_threshold(current[0].numel())
         return used if used.ndim == 0 else used.view(-1, *[1] * (current.ndim - 2))
+
+    def potential(self, current: Tensor) -> Tensor:
+        """The potential before the first step, in thresholds, for a current ``[rows, C, ...]``; at least float32."""
+        fresh = self.initial if self.neuron.learn_initial else current.new_tensor(self.neuron.initial)
+        shaped = fresh if fresh.ndim == 0 else fresh.view(-1, *[1] * (current.ndim - 2))
+        return shaped.to(torch.promote_types(current.dtype, torch.float32)).expand_as(current)
 
     def _rows(self, current: Tensor, timesteps: int, repeats: int) -> tuple[Tensor, Tensor, bool, int]:
         """The current as ``[T or 1, N]``, its threshold, whether its memory is channels last, and the batch size.
@@ -182,10 +212,11 @@ class Spiking(nn.Module):
         return self.backend == "fused" or (self.backend == "auto" and not exact and fused.works(flat.device.type))
 
     def extra_repr(self) -> str:
-        """Threshold, leak and reset, for printing."""
+        """Threshold, leak and reset, and levels above 1, for printing."""
         values, leak = self.threshold.detach(), float(self.leak.detach())
         shown = f"{float(values.mean()):.4g}" + (f" (mean of {len(values)} channels)" if values.ndim else "")
-        return f"threshold={shown}, leak={leak:.4g}, reset={self.neuron.reset.value}"
+        levels = f", levels={self.neuron.levels}" if self.neuron.levels > 1 else ""
+        return f"threshold={shown}, leak={leak:.4g}, reset={self.neuron.reset.value}{levels}"
 
 
 def is_channels_last(x: Tensor) -> bool:

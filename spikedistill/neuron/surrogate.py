@@ -24,6 +24,28 @@ def spike(u: Tensor) -> Tensor:
     return (u >= 0).to(u.dtype) + 0.0 * u
 
 
+def spikes_of(charged: Tensor, levels: int) -> Tensor:
+    """``clip(floor(u), 0, D)`` of potentials ``u`` in units of the threshold, in their dtype; NaN if u is not finite.
+
+    >>> spikes_of(torch.tensor([-0.5, 0.9, 1.0, 2.7, 9.0]), 3).tolist()
+    [0.0, 0.0, 1.0, 2.0, 3.0]
+    """
+    if levels == 1:
+        return spike(charged - 1.0)
+    return charged.floor().clamp(0.0, float(levels)) + 0.0 * charged
+
+
+def slope_of(charged: Tensor, levels: int, surrogate: "Surrogate") -> Tensor:
+    """What replaces the derivative of ``spikes_of``: the surrogate, or with D > 1 the slope of ``clip(u - 1/2, 0, D)``.
+
+    This ramp is the line through the middle of the stairs. Its slope is 1 where ``1/2 <= u <= D + 1/2``, else 0, and
+    NaN where u is not finite. With D = 1 it would be a ``Rectangle`` of width 1.
+    """
+    if levels == 1:
+        return surrogate.gradient(charged - 1.0)
+    return torch.where((charged >= 0.5) & (charged <= levels + 0.5), 1.0, charged - charged)
+
+
 @runtime_checkable
 class Surrogate(Protocol):
     """Any object with ``gradient(u)``. It must be hashable, as a frozen dataclass is, so that kernels can be cached."""

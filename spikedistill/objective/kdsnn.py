@@ -2,6 +2,7 @@
 
 The paper describes two forms. The response-based form uses soft targets with a temperature (section 3.2). The
 feature-based form compares inner layers of both networks. Each adds its term to the cross-entropy of the labels.
+Without labels that term is left out, and alpha is 1. This is this project's addition.
 
 We do not know the paper's weights, temperature, layers and distances. The response-based form here follows Hinton et
 al. (arXiv 1503.02531). The feature-based form has margin ReLU and partial L2 of Heo et al. (arXiv 1904.01866) as
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from spikedistill.answer import Learner
+from spikedistill.errors import ConfigError
 from spikedistill.objective.features import compare_features, make_adapters, stage_pairs
 from spikedistill.objective.logits import cross_entropy_of_mean, soft_target_divergence
 from spikedistill.objective.terms import (
@@ -49,12 +51,21 @@ class KDSNNResponse(Objective):
         """The teacher's logits."""
         return Needs(teacher=True)
 
+    def without_labels(self) -> "KDSNNResponse":
+        """The same objective with alpha = 1: soft targets only.
+
+        Raises:
+            ConfigError: if alpha or label_smoothing were chosen for labels.
+        """
+        _refuse_for_labels(self)
+        return replace(self, alpha=1.0)
+
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
-        """Two terms, ``labels`` and ``soft``."""
-        hard = cross_entropy_of_mean(batch.student.logits, batch.labels, self.label_smoothing)
+        """Two terms, ``labels`` and ``soft``; without labels ``soft`` only."""
+        hard = _weighted_labels(batch, 1 - self.alpha, self.label_smoothing)
         teacher = batch.asked_teacher().logits.mean(0)
         soft = soft_target_divergence(batch.student.logits.mean(0), teacher, self.temperature)
-        return {"labels": (1 - self.alpha) * hard, "soft": self.alpha * soft}
+        return {**hard, "soft": self.alpha * soft}
 
 
 @dataclass(frozen=True)
@@ -97,11 +108,19 @@ class KDSNNFeature(Objective):
         """1 x 1 convolutions (for vectors linear layers) where channels differ, or for all pairs with ``adapt``."""
         return make_adapters(probe, self.pairs, bool(self.adapt))
 
+    def without_labels(self) -> "KDSNNFeature":
+        """The same objective, which leaves out the labels: the feature distance only.
+
+        Raises:
+            ConfigError: if label_smoothing was chosen for labels.
+        """
+        _refuse_for_labels(self)
+        return self
+
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
-        """Two terms, ``labels`` and ``features``."""
+        """Two terms, ``labels`` and ``features``; without labels ``features`` only."""
         distance = compare_features(batch, self.pairs, modules, self.margin, self.partial)
-        hard = cross_entropy_of_mean(batch.student.logits, batch.labels, self.label_smoothing)
-        return {"labels": hard, "features": self.weight * distance}
+        return {**_weighted_labels(batch, 1.0, self.label_smoothing), "features": self.weight * distance}
 
 
 @dataclass(frozen=True)
@@ -125,8 +144,39 @@ class KDSNN(KDSNNFeature):
         """The response-based form with the same fields."""
         return KDSNNResponse(self.temperature, self.alpha, self.label_smoothing)
 
+    def without_labels(self) -> "KDSNN":
+        """The same objective with alpha = 1: soft targets and features.
+
+        Raises:
+            ConfigError: if alpha or label_smoothing were chosen for labels.
+        """
+        _refuse_for_labels(self)
+        return replace(self, alpha=1.0)
+
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
-        """Three terms, ``labels``, ``soft`` and ``features``."""
+        """Three terms, ``labels``, ``soft`` and ``features``; without labels the last two."""
         response = self.response(batch, modules)
         distance = compare_features(batch, self.pairs, modules, self.margin, self.partial)
         return {**response, "features": self.weight * distance}
+
+
+def _weighted_labels(batch: Batch, weight: float, label_smoothing: float) -> Terms:
+    """The term ``labels``; no term for images without labels."""
+    if batch.labels is None:
+        return {}
+    return {"labels": weight * cross_entropy_of_mean(batch.student.logits, batch.labels, label_smoothing)}
+
+
+def _refuse_for_labels(method: KDSNNResponse | KDSNNFeature) -> None:
+    """Refuse values that weight or smooth the labels, for images without labels.
+
+    Raises:
+        ConfigError: if alpha is neither its default nor 1, or label_smoothing is not 0.
+    """
+    alpha = getattr(method, "alpha", 1.0)
+    if alpha not in (KDSNNResponse.alpha, 1.0):
+        raise ConfigError(f"alpha (={alpha}) weights labels, and the images have none: leave it out, it is then 1.")
+    if method.label_smoothing:
+        raise ConfigError(
+            f"label_smoothing (={method.label_smoothing}) smooths labels, and the images have none: leave it out."
+        )

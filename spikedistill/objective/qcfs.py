@@ -7,8 +7,8 @@ from spikedistill.objective.direct import Direct
 
 @dataclass(frozen=True)
 class QCFS(Direct):
-    """Cross-entropy of the quantised stand-in (``student/quantised.py``), whose thresholds are learned.
+    """Cross-entropy only, with all T steps trained as one (``gradient="quantised"``) and learned thresholds.
 
-    No spikes are used in training, so as a baseline it counts as a conversion. The stand-in and learned thresholds are
+    No spikes are used in training, so as a baseline it counts as a conversion. The gradient and learned thresholds are
     options of the student. A recipe with this method sets them.
     """

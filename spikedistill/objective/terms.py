@@ -25,6 +25,10 @@ NO_TEACHER = (
     "This objective needs a teacher, and no teacher was given: pass teacher=..., or use Direct (on the command line"
     " --teacher, or --method direct)."
 )
+NO_LABELS = (
+    "This objective needs labels, and the images have none: take one that learns from the teacher (on the command line"
+    " --method kdsnn, kdsnn-response or kdsnn-feature), or images with labels."
+)
 NO_SOURCE = (
     "This objective needs a second input stream, and the feed has none: use a PairFeed (on the command line --source)."
 )
@@ -40,7 +44,7 @@ class Batch:
     """The labels of one batch and the outputs of both networks for it.
 
     Args:
-        labels: class numbers ``[B]``.
+        labels: class numbers ``[B]``; None for images without labels.
         student: the student's outputs.
         teacher: the teacher's outputs, if the objective needs them. T is 1 unless the objective needs every step.
         source: the same student's outputs for the second input stream, if the objective needs them.
@@ -49,7 +53,7 @@ class Batch:
             mean square. Each process sees its share of the batch. With one process the statistic is returned as it is.
     """
 
-    labels: Labels
+    labels: Labels | None
     student: Answer
     teacher: Answer | None = None
     source: Answer | None = None
@@ -61,6 +65,12 @@ class Batch:
         if self.teacher is None:
             raise ConfigError(NO_TEACHER)
         return self.teacher
+
+    def asked_labels(self) -> Labels:
+        """The labels, or a ``ConfigError`` without labels."""
+        if self.labels is None:
+            raise ConfigError(NO_LABELS)
+        return self.labels
 
     def asked_source(self) -> Answer:
         """The student's outputs for the second stream, or a ``ConfigError`` without one."""
@@ -133,6 +143,16 @@ class Objective:
         """
         return self
 
+    def without_labels(self) -> "Objective":
+        """The same objective for images without labels, which then leaves out every term that needs them.
+
+        By default an objective needs labels. One that does not returns itself, or a copy with other weights.
+
+        Raises:
+            ConfigError: if it needs labels, or a field is the weight of a term that needs them.
+        """
+        raise ConfigError(NO_LABELS)
+
     def modules(self, probe: Batch, teacher: Learner | None) -> nn.ModuleDict:
         """Trainable helper modules, for instance adapters, made for the shapes of a probe batch (default: none)."""
         return nn.ModuleDict()
@@ -184,6 +204,10 @@ class Sum(Objective):
         """The sum of the settled parts."""
         return type(self)(tuple((weight, part.settled(teacher, student, inherits)) for weight, part in self.parts))
 
+    def without_labels(self) -> "Sum":
+        """The sum of its parts without labels."""
+        return type(self)(tuple((weight, part.without_labels()) for weight, part in self.parts))
+
     @property
     def has_modules(self) -> bool:
         """Whether a part defines ``modules``."""
@@ -208,7 +232,10 @@ def total(terms: Mapping[str, Tensor]) -> Tensor:
     return sum(terms.values(), start=next(iter(terms.values())).new_zeros(()))
 
 
-RESERVED = ("epoch", "step", "lr", "loss", "train_accuracy", "firing_rate", "validation_accuracy")
+RESERVED = (
+    *("epoch", "step", "lr", "loss", "firing_rate"),
+    *("train_accuracy", "validation_accuracy", "train_agreement", "validation_agreement"),
+)
 """The other entries of metrics.jsonl, which no term may be named after."""
 
 

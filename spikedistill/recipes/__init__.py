@@ -8,6 +8,8 @@ from spikedistill.recipes.teach import Teach
 
 TEACHERS: dict[str, Callable[[], Teach]] = {
     "cifar10": cifar10.teacher,
+    "cifar10-fast": cifar10.fast,
+    "cifar10-strong": cifar10.strong,
     "digits": digits.teacher,
     "mnist": mnist.teacher,
 }

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from spikedistill.neuron.dynamics import Neuron
+from spikedistill.neuron.dynamics import NEURONS, Neuron
 from spikedistill.student.coding import CODINGS
-from spikedistill.student.conversion import Conversion, neuron_from
+from spikedistill.student.conversion import Conversion, Correct, neuron_from
 from spikedistill.student.pool import MaxPool
 
 
@@ -41,7 +41,7 @@ class StudentChoice:
     """Start from the teacher's weights (default: True if the student is the 'same' network)."""
     start: str | None = None
     """A run of 'distill' with the same student network. Training starts from its weights and thresholds, for instance
-    with another T, method or gradient."""
+    with another T, method or gradient. With other levels D thresholds change so that threshold x D stays."""
     timesteps: int = 4
     """Number of time steps T."""
     neuron: Literal["if", "lif", "plif"] = "if"
@@ -64,10 +64,13 @@ class StudentChoice:
     thresholds are calibrated."""
     learn_threshold: bool = False
     """Train the thresholds."""
+    levels: int = 1
+    """Number of levels D: spikes that a neuron may fire within a time step. Above 1 they are graded, and run as D
+    binary sub-steps."""
     gradient: Literal["exact", "rate", "quantised"] = "exact"
     """How training computes the gradient. exact: through every time step. rate: through firing rates, in half the time
-    at T=4; it suits leaky neurons and costs accuracy with others. quantised: of an ANN with activations of T levels, at
-    the cost of an ANN."""
+    at T=4; it suits leaky neurons and costs accuracy with others. quantised: train the T steps of D levels as one step
+    of T D levels (1 x T for D=1), at the cost of an ANN, and run T steps."""
     recompute: Literal["nothing", "neurons", "stages"] = "nothing"
     """Save memory with the exact gradient by computing activations again instead of keeping them: all but the
     convolutions (neurons), which also saves time, or everything in a stage (stages), for one more forward pass."""
@@ -82,8 +85,9 @@ class StudentChoice:
     """One threshold per channel, otherwise one per layer. Fresh weights start with one per layer."""
     calibration: int = 512
     """Number of training images on which thresholds are calibrated."""
-    correct_bias: bool = False
-    """Shift biases so that each channel has the ANN's mean activation; for methods without training."""
+    correct: Correct = "nothing"
+    """What is corrected after conversion, without training: nothing, biases so that each channel has the ANN's mean
+    activation, or weights, biases and thresholds layer by layer (layers). Seconds to a minute."""
     max_pool: MaxPool = "cumulative"
     """What max pooling becomes: max pooling of the cumulative input (cumulative) or of each step alone (or), or average
     pooling (average)."""
@@ -97,10 +101,19 @@ class StudentChoice:
         return self.network == "same" if self.inherit is None else self.inherit
 
     @property
+    def steps_name(self) -> str:
+        """T and D in the names of run directories: ``t4``, or ``t1d4`` for graded spikes."""
+        return f"t{self.timesteps}" + (f"d{self.levels}" if self.levels > 1 else "")
+
+    @property
     def rounds(self) -> bool:
-        """Whether its neurons round to T levels, so that the student has a quantised stand-in."""
+        """Whether its neurons round to T levels, so that all steps can be trained as one (gradient=quantised)."""
         subtracts = self.neuron == "if" and self.reset in (None, "subtract")
         return subtracts and self.initial == 0.5 and not self.learn_initial and self.coding == "direct"
+
+    def make_reset(self) -> str:
+        """The reset, or the default one of the neuron."""
+        return self.reset or NEURONS[self.neuron].reset.value
 
     def make_neuron(self) -> Neuron:
         """The neuron model that the fields describe."""
@@ -116,6 +129,7 @@ class StudentChoice:
             learn_initial=self.learn_initial,
             threshold=self.threshold,
             learn_threshold=self.learn_threshold,
+            levels=self.levels,
             surrogate=self.surrogate,
         )
 
@@ -128,7 +142,7 @@ class StudentChoice:
             rule=self.rule,
             percentile=self.percentile,
             per_channel=self.per_channel,
-            correct_bias=self.correct_bias,
+            correct=self.correct,
             max_pool=self.max_pool,
             coding=CODINGS[self.coding](),
         )
@@ -138,6 +152,17 @@ class StudentChoice:
         faults = []
         if self.timesteps < 1:
             faults.append(f"timesteps (={self.timesteps}) must be 1 or more")
+        if self.levels < 1:
+            faults.append(f"levels (={self.levels}) must be 1 or more")
+        if self.levels > 1 and self.make_reset() != "subtract":
+            faults.append(
+                f"levels (={self.levels}) above 1 need reset=subtract, as each spike takes its own part away, but the"
+                f" reset of {self.neuron} is {self.make_reset()}"
+            )
+        if self.levels > 1 and self.surrogate is not None:
+            faults.append(
+                f"surrogate (={self.surrogate}) is for levels=1: the gradient of graded spikes passes straight through"
+            )
         if self.calibration < 1:
             faults.append(f"calibration (={self.calibration}) must be 1 image or more")
         if not 0 < self.percentile <= 100:
@@ -153,8 +178,8 @@ class StudentChoice:
             )
         if self.network == "same" and self.width is not None:
             faults.append(f"student_width (={self.width}) needs a network other than 'same': name one by student")
-        if self.correct_bias and not self.inherits:
-            faults.append("correct_bias needs inherited weights: omit it, or set inherit=True")
+        if self.correct != "nothing" and not self.inherits:
+            faults.append(f"correct (={self.correct!r}) needs inherited weights: omit it, or set inherit=True")
         if self.gradient == "rate" and (self.learn_threshold or self.learn_initial or self.neuron == "plif"):
             faults.append(
                 "the rate-based gradient does not train thresholds, initial potentials and leaks: use gradient=exact"

@@ -12,7 +12,7 @@ from torch import nn
 from spikedistill.compute.place import return_freed_memory
 from spikedistill.data.feed import calibration_inputs
 from spikedistill.data.images import ImageSet
-from spikedistill.deliver.record import NO_TEACHER, find_teacher
+from spikedistill.deliver.teachers import NO_TEACHER, find_teacher
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.measure import check_fits, measure_student
 from spikedistill.objective.kdsnn import KDSNN
@@ -20,10 +20,18 @@ from spikedistill.objective.qcfs import QCFS
 from spikedistill.objective.terms import Needs, Objective
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.methods import CONVERSIONS, find_method, name_of, sources_of, written
-from spikedistill.recipes.tutor import compare_classes, interview, introduce, known_images, sentences
+from spikedistill.recipes.tutor import (
+    compare_classes,
+    interview,
+    introduce,
+    known_images,
+    sentences,
+    with_its_classes,
+)
+from spikedistill.shapes import steps_by_levels
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.report import Report
-from spikedistill.student.save import fill, read_student, save_student
+from spikedistill.student.save import save_student, start_from
 from spikedistill.student.upgrade import FORMAT
 from spikedistill.teacher.load import Architecture, Normalised, Teacher
 from spikedistill.train.lesson import settle_objective
@@ -114,8 +122,8 @@ class Distill:
             faults.append(f"source (={self.data.source}) is not used by method {self.method_name}: omit source")
         if self.student.gradient == "quantised" and not self.student.rounds:
             faults.append(
-                "the quantised stand-in is for neuron=if with reset=subtract, initial=0.5, no learn_initial and"
-                " coding=direct: set these values, or use gradient=exact"
+                "gradient=quantised trains all steps as one, which is for neuron=if with reset=subtract, initial=0.5,"
+                " no learn_initial and coding=direct: set these values, or use gradient=exact"
             )
         if self.training.compile and self.student.gradient != "quantised":
             faults.append("compile is for ANNs: omit it, a student's neurons are compiled without it")
@@ -193,10 +201,12 @@ def prepare(recipe: Distill, trust_code: bool, progress: Progress) -> Made:
     teacher, architecture = find_teacher(
         source or images, choice.source, choice.network, choice.width, choice.mean, choice.std, trust_code
     )
+    images = with_its_classes(images, choice.source, teacher)
+    method = recipe.method if images.labelled or recipe.method is None else recipe.method.without_labels()
     calibrates = "calibrating thresholds" if recipe.student.inherits else "building the student"
     with progress.part(calibrates):
         student, report, network = build_student(recipe, teacher, architecture, images)
-    method = recipe.method and settle_objective(recipe.method, student, teacher, report.inherited)
+    method = method and settle_objective(method, student, teacher, report.inherited)
     names = None if teacher is None else compare_classes(choice.source, teacher, source or images)
     recipe.training.place()
     return Made(images, source, teacher, student, report, network, method, names)
@@ -248,12 +258,19 @@ def _end(recipe: Distill, made: Made, run: Run, progress: Progress) -> dict[str,
 
 
 def summary(results: Mapping[str, Any]) -> list[str]:
-    """The results in two lines: accuracies, agreement and firing rate, all in percent."""
-    accuracy, likeness = f"test accuracy {results['test_accuracy']:.2f} %", ""
-    if "agreement" in results:
+    """The results in two lines: accuracies with T x D, agreement and firing rate, all in percent.
+
+    The first needs labels.
+    """
+    steps = steps_by_levels(results["timesteps"], results["levels"])
+    accuracy, likeness = "", ""
+    if "test_accuracy" in results:
+        accuracy = f"test accuracy {results['test_accuracy']:.2f} % at T x D = {steps}"
+    if "teacher_accuracy" in results:
         accuracy += f" (teacher {results['teacher_accuracy']:.2f} %)"
+    if "agreement" in results:
         likeness = f"agreement with the teacher {results['agreement']:.2f} %, "
-    return [accuracy, f"{likeness}firing rate {results['firing_rate']:.2f} %"]
+    return [*([accuracy] if accuracy else []), f"{likeness}firing rate {results['firing_rate']:.2f} %"]
 
 
 def build_student(
@@ -287,8 +304,7 @@ def build_student(
     student, report = to_spiking(ann or made, choice.conversion(), calibrate=calibrate, mean=mean, std=std)
     student.gradient, student.recompute = choice.gradient, choice.recompute
     if choice.start is not None:
-        file, tensors, _ = read_student(choice.start)
-        fill(student, tensors, f"'{file}'")
+        start_from(student, choice.start)
     return student, report, architecture
 
 

@@ -18,6 +18,7 @@ from spikedistill.files import note, read_facts, weights_file
 from spikedistill.recipes.choices import StudentChoice
 from spikedistill.student.build import Student, to_spiking
 from spikedistill.student.report import Report
+from spikedistill.teacher.classes import count_classes
 from spikedistill.teacher.load import Architecture, Normalised, Teacher, from_library, load_teacher
 from spikedistill.train.recipe import check
 
@@ -55,6 +56,7 @@ def preview(
     width: int | None = None,
     architecture: str | None = None,
     timesteps: int = 4,
+    levels: int = 1,
     neuron: Literal["if", "lif", "plif"] = "if",
     max_pool: Literal["cumulative", "or", "average"] = "cumulative",
     coding: Literal["direct", "frames", "latency", "rate"] = "direct",
@@ -74,10 +76,11 @@ def preview(
         image_size: side of the images in pixels (default: that of the data; without data 32, for torchvision and timm
             224).
         channels: input channels, without data.
-        classes: number of classes, without data.
+        classes: number of classes, without data or without labels.
         width: channels of the first stage, for a zoo network (default: its own).
         architecture: the network of a weights file that does not name it, named as for NETWORK.
         timesteps: number of time steps T.
+        levels: number of levels D, spikes that a neuron may fire within a time step.
         neuron: model of the neurons: integrate-and-fire (if), leaky (lif), or leaky with a learned leak (plif).
         max_pool: what max pooling becomes: max pooling of the cumulative input (cumulative) or of each step alone (or),
             or average pooling (average).
@@ -97,13 +100,15 @@ def preview(
     if image_size is not None and image_size < 1:
         raise ConfigError(f"image_size (={image_size}), the side of an image in pixels, must be 1 or more.")
     images = _images(network, data, data_dir, image_size)
-    channels, classes = (channels, classes) if images is None else (images.channels, images.classes)
+    channels = channels if images is None else images.channels
+    classes = classes if images is None else images.classes or _classes(network, architecture, channels, classes, width)
     named = network if architecture is None else architecture
     ann = _network(network, Architecture(named, classes, channels, width), architecture is not None, trust_code)
     inherit = images is not None and isinstance(ann, Teacher)
     choice = StudentChoice(
         inherit=inherit,
         timesteps=timesteps,
+        levels=levels,
         neuron=neuron,
         max_pool=max_pool,
         coding=coding,
@@ -137,6 +142,11 @@ def _images(network: str, data: str | None, data_dir: str | None, image_size: in
         return None
 
 
+def _classes(network: str, architecture: str | None, channels: int, classes: int, width: int | None) -> int:
+    """The number of classes for images without labels: that of the weights file if its network is named."""
+    return classes if architecture is None else count_classes(network, architecture, channels, width)
+
+
 def _network(source: str, architecture: Architecture, named: bool, trust_code: bool) -> Normalised:
     """The network with the weights of its file, or with random weights where only its name is given."""
     if not Path(source).exists():
@@ -155,7 +165,7 @@ def _network(source: str, architecture: Architecture, named: bool, trust_code: b
 @torch.no_grad()
 def _neurons(student: Student, image: Tensor, coding: str) -> dict[str, int]:
     """The number of neurons in each layer for one image."""
-    timesteps = student.timesteps
+    timesteps, levels = student.timesteps, student.conversion.model.levels
     with firing_rates(student) as rates:
         student.eval()(image.expand(timesteps, *image.shape) if coding == "frames" else image)
-    return {layer: rates.chances[key] // timesteps for layer, key in zip(student.layers(), student.neurons)}
+    return {layer: rates.chances[key] // (timesteps * levels) for layer, key in zip(student.layers(), student.neurons)}

@@ -79,7 +79,7 @@ def several(
 
 
 def variants(recipe: Distill, methods: Sequence[str], seeds: int) -> dict[str, Distill]:
-    """The recipe of every run, by the name of its directory ``METHOD-tT-sSEED``.
+    """The recipe of every run, by the name of its directory ``METHOD-tT-sSEED``, with ``tTdD`` for graded spikes.
 
     >>> list(variants(Distill(), ["direct", "kdsnn"], 2))
     ['direct-t4-s0', 'direct-t4-s1', 'kdsnn-t4-s0', 'kdsnn-t4-s1']
@@ -96,7 +96,7 @@ def variants(recipe: Distill, methods: Sequence[str], seeds: int) -> dict[str, D
         made = recipe.with_method(method)
         kind = made.method_name.rpartition(":")[2]
         for seed in range(recipe.training.seed, recipe.training.seed + seeds):
-            name = f"{kind}-t{recipe.student.timesteps}-s{seed}"
+            name = f"{kind}-{recipe.student.steps_name}-s{seed}"
             if name in found:
                 remedy = "give each once" if methods.count(method) > 1 else "rename one"
                 raise ConfigError(f"Two of the methods ({', '.join(methods)}) are called '{kind}': {remedy}.")

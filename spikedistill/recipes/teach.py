@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from spikedistill.compute.place import return_freed_memory
+from spikedistill.data.feed import calibration_inputs
 from spikedistill.data.images import ImageSet
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.measure import check_fits, measure_teacher
@@ -14,12 +15,16 @@ from spikedistill.files import write_tensors
 from spikedistill.objective.direct import Direct
 from spikedistill.recipes.tutor import introduce, known_images
 from spikedistill.student.upgrade import FORMAT
+from spikedistill.teacher.airbench import StartsFromImages
 from spikedistill.teacher.load import Architecture, OneStep, is_elsewhere
 from spikedistill.train.loop import fit
 from spikedistill.train.processes import join
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
 from spikedistill.train.run import Run
+
+WHITENED = 1000
+"""Number of training images that ``start_from_images`` is given; airbench takes 5000."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Teach:
 
     network: str = "resnet18"
     """A zoo name (resnet18, resnet19, resnet20, resnet34, preact-resnet18, wrn16-2, wrn28-4, pyramidnet18, vgg9, vgg11,
-    vgg16), torchvision/NAME, timm/NAME or FILE.py:FUNCTION, which is called with classes=K and returns the module."""
+    vgg16, airbench94, airbench95, airbench96), torchvision/NAME, timm/NAME or FILE.py:FUNCTION, which is called with
+    classes=K and returns the module."""
     width: int | None = None
     """Channels of the first stage, for a zoo network (default: its own)."""
     label_smoothing: float = 0.0
@@ -84,6 +90,8 @@ def _prepare(recipe: Teach, progress: Progress) -> tuple[ImageSet, Architecture,
         raise ConfigError(
             f"'{images.name}' holds event frames, but an ANN has no time steps: train a student by 'distill'."
         )
+    if not images.labelled:
+        raise ConfigError(f"'{images.name}' has no labels, and a teacher learns from labels: give images by class.")
     width = None if is_elsewhere(recipe.network) else recipe.width
     if width != recipe.width:
         progress.say(f"width {recipe.width} is left out: '{recipe.network}' has its own")
@@ -93,6 +101,10 @@ def _prepare(recipe: Teach, progress: Progress) -> tuple[ImageSet, Architecture,
     network = OneStep(architecture.build(), mean, std)
     check_fits(network, images, f"The network '{recipe.network}'")
     recipe.training.place()
+    if isinstance(network.network, StartsFromImages):
+        some = calibration_inputs(images, min(WHITENED, len(images.train_images)))
+        network.network.start_from_images(network.normalise(some))
+        progress.say(f"the first weights of '{recipe.network}' are computed from {len(some)} training images")
     return images, architecture, network
 
 

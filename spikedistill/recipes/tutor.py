@@ -1,18 +1,20 @@
 """Checks of data and teacher before distillation: printed at once, and written next to the results."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from spikedistill.compute.place import Place
+from spikedistill.data.augment import to_inputs
 from spikedistill.data.feed import training_samples
 from spikedistill.data.images import ImageSet
 from spikedistill.data.parts import class_order, listed
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.examine import examine_teacher
 from spikedistill.files import read_facts, weights_file
+from spikedistill.student.build import Student
 from spikedistill.teacher.load import Teacher
 from spikedistill.train.run import Run
 
@@ -32,13 +34,34 @@ def known_images(images: ImageSet, validation: float) -> dict[str, Any]:
     return {"data": images.name, "class_names": list(images.class_names), "samples": samples}
 
 
+@torch.no_grad()
+def with_its_classes(images: ImageSet, source: str, teacher: Teacher | Student | None) -> ImageSet:
+    """The data set; without labels, with the classes that the teacher knows.
+
+    Raises:
+        ConfigError: if there are neither labels nor a teacher.
+    """
+    if images.labelled:
+        return images
+    if teacher is None:
+        raise ConfigError(f"'{images.name}' has no labels, so the student needs a teacher: name one by --teacher.")
+    count = teacher.observe(to_inputs(images.train_images[:2])).logits.shape[-1]
+    names = _class_names(source, teacher)
+    return images.with_classes(names if len(names) == count else [str(number) for number in range(count)])
+
+
+def _class_names(source: str, teacher: nn.Module) -> tuple[str, ...]:
+    """The names of the teacher's classes; none if they are not known."""
+    return teacher.class_names if isinstance(teacher, Teacher) else tuple(_facts(source).get("class_names", ()))
+
+
 def compare_classes(source: str, teacher: nn.Module, images: ImageSet) -> str:
     """Compare the names of the teacher's classes with the data's: ``same``, ``not known``, or ``other`` with names.
 
     Raises:
         ConfigError: if the teacher has one of the same names at another index.
     """
-    its = teacher.class_names if isinstance(teacher, Teacher) else _facts(source).get("class_names", ())
+    its = _class_names(source, teacher)
     moved, differ = class_order(images.class_names, its)
     if moved:
         raise ConfigError(
@@ -79,16 +102,28 @@ def interview(source: str, teacher: nn.Module, images: ImageSet, validation: flo
 def sentences(found: Mapping[str, Any]) -> list[str]:
     """The results of ``interview`` as sentences, doubts as warnings."""
     where = "images held out of training" if found["held_out"] else "training images (none are held out)"
-    said = [f"the teacher has {found['accuracy']:.2f} % on {found['images']} {where}"]
+    if "accuracy" in found:
+        said = [f"the teacher has {found['accuracy']:.2f} % on {found['images']} {where}"]
+    else:
+        said = [
+            f"the teacher names {found['classes']} classes on {found['images']} {where}, with a mean confidence of"
+            f" {found['confidence']:.1f} %"
+        ]
     said += [f"warning: check the teacher: {doubt}" for doubt in found["doubts"]]
     if str(found["class_names"]).startswith("other"):
         said.append(f"warning: the teacher has other names for classes ({found['class_names']}): are they the same?")
     if found["may_have_seen"]:
         parts = " and ".join(found["may_have_seen"])
-        said.append(f"the teacher may have seen images of {parts} in its training: accuracies on them may be too high")
+        said.append(
+            f"the teacher may have seen images of {parts} in its training: {_measures(found)} on them may be too high"
+        )
     return said
+
+
+def _measures(found: Mapping[str, Any]) -> str:
+    return "accuracies" if "accuracy" in found else "agreement"
 
 
 def _facts(source: str) -> dict[str, Any]:
     """The header of the teacher's file."""
-    return read_facts(weights_file(source)) if Path(source).exists() else {}
+    return read_facts(weights_file(source))

@@ -12,15 +12,16 @@ from spikedistill.errors import ConfigError, ConversionError, ShapeError, one_of
 from spikedistill.inputs import normalise
 from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import ClassLogits, Logits
-from spikedistill.student.calibrate import channel_means, correct_biases, record, silent_layers, thresholds
-from spikedistill.student.coding import Coding, DirectCoding
+from spikedistill.student.biases import correct_biases
+from spikedistill.student.calibrate import channel_means, record, silent_layers, thresholds
+from spikedistill.student.coding import Coding, DirectCoding, Frames
 from spikedistill.student.conversion import USUAL, Conversion
-from spikedistill.student.graph import Charges, first_convolution, spike_nodes
+from spikedistill.student.correct import correct_layers, some_images
+from spikedistill.student.graph import Charges, OneStep, first_convolution, spike_nodes
 from spikedistill.student.mixing import refuse_mixed
-from spikedistill.student.quantised import quantised_run
 from spikedistill.student.rate import rate_run
 from spikedistill.student.recompute import Recompute, recomputed_run
-from spikedistill.student.report import Report, Site
+from spikedistill.student.report import Corrected, Report, sites_of
 from spikedistill.student.rules import CallSite, find_activations
 from spikedistill.student.surgery import insert_layers, make_pools
 from spikedistill.student.trace import constants_of, trace
@@ -29,7 +30,7 @@ from spikedistill.teacher.zoo import initialise
 
 Gradient = Literal["exact", "rate", "quantised"]
 """How a student computes gradients in training: through every time step and its state (exact), through firing rates
-(``student/rate.py``), or through its quantised stand-in without time (``student/quantised.py``)."""
+(``student/rate.py``), or with all T steps of D levels trained as one step of T D levels (quantised; ``OneStep``)."""
 State = tuple[Tensor, ...]
 """The state after a step, ``[B, ...]`` each: first the potentials of all layers of neurons in units of their
 thresholds, then the cumulative input of every max pooling over time."""
@@ -173,7 +174,7 @@ class Student(nn.Module):
         """
         exact = "use gradient='exact', or an objective that needs less."
         if self.gradient == "quantised" and (every_step or spikes or potentials):
-            return f"gradient (='quantised') has no time steps, spikes or potentials in training: {exact}"
+            return f"gradient (='quantised') trains all steps as one, so no spikes, potentials, steps: {exact}"
         if self.gradient == "rate" and potentials:
             return f"gradient (='rate') computes firing rates only, no potentials: {exact}"
         if self.gradient == "rate" and every_step and (spikes or features):
@@ -241,9 +242,12 @@ class Student(nn.Module):
         rows, repeats = self.coding.encode(images, timesteps)
         if self.gradient == "quantised" and self._learns():
             if repeats != timesteps:
-                raise ConfigError("The quantised stand-in has no time steps: give images (no frames), direct coding.")
-            logits, kept = quantised_run(self.core, self._normalised(rows), timesteps, layers, keep)
-            return logits[None], kept, {}
+                raise ConfigError(
+                    "gradient (='quantised') trains all time steps as one: give images (no frames), direct coding."
+                )
+            walk = OneStep(self.core, timesteps, keep)
+            logits, _ = walk.run(self._normalised(rows), 1, 1, (None,) * layers, False)
+            return logits[None], walk.kept, {}
         if self.gradient == "rate" and self._learns():
             logits, kept = rate_run(self.core, self._normalised(rows), timesteps, repeats, layers, keep)
             return logits.unflatten(0, (timesteps, -1)), kept, {}
@@ -330,12 +334,13 @@ def to_spiking(
         _try(module, inputs)
     if conversion.inherit and inputs is not None:
         chosen = _calibrated(module, activations, inputs, conversion)
-        if conversion.correct_bias:
+        if conversion.correct == "biases":
             wanted = channel_means(module, {one.node for one in activations}, inputs)
     else:
         initialise_fresh(module)
         fresh = torch.tensor(conversion.model.threshold)
         chosen = dict.fromkeys((one.node for one in activations), (fresh, None))
+    before = copy.deepcopy(module) if conversion.correct == "layers" else None
     neurons = [(one, Spiking(conversion.model, chosen[one.node][0])) for one in activations]
     repeats = isinstance(conversion.coding, DirectCoding)
     pools, notes = make_pools(module, activations, conversion.max_pool, repeats)
@@ -347,22 +352,32 @@ def to_spiking(
     if wanted and calibrate is not None:
         ordered = {name: wanted[one.node] for name, one in zip(student.neurons, activations)}
         correct_biases(student, module, student.neurons, ordered, calibrate, student.at_once)
+    corrected: tuple[Corrected, ...] = ()
+    rates = [chosen[one.node][1] for one in activations]
+    if before is not None and inputs is not None and calibrate is not None:
+        corrected, rates = _correct_layers(student, before, named, inputs, calibrate)
     silent: set[str] = set()
     if conversion.inherit and inputs is not None:
         named_layers = dict(zip(student.layers(), student.neurons.values()))
         size = min(16, student.at_once)
         silent = silent_layers(module, named_layers, inputs, student.states, conversion.timesteps, size)
-    return student, Report(_sites(activations, chosen, silent), conversion.timesteps, conversion.inherit, notes)
+    levels = conversion.model.levels
+    made = {one.node: (layer.threshold.detach(), rate) for (one, layer), rate in zip(neurons, rates)}
+    sites = sites_of(activations, made, silent, levels)
+    return student, Report(sites, conversion.timesteps, conversion.inherit, notes, levels, corrected)
 
 
-def _sites(
-    activations: Sequence[CallSite], chosen: Mapping[str, tuple[Tensor, float | None]], silent: Collection[str]
-) -> tuple[Site, ...]:
-    """What became of each activation: its mean threshold, its expected firing rate, and whether it never fires."""
-    return tuple(
-        Site(one.name, one.kind, one.source, float(threshold.mean()), rate, one.note, one.name in silent)
-        for one, (threshold, rate) in ((one, chosen[one.node]) for one in activations)
-    )
+def _correct_layers(
+    student: Student, ann: fx.GraphModule, named: Mapping[str, str], inputs: Tensor, raw: Tensor
+) -> tuple[tuple[Corrected, ...], list[float | None]]:
+    """Correct layer after layer (``correct.py``). Event frames are shown as images, as for calibration."""
+    timesteps = student.timesteps
+    kept = some_images(ann.eval(), inputs, timesteps)
+    shown = DirectCoding() if isinstance(student.coding, Frames) else student.coding
+    rows, repeats = shown.encode(raw[kept].to(inputs), timesteps)
+    given = named, inputs[kept], student._normalised(rows), repeats, student.states
+    done, rates = correct_layers(student.core, ann, *given)
+    return done, [rates.get(student._module(path)) for path in student.layers()]
 
 
 @torch.no_grad()
@@ -374,9 +389,10 @@ def _normalised(images: Tensor, mean: Sequence[float], std: Sequence[float], mod
 def _calibrated(
     module: fx.GraphModule, activations: Sequence[CallSite], inputs: Tensor, conversion: Conversion
 ) -> dict[str, tuple[Tensor, float]]:
-    """For each node the thresholds of its layer and the firing rate that is expected of it."""
+    """For each node the thresholds of its layer and the spikes per step that are expected of its neurons."""
     seen = record(module, {one.node for one in activations}, inputs, conversion.per_channel)
-    return thresholds(seen, conversion.model, conversion.timesteps, conversion.rule, conversion.percentile)
+    rule = "max" if conversion.correct == "layers" else conversion.rule  # the correction chooses among smaller ones
+    return thresholds(seen, conversion.model, conversion.timesteps, rule, conversion.percentile)
 
 
 def _try(module: fx.GraphModule, inputs: Tensor) -> None:

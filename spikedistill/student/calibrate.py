@@ -6,20 +6,18 @@ currents. So the rules below hold for any neuron. The grid ends where more curre
 the fraction g of its current fires at every step from 1 / g thresholds on.
 """
 
-import contextlib
 import math
-import operator
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from spikedistill.errors import ConversionError
 from spikedistill.neuron.dynamics import Neuron, run
 from spikedistill.neuron.layer import Spiking
-from spikedistill.student.graph import Walk, repeat_time
+from spikedistill.student.graph import Walk
 
 Rule = Literal["least-squares", "max", "percentile"]
 
@@ -109,11 +107,11 @@ def _stride(wanted: int, places: int) -> int:
 
 def channel_means(module: fx.GraphModule, nodes: set[str], images: Tensor, batch_size: int = 100) -> dict[str, Tensor]:
     """The mean activation of every channel at each node, ``[C]`` each, over images already normalised."""
-    seen = _look(module, nodes, images, batch_size, lambda value: _by_channel(value)[None] * len(value))
+    seen = _look(module, nodes, images, batch_size, lambda value: by_channel(value)[None] * len(value))
     return {name: torch.cat(parts).sum(0) / len(images) for name, parts in seen.items()}
 
 
-def _by_channel(value: Tensor) -> Tensor:
+def by_channel(value: Tensor) -> Tensor:
     """The means ``[C]`` of ``[B, C, ...]``."""
     return value.float().transpose(0, 1).flatten(1).mean(1)
 
@@ -136,8 +134,8 @@ def staircase(neuron: Neuron, timesteps: int) -> Tensor:
     Raises:
         ConversionError: if the neuron takes so small a fraction of its current that it hardly ever fires.
     """
-    everything = 1.0 / neuron.gain
-    if everything > LONGEST:
+    everything = neuron.levels / neuron.gain
+    if 1.0 / neuron.gain > LONGEST:
         raise ConversionError(
             f"A neuron with leak {neuron.leak} and decayed input takes {neuron.gain:.2g} of its current at each step."
             f" That is too little to calibrate a threshold: expected {1 / LONGEST} or more. Give a smaller leak, or"
@@ -158,7 +156,9 @@ def response(activations: Tensor, threshold: float | Tensor, stairs: Tensor) -> 
     return stairs[position.long()]
 
 
-def choose_threshold(activations: Tensor, stairs: Tensor, rule: Rule, percentile: float = 99.9) -> float:
+def choose_threshold(
+    activations: Tensor, stairs: Tensor, rule: Rule, percentile: float = 99.9, levels: int = 1
+) -> float:
     """The threshold of one layer.
 
     A neuron that fires at every step only beyond ``REACH`` is silent with thresholds near the largest activation. For
@@ -173,6 +173,8 @@ def choose_threshold(activations: Tensor, stairs: Tensor, rule: Rule, percentile
             doi 10.3389/fnins.2017.00682, section 2.2.2, take 99.9 over all activations). Both are for a neuron that
             takes its whole current; see ``thresholds`` for others.
         percentile: for the rule of that name, 0..100.
+        levels: D, spikes within a step. The activation of the rules ``max`` and ``percentile`` is worth D spikes, and
+            no threshold above the largest activation over D is tried: more only makes the stairs coarser.
 
     Raises:
         ConversionError: if the activations are not finite.
@@ -184,25 +186,25 @@ def choose_threshold(activations: Tensor, stairs: Tensor, rule: Rule, percentile
         return 1.0
     top = float(positive.max())
     if rule == "max":
-        return top
+        return top / levels
     if rule == "percentile":
-        return float(torch.quantile(positive, percentile / 100))
+        return float(torch.quantile(positive, percentile / 100)) / levels
     sample = positive[:: max(1, len(positive) // 20_000)]
-    tried = (torch.arange(CANDIDATES) + 1) * (_largest_tried(top, stairs) / CANDIDATES)
+    tried = (torch.arange(CANDIDATES) + 1) * (_largest_tried(top, stairs, levels) / CANDIDATES)
     errors = [(sample - value * response(sample, value, stairs)).square().mean() for value in tried.split(1)]
     return float(tried[int(torch.stack(errors).argmin())])
 
 
-def _largest_tried(top: float, stairs: Tensor) -> float:
+def _largest_tried(top: float, stairs: Tensor, levels: int) -> float:
     """The largest threshold worth trying for a layer whose largest activation is ``top``."""
-    if len(stairs) <= GRID:
-        return top
+    if len(stairs) <= GRID or levels > 1:
+        return top / levels
     first = int(stairs.nonzero()[0]) + 1  # one point further, so that the neuron surely fires
     return top / (first * REACH / (GRID - 1))
 
 
 def channel_thresholds(
-    activations: Tensor, layer: float, stairs: Tensor, rule: Rule, percentile: float = 99.9
+    activations: Tensor, layer: float, stairs: Tensor, rule: Rule, percentile: float = 99.9, levels: int = 1
 ) -> Tensor:
     """The threshold of each channel.
 
@@ -212,12 +214,13 @@ def channel_thresholds(
         stairs: the neuron's ``staircase``.
         rule: see ``choose_threshold``.
         percentile: for the rule of that name.
+        levels: D, spikes within a step.
 
     Returns:
         ``[C]``, each at least ``SMALLEST_SHARE`` times the layer's threshold.
     """
     chosen = [
-        choose_threshold(channel, stairs, rule, percentile) if int((channel > 0).sum()) >= FEW else layer
+        choose_threshold(channel, stairs, rule, percentile, levels) if int((channel > 0).sum()) >= FEW else layer
         for channel in activations
     ]
     return torch.tensor(chosen).clamp_min(SMALLEST_SHARE * layer)
@@ -243,8 +246,9 @@ def thresholds(
     taken = 1.0 if rule == "least-squares" or neuron.gain == 1 else neuron.gain / MARGIN
     result = {}
     for name, values in activations.items():
-        one = choose_threshold(_thin(values.flatten()), stairs, rule, percentile)
-        chosen = torch.tensor(one) if values.ndim == 1 else channel_thresholds(values, one, stairs, rule, percentile)
+        how = (stairs, rule, percentile, neuron.levels)
+        one = choose_threshold(_thin(values.flatten()), *how)
+        chosen = torch.tensor(one) if values.ndim == 1 else channel_thresholds(values, one, *how)
         chosen = taken * chosen
         spread = chosen[:, None] if chosen.ndim else chosen
         result[name] = (chosen, float(response(values, spread, stairs).mean()))
@@ -286,76 +290,3 @@ def silent_layers(
         layer.backend = backend
     core.train(training)
     return silent
-
-
-class _Stop(BaseException):
-    """Ends a run after the layer of interest. It is no ``Exception``, since torch.fx would print one."""
-
-
-@torch.no_grad()
-def correct_biases(
-    student: nn.Module,
-    core: fx.GraphModule,
-    neurons: Mapping[str, Spiking],
-    wanted: Mapping[str, Tensor],
-    images: Tensor,
-    batch_size: int,
-) -> None:
-    """Shift the biases before every layer of neurons so that each channel's mean output equals that of the ANN.
-
-    This is the bias correction of Li et al. (ICML 2021, arXiv 2106.06984), layer by layer. Once the earlier layers are
-    corrected, the remaining difference is added to the bias of the batch norm, convolution or linear layer before the
-    neurons. If no such layer has its own bias, nothing is corrected there.
-
-    Args:
-        student: changed in place.
-        core: its graph.
-        neurons: its layers of neurons by name, in order of execution.
-        wanted: for each layer the mean activations of the ANN, ``[C]``.
-        images: raw images in 0..1.
-        batch_size: images at a time.
-    """
-    training = student.training
-    student.eval()
-    calls = {str(node.target): node for node in core.graph.nodes if node.op == "call_module"}
-    device = next(student.parameters()).device
-    for name, layer in neurons.items():
-        before = preceding_layer(core, calls[f"{core.meta['neurons']}.{name}"].args[0])
-        if before is None:
-            continue
-        sums: list[Tensor] = []
-
-        def listen(_: nn.Module, given: Any, result: tuple[Tensor, Any], sums: list[Tensor] = sums) -> None:
-            sums.append(_by_channel(result[0]))
-            raise _Stop
-
-        handle = layer.register_forward_hook(listen)
-        parts = images.split(batch_size)
-        for part in parts:
-            with contextlib.suppress(_Stop):
-                student(part.to(device))
-        handle.remove()
-        weights = torch.tensor([len(part) / len(images) for part in parts], device=device)
-        lacking = wanted[name].to(device) - (torch.stack(sums) * weights[:, None]).sum(0)
-        before.bias += lacking.to(before.bias)
-    student.train(training)
-
-
-SUMS = (operator.add, torch.add, "add")
-PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
-
-def preceding_layer(core: fx.GraphModule, node: Any) -> Any:
-    """The layer with a bias whose output reaches this node and no other reader, if any; for a sum, that of one part."""
-    if not isinstance(node, fx.Node) or len(node.users) > 1:
-        return None
-    if node.op == "call_module":
-        layer = core.get_submodule(str(node.target))
-        if isinstance(layer, PASSING):
-            return preceding_layer(core, node.args[0])
-        calls = sum(other.op == "call_module" and other.target == node.target for other in core.graph.nodes)
-        return layer if calls == 1 and getattr(layer, "bias", None) is not None else None
-    if node.target in SUMS or node.target is repeat_time:
-        found = (preceding_layer(core, part) for part in node.args)
-        return next((layer for layer in found if layer is not None), None)
-    return None

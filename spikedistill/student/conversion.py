@@ -14,6 +14,9 @@ from spikedistill.student.coding import CODINGS, Coding, DirectCoding
 from spikedistill.student.pool import MaxPool
 
 Value = TypeVar("Value")
+Correct = Literal["nothing", "biases", "layers"]
+"""What is corrected after conversion, without gradients: nothing, biases (``biases.py``), or weights, biases and
+thresholds of layer after layer (``correct.py``)."""
 
 ROUNDING = Neuron(initial=0.5, surrogate=Rectangle())
 """The default neuron for inherited weights: IF that starts at half its threshold, so the mean over T steps rounds. In
@@ -34,16 +37,17 @@ class Conversion:
         rule: how a threshold is calibrated from activations; see ``calibrate.choose_threshold``.
         percentile: for the rule of that name, 0..100.
         per_channel: one threshold per channel, otherwise one per layer. Fresh weights always begin with one per layer.
-        correct_bias: shift biases so that each channel has the ANN's mean activation on the calibration images (see
-            ``calibrate.correct_biases``). For students without training.
+        correct: what is corrected after calibration, on the same images and without labels or gradients. ``biases``
+            shifts biases so that each channel has the ANN's mean activation (``biases.py``). ``layers`` fits weights,
+            biases and thresholds of layer after layer to what each layer really gets (``correct.py``).
         max_pool: what max pooling becomes. ``cumulative`` pools the cumulative input, which is exact for the mean over
             time (``student/pool.py``). ``or`` pools each step alone: over spikes a logical or, whose error does not
             shrink as T grows. ``average`` replaces it by average pooling.
         coding: what the student sees at each step (default: the image itself).
 
     Raises:
-        ConfigError: if a value is outside its range or has the wrong type, or ``correct_bias`` is set for fresh
-            weights.
+        ConfigError: if a value is outside its range or has the wrong type, or something is to be corrected
+            with fresh weights.
     """
 
     timesteps: int = 4
@@ -52,7 +56,7 @@ class Conversion:
     rule: Rule = "least-squares"
     percentile: float = 99.9
     per_channel: bool = True
-    correct_bias: bool = False
+    correct: Correct = "nothing"
     max_pool: MaxPool = "cumulative"
     coding: Coding = field(default_factory=DirectCoding)
 
@@ -63,8 +67,9 @@ class Conversion:
             raise ConfigError(f"neuron (={self.neuron!r}) must be a Neuron, for instance IF or LIF.")
         one_of("rule", self.rule, get_args(Rule))
         one_of("max_pool", self.max_pool, get_args(MaxPool))
-        if self.correct_bias and not self.inherit:
-            raise ConfigError("correct_bias needs inherited weights: omit it, or set inherit=True.")
+        one_of("correct", self.correct, get_args(Correct))
+        if self.correct != "nothing" and not self.inherit:
+            raise ConfigError(f"correct (={self.correct!r}) needs inherited weights: omit it, or set inherit=True.")
         if not 0 <= self.percentile <= 100:
             raise ConfigError(f"percentile (={self.percentile}) must be between 0 and 100.")
         if isinstance(self.coding, type) or not isinstance(self.coding, Coding):
@@ -103,7 +108,7 @@ class Conversion:
             "coding": lambda given: _named(given, CODINGS),
             "max_pool": max_pool_from,
         }
-        return read_fields(cls, facts, parts)
+        return read_fields(cls, correct_from(facts), parts)
 
 
 USUAL = Conversion()
@@ -124,6 +129,7 @@ def neuron_from(
     threshold: float | None = None,
     learn_threshold: bool = False,
     surrogate: str | None = None,
+    levels: int = 1,
 ) -> Neuron:
     """The neuron that the choices of a recipe describe; see ``Neuron`` and ``recipes.choices.StudentChoice``.
 
@@ -150,6 +156,7 @@ def neuron_from(
         initial=initial,
         learn_initial=learn_initial,
         surrogate=SURROGATES[kind](),
+        levels=levels,
     )
 
 
@@ -196,6 +203,14 @@ def _fits(hint: Any, value: Any) -> bool:
     return hint in (bool, int, str, NoneType) and type(value) is hint
 
 
+def correct_from(fields: Any) -> Any:
+    """Fields of a conversion or of a recipe's student. Early versions wrote ``correct_bias``, true or false."""
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("correct_bias"), bool) or "correct" in fields:
+        return fields
+    renamed = {"correct_bias": ("correct", "biases" if fields["correct_bias"] else "nothing")}
+    return dict(renamed.get(name, (name, value)) for name, value in fields.items())
+
+
 def max_pool_from(written: Any) -> Any:
     """The name of the max pooling in a file. Early versions wrote 'keep' for 'or'."""
     return "or" if written == "keep" else written
@@ -203,6 +218,8 @@ def max_pool_from(written: Any) -> Any:
 
 def _neuron(given: Any) -> Neuron:
     parts: dict[str, Callable[[Any], Any]] = {"reset": _reset, "surrogate": lambda given: _named(given, SURROGATES)}
+    if isinstance(given, Mapping) and {*given, "levels"} == {part.name for part in dataclasses.fields(Neuron)}:
+        given = {"levels": 1, **given}  # a file from before graded spikes has none
     return read_fields(Neuron, given, parts)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from spikedistill.errors import ConfigError
+from spikedistill.neuron.dynamics import Reset
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.pool import CumulativeMaxPool
 
@@ -96,6 +98,40 @@ class Charges(Walk):
         result = layer(current, timesteps, repeats, state, keep, charged)
         (self.potentials[path],) = charged
         return result
+
+
+class OneStep(Walk):
+    """Runs a student's graph once: T steps of D levels as one step of T D levels, on rows ``[B, ...]``.
+
+    This is how ``gradient="quantised"`` trains, at the cost of an ANN. The student then runs at T steps of D levels,
+    and differs only where spikes arrive unevenly over time. In the literature it is the ANN of QCFS (Bu et al., ICLR
+    2022, arXiv 2303.04347), whose activations have ``L = T D`` levels above zero; one that is then run on spikes counts
+    as a conversion.
+    """
+
+    def __init__(self, core: fx.GraphModule, timesteps: int, keep: Collection[str] = ()) -> None:
+        super().__init__(core, keep)
+        self.timesteps = timesteps
+
+    def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        """The mean output over all steps."""
+        neuron = layer.neuron
+        if neuron.leak < 1 or neuron.reset is not Reset.SUBTRACT or neuron.initial != 0.5 or neuron.learn_initial:
+            raise ConfigError(
+                "gradient (='quantised') trains all time steps as one, which needs IF neurons with a fixed initial"
+                f" potential of 0.5 and reset by subtraction, but the neuron has leak {neuron.leak}, initial"
+                f" {neuron.initial}{' (learned)' if neuron.learn_initial else ''} and reset '{neuron.reset.value}':"
+                " use ROUNDING, or another gradient."
+            )
+        return layer.in_one_step(current, self.timesteps), None
+
+    def pool(self, layer: CumulativeMaxPool, x: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
+        """The maximum of the means, which is the mean of the growth."""
+        return layer.of_means(x), None
+
+    def spread(self, x: Tensor, repeats: int) -> Tensor:
+        """As it is: there is one step."""
+        return x
 
 
 def spike_nodes(core: fx.GraphModule) -> dict[str, str]:

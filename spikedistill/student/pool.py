@@ -36,6 +36,7 @@ class CumulativeMaxPool(nn.Module):
         super().__init__()
         self.pool = copy.copy(pool)
         self.pool.return_indices = True
+        self.disjoint = isinstance(pool, nn.MaxPool2d) and pool.kernel_size == pool.stride and pool.dilation == 1
 
     def forward(
         self, x: Tensor, timesteps: int, repeats: int = 1, state: Tensor | None = None, keep: bool = False
@@ -61,6 +62,8 @@ class CumulativeMaxPool(nn.Module):
                 f"The state of a max pooling has shape {tuple(state.shape)}, but its input needs"
                 f" {(batch, *x.shape[1:])}: carry a state only between calls of one batch."
             )
+        if timesteps == 1 and state is None and not keep and self.disjoint:
+            return self.of_means(x), None  # ordinary max pooling, with the same bits
         given = (x, state, self.pool, timesteps, repeats)
         grown, total = _grow(*given)[:2] if torch._C._get_tracing_state() else _Growth.apply(*given)
         return grown, total if keep else None

@@ -25,6 +25,8 @@ from spikedistill.teacher.load import Architecture, Normalised, code_refused, lo
 
 OWN = ("kind", "format", "network", "conversion", "gradient", "recompute", "timesteps", "mean", "std")
 """The fields of the header of every student."""
+HALVED = ("float16",)
+"""The number formats to which weights may be rounded in a file; its header names it as ``stored``."""
 LARGEST = 1e30
 """The largest mean or standard deviation that a header may hold."""
 
@@ -48,6 +50,7 @@ def save_student(
     *,
     architecture: Architecture | None = None,
     facts: Mapping[str, Any] | None = None,
+    stored: torch.dtype | None = None,
 ) -> None:
     """Write a student to one file, atomically.
 
@@ -56,12 +59,16 @@ def save_student(
         student: made by ``to_spiking``, trained or not. A student with folded batch norms cannot be loaded again.
         architecture: how to build the ANN; without it the header names the class of the ANN.
         facts: further entries for the header, anything that JSON can hold.
+        stored: ``torch.float16`` halves the file: weights of convolutions and linear layers are rounded to it, and
+            become float32 again when they are loaded. Thresholds, biases and batch norms are not rounded. Without it
+            nothing is rounded.
 
     Raises:
-        ConfigError: if a name in ``facts`` is one of the header's, or the surrogate or coding is a user's own class.
+        ConfigError: if a name in ``facts`` is one of the header's, the surrogate or coding is a user's own class,
+            ``stored`` is another format, or a weight is too large for it.
         RunError: if the file cannot be written.
     """
-    taken = [name for name in facts or {} if name in OWN]
+    taken = [name for name in facts or {} if name in (*OWN, "stored")]
     if taken:
         raise ConfigError(f"facts may not hold {', '.join(taken)}: the header uses these names. Choose other names.")
     header = {
@@ -75,7 +82,24 @@ def save_student(
         "mean": student.mean.flatten().tolist(),
         "std": student.std.flatten().tolist(),
     }
-    write_tensors(weights_file(path), student.state_dict(), {**header, **(facts or {})})
+    if stored is not None:
+        named = str(stored).removeprefix("torch.")
+        one_of("stored format", named, HALVED)
+        header["stored"] = named
+    write_tensors(weights_file(path), _rounded(student.state_dict(), stored), {**header, **(facts or {})})
+
+
+def _rounded(tensors: Mapping[str, Tensor], stored: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors with the weights of convolutions and linear layers in another number format.
+
+    Raises:
+        ConfigError: if a weight is too large for it.
+    """
+    large = {name for name, value in tensors.items() if name.endswith(".weight") and value.ndim > 1}
+    made = {name: value.to(stored) if stored and name in large else value for name, value in tensors.items()}
+    if broken := [name for name in large if not torch.isfinite(made[name]).all()]:
+        raise ConfigError(f"The weights '{broken[0]}' are too large for {stored}: save without it.")
+    return made
 
 
 def load_student(path: str | Path, network: nn.Module | None = None, trust_code: bool = False) -> Student:
@@ -98,7 +122,7 @@ def load_student(path: str | Path, network: nn.Module | None = None, trust_code:
     header = _header(facts, file)
     ann = _build(header.network, file, trust_code) if network is None else network
     ann = ann.network if isinstance(ann, Normalised) else ann
-    made = replace(header.conversion.settled(), inherit=False, correct_bias=False)
+    made = replace(header.conversion.settled(), inherit=False, correct="nothing")
     with torch.random.fork_rng(devices=[]):  # the random weights drawn here are all replaced
         student, _ = to_spiking(ann, made, mean=header.mean, std=header.std)
     student.conversion = header.conversion.settled()
@@ -122,10 +146,29 @@ def read_student(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, A
     """
     file = weights_file(path)
     tensors, facts = read_tensors(file)
+    if isinstance(facts, dict) and facts.get("stored") in HALVED:
+        tensors = {name: value.float() if value.dtype == torch.float16 else value for name, value in tensors.items()}
     kind = facts.get("kind", "weights of unknown origin") if isinstance(facts, dict) else "a damaged header"
     if kind != "student":
         raise RunError(f"'{file}' holds {kind}, not a student: give a run of 'distill'.")
     return file, tensors, facts
+
+
+def start_from(student: Student, path: str | Path) -> None:
+    """Load the weights and thresholds of a trained student of the same network into a student, to train it further.
+
+    If the two differ in levels D, thresholds are multiplied by ``D before / D now``, so that the largest output of a
+    neuron, D thresholds, stays.
+
+    Raises:
+        WeightsError: if the file cannot be read, or a tensor is missing or does not fit.
+        RunError: if it holds no student.
+    """
+    file, tensors, facts = read_student(path)
+    before = _header(facts, file).conversion.model.levels
+    fill(student, tensors, f"'{file}'")
+    for layer in student.neurons.values():
+        layer.set_threshold(layer.threshold.detach() * (before / layer.neuron.levels))
 
 
 def fill(student: Student, tensors: Mapping[str, Tensor], source: str) -> None:

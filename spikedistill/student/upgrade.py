@@ -5,7 +5,7 @@ from typing import Any
 
 from spikedistill.errors import ConfigError, RunError, one_of
 from spikedistill.student.coding import CODINGS
-from spikedistill.student.conversion import USUAL, Conversion, max_pool_from, neuron_from
+from spikedistill.student.conversion import USUAL, Conversion, correct_from, max_pool_from, neuron_from
 
 FORMAT = 2
 """The format of recipes and of students' headers. In format 1 the method of a recipe was not yet its objective."""
@@ -51,7 +51,7 @@ def upgrade(recipe: Any) -> dict[str, Any]:
     if not isinstance(recipe, Mapping):
         raise RunError(f"The recipe is {str(recipe)[:80]!r}: expected its parts by name; the file is damaged.")
     if recipe.get("format") == FORMAT:
-        return {part: _renamed_pool(fields) if part == "student" else fields for part, fields in recipe.items()}
+        return {part: _renamed(fields) if part == "student" else fields for part, fields in recipe.items()}
     kind = recipe.get("kind", "distill" if "who" in recipe else "teach")
     if "format" in recipe or kind not in ("distill", "teach"):
         raise RunError(
@@ -64,7 +64,7 @@ def upgrade(recipe: Any) -> dict[str, Any]:
         "kind": kind,
         "format": FORMAT,
         "teacher": _part(recipe, "who"),
-        "student": _renamed_pool(_part(recipe, "student")),
+        "student": _renamed(_part(recipe, "student")),
         "method": _method(recipe),
         "data": _part(recipe, "data"),
         "training": _part(recipe, "training"),
@@ -79,8 +79,9 @@ def _part(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {RENAMED[name].get(str(field), str(field)): value for field, value in part.items()}
 
 
-def _renamed_pool(student: Any) -> Any:
-    """The choices of a student, with today's name of its max pooling."""
+def _renamed(student: Any) -> Any:
+    """The choices of a student, with today's names of its max pooling and its correction."""
+    student = correct_from(student)
     if not isinstance(student, Mapping) or "max_pool" not in student:
         return student
     return {**student, "max_pool": max_pool_from(student["max_pool"])}
@@ -114,6 +115,7 @@ def conversion_from(fields: Mapping[str, Any]) -> Conversion:
             initial=fields.get("initial", 0.5),
             learn_initial=fields.get("learn_initial", False),
             learn_threshold=fields.get("learn_threshold", False),
+            levels=fields.get("levels", 1),
             **{name: fields.get(name) for name in chosen},
         )
         return Conversion(
@@ -123,7 +125,7 @@ def conversion_from(fields: Mapping[str, Any]) -> Conversion:
             rule=fields.get("rule", USUAL.rule),
             percentile=fields.get("percentile", USUAL.percentile),
             per_channel=fields.get("per_channel", USUAL.per_channel),
-            correct_bias=fields.get("correct_bias", False),
+            correct=correct_from(fields).get("correct", "nothing"),
             max_pool=max_pool_from(fields.get("max_pool", "or")),
             coding=CODINGS[coding](),
         )

@@ -180,7 +180,7 @@ class _Base:
         if not homogeneous:
             choice = dataclasses.replace(choice, network=student, width=widths[student])
         if method in CONVERSIONS:
-            choice = dataclasses.replace(choice, rule=CONVERSIONS[method], correct_bias=True, calibration=256)
+            choice = dataclasses.replace(choice, rule=CONVERSIONS[method], correct="biases", calibration=256)
         recipe = Distill(
             TeacherChoice(str(path)),
             choice,

@@ -1,8 +1,8 @@
 """The architectures, defined once as ordinary ANNs. ``to_spiking`` makes spiking networks of them.
 
 Every function takes ``classes``, ``channels`` (1 or 3 input channels) and ``width`` (channels of the first stage). The
-networks accept images of 8 x 8 pixels or more. Stages are called ``layer1``, ``layer2``, ... as in torchvision.
-Convolutions before a batch norm have no bias.
+networks accept images of 8 x 8 pixels or more, those of ``airbench.py`` 9 x 9. Stages are called ``layer1``,
+``layer2``, ... as in torchvision. Convolutions before a batch norm have no bias.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spikedistill.teacher.airbench import airbench94, airbench95, airbench96
+from spikedistill.teacher.cifar_resnet import OPTION_A
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -243,6 +246,10 @@ def _doubling(width: int, blocks: Sequence[int]) -> list[list[int]]:
 
 
 ZOO: dict[str, Callable[..., nn.Module]] = {
+    **OPTION_A,
+    "airbench94": airbench94,
+    "airbench95": airbench95,
+    "airbench96": airbench96,
     "preact-resnet18": preact_resnet18,
     "pyramidnet18": pyramidnet18,
     "resnet18": resnet18,

@@ -14,7 +14,7 @@ from spikedistill.compute.place import Place
 from spikedistill.data.feed import Feed, Inputs
 from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.files import fingerprint_of
-from spikedistill.objective.terms import NO_SOURCE, NO_TEACHER, Batch, Needs, Objective, Terms, as_it_is
+from spikedistill.objective.terms import NO_LABELS, NO_SOURCE, NO_TEACHER, Batch, Needs, Objective, Terms, as_it_is
 from spikedistill.shapes import Labels, Logits
 from spikedistill.student.build import Student
 from spikedistill.student.fold import fold
@@ -38,9 +38,18 @@ class Lesson(nn.Module):
         self.adapters = adapters
         self.needs = objective.needs
         self.over_processes = over_processes
+        self.freeze_norm = False
+
+    def train(self, mode: bool = True) -> "Lesson":
+        """Switch to training; with ``freeze_norm`` batch norms keep their running statistics and use them."""
+        super().train(mode)
+        for module in self.student.modules() if self.freeze_norm else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def forward(
-        self, inputs: Tensor, labels: Labels, teacher: Answer | None, source: Tensor | None, progress: Tensor
+        self, inputs: Tensor, labels: Labels | None, teacher: Answer | None, source: Tensor | None, progress: Tensor
     ) -> tuple[Logits, Terms]:
         """The logits ``[T, B, K]`` for a batch, in the student's number format, and the named terms of the loss."""
         answer = observe(self.student, inputs, self.needs)
@@ -114,14 +123,19 @@ def make_lesson(
     If an objective needs only logits and has no adapters, the networks are not run.
 
     Raises:
-        ConfigError: if a network lacks what the objective needs, or the feed has no second stream.
+        ConfigError: if a network lacks what the objective needs, the feed has no second stream, or there are neither
+            labels nor a teacher.
     """
+    if inputs.labels is None:
+        objective = objective.without_labels()
+        if tutor is None:
+            raise ConfigError(NO_LABELS)
     needs = objective.needs
     if needs.source and inputs.source is None:
         raise ConfigError(NO_SOURCE)
     inner = needs.pairs or needs.student_spikes or needs.teacher_spikes or needs.potentials or needs.source
     if not inner and not objective.has_modules:
-        empty = Answer(torch.zeros(1, len(inputs.labels), 0))
+        empty = Answer(torch.zeros(1, len(inputs.samples), 0))
         modules = objective.modules(Batch(labels=inputs.labels, student=empty), None)
         return Lesson(student, objective, modules, over_processes)
     training = student.training

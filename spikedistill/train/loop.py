@@ -24,11 +24,19 @@ from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict
 from spikedistill.neuron.fused import this_processor, works
 from spikedistill.objective.terms import Objective, check_terms, total
+from spikedistill.shapes import Labels
 from spikedistill.student.build import Student
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
 from spikedistill.train.lesson import is_finite, make_lesson, make_tutor, settle_objective
 from spikedistill.train.meters import FiringRateMeter, Meters
-from spikedistill.train.optimise import clip, learning_rate, make_averaged, make_optimiser, set_learning_rate
+from spikedistill.train.optimise import (
+    clip,
+    learning_rate,
+    make_averaged,
+    make_lookahead,
+    make_optimiser,
+    set_learning_rate,
+)
 from spikedistill.train.processes import Processes, join
 from spikedistill.train.progress import Events, Progress
 from spikedistill.train.recipe import Training
@@ -87,7 +95,7 @@ def fit(
         course.lesson.train()
         for step, inputs in enumerate(course.feed.batches(epoch, done), done):
             meters.add(*course.step(inputs, epoch, step))
-            course.progress.step({**meters.means(), **course.firing.facts()})
+            course.progress.step({**meters.means(course.measure), **course.firing.facts()})
             if course.due:
                 course.save(epoch - 1, step + 1, meters)
         course.check_weights(epoch, course.feed.steps)
@@ -130,19 +138,23 @@ class Course:
         self.tutor = make_tutor(teacher, objective.needs, self.place)
         self.computed = self._prepare(student)
         example = self._moved(next(self.feed.batches(1)))
+        self.measure = "accuracy" if example.labels is not None else "agreement"
         with self.place.autocast():
             lesson = make_lesson(student, objective, self.tutor, example, self.processes.mean)
             self.lesson = lesson.to(self.place.device)
+            self.lesson.freeze_norm = config.freeze_norm
             if self.tutor is not None and teacher is not None and feed.views:
                 folder = run.path / "answers" if config.cache_dir is None else Path(config.cache_dir).expanduser()
                 progress.say(str(self.tutor.keep_answers(folder, self.feed, self.place, teacher, example)))
         self.optimiser = make_optimiser(self.lesson, config)
         self.averaged = make_averaged(student, config)
+        self.lookahead = make_lookahead(student, config)
         self.firing = FiringRateMeter(student)
         self.trained: Any = self.lesson
         if config.compile and works(self.place.device.type):
             self.trained = torch.compile(self.lesson, options=this_processor())
         self.saved, self.due = time.monotonic(), False
+        self.taught: Labels | None = None
 
     def _prepare(self, student: nn.Module) -> dict[str, str]:
         """Move the student to its device. Print and return device, number format and memory format."""
@@ -176,7 +188,8 @@ class Course:
             source = inputs.source if self.lesson.needs.source else None
             logits, terms = self.trained(inputs.student, inputs.labels, teacher, source, progress)
         check_terms(terms)
-        values, correct = self._counted(terms, int((logits.float().mean(0).argmax(-1) == inputs.labels).sum()))
+        right = inputs.labels if teacher is None or inputs.labels is not None else teacher.logits.mean(0).argmax(-1)
+        values, correct = self._counted(terms, int((logits.float().mean(0).argmax(-1) == right).sum()))
         given = [inputs.student, inputs.teacher, inputs.source]
         seen = {"inputs": given, "teacher's outputs": teacher, "student's logits": logits}
         if not math.isfinite(sum(values.values())):
@@ -190,7 +203,10 @@ class Course:
         self.optimiser.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.student)
-        return values, correct, len(inputs.labels) * self.processes.count
+        if self.lookahead is not None:
+            done, steps = (epoch - 1) * self.feed.steps + step + 1, self.config.epochs * self.feed.steps
+            self.lookahead.update(self.student, done, steps)
+        return values, correct, len(inputs.samples) * self.processes.count
 
     def _counted(self, terms: Mapping[str, torch.Tensor], correct: int) -> tuple[dict[str, float], int]:
         """Mean terms and correct predictions over all processes; the firing rate, and whether process 0 would save."""
@@ -235,16 +251,24 @@ class Course:
             raise self.processes.shared(refusal)
 
     def line(self, epoch: int, meters: Meters) -> dict[str, Any]:
-        """The line of an epoch in metrics.jsonl, with the accuracy on the held-out samples."""
+        """The line of an epoch in metrics.jsonl, with the accuracy or agreement on the held-out samples."""
         line = {"epoch": epoch, "step": epoch * self.feed.steps, "lr": self._rate(epoch, self.feed.steps - 1)}
-        line |= {**meters.means(), **self.firing.facts()}
+        line |= {**meters.means(self.measure), **self.firing.facts()}
         held, labels = self.feed.held()
         if len(held):
             judged: nn.Module = self.student if self.averaged is None else self.averaged.module
-            line["validation_accuracy"] = self.processes.by_first(
-                lambda: accuracy_by_step(predict(judged, held, self.place.dtype), labels)[-1]
+            line[f"validation_{self.measure}"] = self.processes.by_first(
+                lambda: accuracy_by_step(predict(judged, held, self.place.dtype), self._classes(held, labels))[-1]
             )
         return line
+
+    def _classes(self, held: torch.Tensor, labels: Labels) -> Labels:
+        """The labels of the held-out samples; without labels the classes that the teacher gives them."""
+        if self.measure == "accuracy" or self.tutor is None:
+            return labels
+        if self.taught is None:
+            self.taught = predict(self.tutor.teacher, held, self.place.dtype).mean(0).argmax(-1)
+        return self.taught
 
     def write(self, line: dict[str, Any], seconds: float, events: Events | None) -> None:
         """Add an epoch's line to the logs."""
@@ -256,7 +280,8 @@ class Course:
 
     def kept(self) -> dict[str, nn.Module]:
         """The modules whose tensors a checkpoint holds."""
-        return {"lesson": self.lesson} | ({} if self.averaged is None else {"averaged": self.averaged})
+        found = {"lesson": self.lesson, "averaged": self.averaged, "lookahead": self.lookahead}
+        return {role: module for role, module in found.items() if module is not None}
 
     def save(self, epoch: int, step: int, meters: Meters) -> None:
         """Write a checkpoint after this number of epochs and steps.

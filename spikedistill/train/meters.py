@@ -28,12 +28,12 @@ class Meters:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def means(self) -> dict[str, float]:
-        """Mean terms, their sum, and accuracy in percent."""
+    def means(self, measure: str = "accuracy") -> dict[str, float]:
+        """Mean terms, their sum, and the accuracy in percent; or what ``measure`` names, which was counted instead."""
         if not self.steps:
             return {}
         terms = {name: value / self.steps for name, value in self.sums.items()}
-        return {"loss": sum(terms.values()), **terms, "train_accuracy": 100.0 * self.correct / self.samples}
+        return {"loss": sum(terms.values()), **terms, f"train_{measure}": 100.0 * self.correct / self.samples}
 
 
 class FiringRateMeter:
@@ -51,9 +51,9 @@ class FiringRateMeter:
             return
         with firing_rates(self.student) as rates:
             yield
-        if rates.chances:  # the quantised stand-in has none
+        if rates.chances:  # all steps trained as one have none
             self.percent = 100.0 * rates.mean()
 
     def facts(self) -> dict[str, float]:
-        """The last firing rate, spikes per neuron and step in percent."""
+        """The last firing rate, spikes per neuron and sub-step in percent."""
         return {} if self.percent is None else {"firing_rate": self.percent}

@@ -20,7 +20,11 @@ BAR, LONGEST = 10, 32
 """Terminal columns of a bar, and of the name beside it."""
 QUICK = 2.0
 """Seconds: an epoch that ends sooner after the last line has no line of its own."""
-FIRST = ("loss", "train_accuracy", "validation_accuracy", "firing_rate")
+FIRST = (
+    "loss",
+    *(f"{part}_{what}" for what in ("accuracy", "agreement") for part in ("train", "validation")),
+    "firing_rate",
+)
 """The values that are shown first; the terms of the loss follow."""
 Seen = Callable[..., None]
 """A function that is called with the amount of work just done, and perhaps a text (``facts``) with results."""
@@ -114,7 +118,7 @@ class Progress:
         head, seconds = f"epoch {line['epoch']}{of}", f"{self.clock() - self.began:.0f} s"
         room = self.console.width - len(f"{self.label}: {head}: , {seconds}") if self.draws else None
         facts = _facts(line)
-        short = [fact.replace(" accuracy", "") for fact in facts]  # used if more values fit
+        short = [fact.replace(" accuracy", "").replace(" agreement", "") for fact in facts]  # used if more values fit
         self.say(f"{head}: {', '.join([*max(_fitting(facts, room), _fitting(short, room), key=len), seconds])}")
 
     @contextmanager
@@ -218,7 +222,7 @@ def _facts(line: Mapping[str, Any]) -> list[str]:
         terms = []
     shown = []
     for name in [*(name for name in FIRST if name in line), *terms]:
-        percent = "accuracy" in name or name == "firing_rate"
+        percent = name.endswith(("accuracy", "agreement")) or name == "firing_rate"
         shown.append(f"{name.replace('_', ' ')} {line[name]:.2f}{' %' if percent else ''}")
     return shown
 

@@ -17,8 +17,11 @@ class Data:
     """Images or event frames, and how they are augmented."""
 
     name: Annotated[str, arg(name="data")] = "digits"
-    """A named set (digits, mnist, fashion-mnist, cifar10, cifar100), a folder with one subfolder of images per class,
-    or a .npz file of images or event frames."""
+    """A named set (digits, mnist, fashion-mnist, cifar10, cifar100), a folder with one subfolder of images per class
+    or of images alone, or a .npz file of images or event frames."""
+    labels: Literal["given", "none"] = "given"
+    """given: use the labels that the data have; a folder of images alone has none. none: do not use them. Without
+    labels the student learns from its teacher only and is measured by agreement with it."""
     source: str | None = None
     """Images of the same classes, for methods with a second input stream besides event frames: a named set, a folder or
     a .npz file."""
@@ -40,16 +43,19 @@ class Data:
     """Augmentation: side in pixels of an erased square; 0 for none."""
     policy: Literal["none", "trivial", "autoaugment"] = "none"
     """Augmentation: a policy of changes in colour and shape."""
+    zoom: float = 0.0
+    """Augmentation: smallest fraction of the area that a random resized crop keeps, above 0 to 1; 0 for none. 0.5 suits
+    photographs."""
     noise: float = 0.0
     """Augmentation: largest standard deviation of Gaussian noise, 0 to 1; each image draws its own. 0.1 is strong."""
 
     def augment(self) -> Augment:
         """The augmentation that the fields describe."""
-        return Augment(self.crop, self.flip, self.cutout, self.policy, self.border, self.noise)
+        return Augment(self.crop, self.flip, self.cutout, self.policy, self.border, self.noise, self.zoom)
 
     def load(self) -> ImageSet:
         """The data set that the fields name; raises ``DataError`` if it does not exist."""
-        return load_images(self.name, self.data_dir, self.image_size)
+        return load_images(self.name, self.data_dir, self.image_size, self.labels == "given")
 
     def load_source(self) -> ImageSet | None:
         """The images of the second input stream, if there is one."""
@@ -74,6 +80,10 @@ class Data:
             faults.append(f"image_size (={self.image_size}), a side in pixels, must be 1 or more")
         if self.crop < 0 or self.cutout < 0:
             faults.append(f"crop (={self.crop}) and cutout (={self.cutout}), in pixels, must be 0 or more")
+        if not 0 <= self.zoom <= 1:
+            faults.append(f"zoom (={self.zoom}), a fraction of the area, must be above 0 to 1, or 0 for none")
+        if self.labels == "none" and self.source is not None:
+            faults.append(f"source (={self.source}) is paired by labels: give labels=given")
         if not 0 <= self.noise <= 1:
             faults.append(f"noise (={self.noise}), a standard deviation for pixels in 0..1, must be 0 to 1")
         if self.paired and self.source is None:
@@ -89,24 +99,39 @@ class Training:
     """Passes over the training set."""
     batch_size: int = 128
     """Images per step, over all processes."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with Nesterov momentum, or AdamW."""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """SGD with Nesterov momentum, AdamW, or Muon for the kernels of convolutions and SGD for everything else. Under
+    Muon each kernel keeps its norm, which suits networks with batch norm."""
     lr: float | None = None
     """Peak learning rate (default: 0.02 for a student that starts from trained weights, else 0.1)."""
+    muon_lr: float = 0.24
+    """Peak learning rate of the kernels with Muon, relative to the norm of each."""
+    norm_lr: float = 1.0
+    """Learning rate of the biases of batch norm, relative to --lr. Other than 1, they have weight decay too."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
     """Weight decay of matrices and kernels; biases, norm layers and thresholds have none."""
     schedule: Literal["cosine", "one-cycle"] = "cosine"
-    """Schedule of the learning rate. cosine: warm-up, then half a cosine to 0. one-cycle: a straight line up, then
+    """Schedule of the learning rate. cosine: warm-up, then half a cosine down. one-cycle: a straight line up, then
     down."""
     warmup: float = 0.05
     """Fraction of the steps over which the learning rate rises, 0 to 1."""
+    lr_first: float = 0.0
+    """Learning rate from which it rises, relative to the peak, 0 to 1."""
+    lr_last: float = 0.0
+    """Learning rate to which it falls, relative to the peak, 0 to 1."""
     clip: float = 0.0
     """Largest norm of the gradient; 0 for no limit."""
     ema: float = 0.0
     """Decay per step of an exponential moving average of the weights, which becomes the result; 0 for none, 0.999 is
     usual."""
+    freeze_norm: bool = False
+    """Keep the running statistics of batch norm as they are at the start, and normalise by them in training too. Their
+    scales and shifts are trained. For a few hundred images, whose batches have statistics of their own."""
+    lookahead: int = 0
+    """Lookahead: every so many steps the weights go back towards slow weights, which become the result; 0 for none, 5
+    is usual."""
     seed: int = 0
     """Seed of initial weights, order of images and augmentation."""
     views: int = 0
@@ -150,6 +175,7 @@ class Training:
         """What cannot work, one sentence for each fault."""
         least = {"epochs": 1, "batch_size": 2}
         least |= dict.fromkeys(("weight_decay", "clip", "views", "checkpoint_minutes"), 0)
+        least |= dict.fromkeys(("muon_lr", "norm_lr", "lookahead"), 0)
         faults = [
             f"{name} (={getattr(self, name)}) must be {low} or more"
             for name, low in least.items()
@@ -164,6 +190,11 @@ class Training:
         for name in ("momentum", "warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{name} (={getattr(self, name)}) must be 0 or more and below 1")
+        for name in ("lr_first", "lr_last"):
+            if not 0 <= getattr(self, name) <= 1:
+                faults.append(f"{name} (={getattr(self, name)}), a fraction of the peak, must be 0 to 1")
+        if self.ema and self.lookahead:
+            faults.append(f"ema (={self.ema}) and lookahead (={self.lookahead}) both average weights: give one of them")
         return faults
 
 

@@ -4,10 +4,19 @@ import random
 import pytest
 import torch
 
-from spikedistill.data.augment import Augment, alternate, random_crop, random_cutout, random_noise, to_inputs, to_unit
+from spikedistill.data.augment import (
+    Augment,
+    alternate,
+    random_crop,
+    random_cutout,
+    random_noise,
+    random_zoom,
+    to_inputs,
+    to_unit,
+)
 from spikedistill.errors import ConfigError
 
-EVERYTHING = Augment(crop=2, flip=True, cutout=3, policy="trivial", noise=0.1)
+EVERYTHING = Augment(crop=2, flip=True, cutout=3, policy="trivial", noise=0.1, zoom=0.6)
 EACH = [
     Augment(crop=2),
     Augment(flip=True),
@@ -15,6 +24,7 @@ EACH = [
     Augment(policy="trivial"),
     Augment(policy="autoaugment"),
     Augment(noise=0.1),
+    Augment(zoom=0.5),
     EVERYTHING,
 ]
 
@@ -219,3 +229,41 @@ def test_a_policy_of_colours_refuses_other_channels(channels):
 def test_an_unknown_policy_is_told_the_nearest():
     with pytest.raises(ConfigError, match=r"no augmentation policy 'trivia'\. Did you mean 'trivial'"):
         Augment(policy="trivia")
+
+
+class TestZoom:
+    def test_samples_a_window_as_torch_s_affine_grid_does(self):
+        images = torch.rand(16, 3, 12, 20)
+        area, ratio, down, right = torch.rand(4, 16, generator=seeded(3))
+        area, ratio = 0.3 + 0.7 * area, (4 / 3) ** (2 * ratio - 1)
+        height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+        theta = torch.zeros(16, 2, 3)
+        theta[:, 0, 0], theta[:, 1, 1] = width, height
+        theta[:, 0, 2], theta[:, 1, 2] = (1 - width) * (2 * right - 1), (1 - height) * (2 * down - 1)
+        grid = torch.nn.functional.affine_grid(theta, images.shape, align_corners=False)
+        expected = torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        torch.testing.assert_close(random_zoom(images, 0.3, seeded(3)), expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("smallest", [0.1, 0.5, 0.99])
+    def test_keeps_at_least_the_share_of_the_area_that_was_asked_for(self, smallest):
+        ramps = torch.linspace(0, 1, 64)[None, None, None, :].expand(500, 1, 64, 64)
+        across, down = (random_zoom(one.contiguous(), smallest, seeded()) for one in (ramps, ramps.mT))
+        width = (across[:, 0, 0, 40] - across[:, 0, 0, 24]) / (ramps[0, 0, 0, 40] - ramps[0, 0, 0, 24])
+        height = (down[:, 0, 40, 0] - down[:, 0, 24, 0]) / (ramps[0, 0, 0, 40] - ramps[0, 0, 0, 24])
+        cut = (width > 0.999) | (height > 0.999)  # a side that would be longer than the image
+        share = (width * height)[~cut]
+        assert share.min() > smallest - 0.02 and (width.max(), height.max()) <= (1.001, 1.001)
+        assert len(share) > 50 or smallest > 0.9
+        if len(share) > 50:
+            assert (
+                share.min() < smallest + 0.1 and 0.7 < (width / height)[~cut].min() < 1 < (width / height)[~cut].max()
+            )
+
+    def test_leaves_even_images_even(self):
+        images = torch.rand(8, 3, 1, 1).expand(8, 3, 9, 7).contiguous()
+        torch.testing.assert_close(random_zoom(images, 0.2, seeded()), images)
+
+    @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+    def test_of_no_share_is_refused(self, share):
+        with pytest.raises(ConfigError, match=r"zoom \(="):
+            Augment(zoom=share)

@@ -265,9 +265,10 @@ class TestParts:
             (["a_train/cat", "a_test/cat", "b_train/cat", "b_test/cat"], r"not one training and one test part"),
             (["test/cat", "val/cat"], r"not one training and one test part"),
             (
-                ["train", "test"],
+                ["train", "test", "cat"],
                 r"'test' \(2 images\), 'train' \(2 images\)\. These are names of parts, without a folder",
             ),
+            (["train", "Train", "test"], r"These are names of parts, without a folder"),
             (["train/cat", "train/dog", "test"], r"'test' \(2 images\), 'train' \(2 folders\)"),
             (["trn/cat", "trn/dog", "tst/cat", "tst/dog"], r"2 of them hold the same folders \(cat, dog\)"),
             (["fold 1/cat", "fold 1/dog", "fold 2/cat", "fold 2/dog"], r"hold the same folders \(cat, dog\)"),
@@ -278,7 +279,6 @@ class TestParts:
             ),
             (["cat"], r"training images of 1 class \(cat\): give images of at least two"),
             (["train/cat", "test/cat"], r"training images of 1 class"),
-            ([""], r"holds no images; images lie in it, but not in class folders"),
         ],
         ids=str,
     )

@@ -63,15 +63,23 @@ class TestSingleRuns:
     def test_are_set_side_by_side_and_the_shorter_are_padded(self, home):
         shown = compare([home / "teacher", home / "two", home / "three"])
         last = ["teacher (%)", "epochs", "minutes", "firing rate (%)", "agreement (%)", *STEPS]
-        assert shown.columns == ["run", "accuracy (%)", "method", "network", "T", "weights", *last]
+        assert shown.columns == ["run", "accuracy (%)", "method", "network", "T x D", "weights", *last]
         first, second, third = rows(shown).values()
         assert (first["run"], first["network"], first["method"]) == ("teacher", "vgg9", "teacher (ANN)")
-        empty = (*STEPS, "T", "weights", "firing rate (%)", "agreement (%)", "teacher (%)")
+        empty = (*STEPS, "T x D", "weights", "firing rate (%)", "agreement (%)", "teacher (%)")
         assert [first[name] for name in empty] == [""] * 8
-        assert (second["network"], second["T"], second["weights"]) == ("vgg9", "2", "inherited")
+        assert (second["network"], second["T x D"], second["weights"]) == ("vgg9", "2x1", "inherited")
         assert second["t=3 (%)"] == "" and third["t=3 (%)"] != "" and second["method"] == "direct"
-        assert (third["network"], third["T"], third["weights"]) == ("resnet20", "3", "fresh")
+        assert (third["network"], third["T x D"], third["weights"]) == ("resnet20", "3x1", "fresh")
         assert [row["epochs"] for row in (first, second, third)] == ["1"] * 3
+
+    def test_of_graded_spikes_say_t_times_d(self, tmp_path):
+        found = [made(tmp_path, timesteps=1, student={"levels": 4}, name="graded"), made(tmp_path, timesteps=4)]
+        shown = rows(table(found))
+        assert [row["T x D"] for row in shown.values()] == ["1x4", "4x1"]
+        columns, (graded, single) = lines(found)
+        places = [columns.index(name) for name in ("timesteps", "levels")]
+        assert [[row[place] for place in places] for row in (graded, single)] == [[1, 4], [4, 1]]
 
     @pytest.mark.parametrize("name", ["two", "three"])
     def test_show_the_numbers_of_the_results(self, home, name):
@@ -334,6 +342,7 @@ class TestWhatIsRead:
             steps = [row[f"accuracy_t{t}"] for t in (1, 2, 3) if row[f"accuracy_t{t}"] is not None]
             assert steps == stored["accuracy_by_step"]
             assert (row["run"], row["seed"], row["epochs"]) == (name, 0, 1)
+        assert [row["levels"] for row in (teacher, two, three)] == [None, 1, 1]
         assert teacher["method"] == "teacher (ANN)" and teacher["timesteps"] is teacher["accuracy_t1"] is None
 
 

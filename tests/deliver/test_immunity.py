@@ -49,7 +49,7 @@ class Told(Progress):
 def test_writes_scores_a_table_and_a_picture_for_each_kind(home, tmp_path):
     runs = [home / "teacher", home / "student"]
     columns, rows = measure_immunity(runs, tmp_path, kinds=("noise", "hardware"), images=9, baseline="student")
-    assert columns[:6] == ["network", "images", "format", "clean", "noise", "hardware"]
+    assert columns[:7] == ["network", "T x D", "images", "format", "clean", "noise", "hardware"]
     assert [row[0] for row in rows] == ["teacher", "student"]
     with (tmp_path / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -63,8 +63,8 @@ def test_writes_scores_a_table_and_a_picture_for_each_kind(home, tmp_path):
         assert line["images"] == "9" and line["format"] == "float32"
         assert float(line["error"]) == pytest.approx(standard_error(float(line["accuracy"]), 9), abs=1e-3)
     for row in rows:
-        assert row[1:3] == ["9", "float32"]
-        for cell, kind in zip(row[3:6], ("clean", "noise", "hardware")):
+        assert row[1:4] == ["2x1" if row[0] == "student" else "", "9", "float32"]
+        for cell, kind in zip(row[4:7], ("clean", "noise", "hardware")):
             found = [float(line["accuracy"]) for line in lines if line["network"] == row[0] and line["kind"] == kind]
             mean = sum(found) / len(found)
             assert cell == f"{mean:.2f} ± {standard_error(mean, 9):.2f}"
@@ -78,7 +78,7 @@ def test_attacks_are_named_one_by_one_with_a_transfer_where_the_teacher_is_there
     told = Told()
     runs = [home / "teacher", home / "student"]
     columns, rows = measure_immunity(runs, tmp_path, kinds=("attack",), attacked=4, progress=told)
-    assert columns[:5] == ["network", "images", "format", "clean", "attack"] and rows[0][1] == "24"
+    assert columns[:6] == ["network", "T x D", "images", "format", "clean", "attack"] and rows[0][2] == "24"
     text = (tmp_path / "immunity.md").read_text()
     head, _, *lines = [line.strip("| ").split(" | ") for line in text.split("\n\n")[-1].splitlines()]
     assert head == ["network", "format", "images", "attack", "clean", "worst", "own", *SURROGATES, "teacher"]

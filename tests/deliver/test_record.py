@@ -10,7 +10,9 @@ import torch
 from spikedistill.compute import place as place_module
 from spikedistill.data.images import load_images
 from spikedistill.deliver import record as module
-from spikedistill.deliver.record import Record, evaluate, find_teacher, read_records, some_of
+from spikedistill.deliver import teachers
+from spikedistill.deliver.record import Record, evaluate, read_records, some_of
+from spikedistill.deliver.teachers import find_teacher
 from spikedistill.errors import ConfigError, RunError, SpikeDistillError
 from spikedistill.files import read_tensors, write_tensors
 from spikedistill.objective.direct import Direct
@@ -188,7 +190,7 @@ class TestFindTeacher:
     def test_may_be_a_library_s_with_its_published_weights(self, home, images, monkeypatch):
         taught, _ = load_teacher(home / "teacher")
         published = (taught, Architecture("torchvision/resnet18", 3))
-        monkeypatch.setattr(module, "pretrained", lambda name: published if name == "torchvision/resnet18" else None)
+        monkeypatch.setattr(teachers, "pretrained", lambda name: published if name == "torchvision/resnet18" else None)
         assert find_teacher(images, "torchvision/resnet18") == published
 
     def test_none_is_none(self, images):
@@ -213,9 +215,9 @@ class TestEvaluate:
     def test_finds_the_results_of_a_teacher(self, home):
         assert evaluate(home / "teacher") == Run(home / "teacher").read("results")
 
-    @pytest.mark.parametrize("asked", [{"timesteps": 2}, {"confidence": 0.5}])
+    @pytest.mark.parametrize("asked", [{"timesteps": 2}, {"confidence": 0.5}, {"schedule": "step-by-step"}])
     def test_of_a_teacher_knows_no_time(self, home, asked):
-        with pytest.raises(ConfigError, match="holds a teacher, which has no time steps"):
+        with pytest.raises(ConfigError, match="holds a teacher, without time steps"):
             evaluate(home / "teacher", **asked)
 
     def test_with_more_steps_begins_with_the_same_steps(self, home):

@@ -15,7 +15,7 @@ from spikedistill.evaluate.immunity import immunity, sample
 from spikedistill.neuron.surrogate import ATan, Rectangle, Triangle
 from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Latency, Rate
-from spikedistill.student.conversion import Conversion
+from spikedistill.student.conversion import ROUNDING, Conversion
 
 
 def test_one_step_on_a_linear_network_is_the_worst_case():
@@ -132,6 +132,13 @@ def test_a_surrogate_that_is_the_networks_own_is_not_tried_twice(trio):
     for layer in student.neurons.values():
         layer.neuron = dataclasses.replace(layer.neuron, surrogate=Triangle(1.0))
     assert gradients(student, None) == [OWN, *(name for name in SURROGATES if name != "triangle 1")]
+
+
+def test_graded_spikes_use_no_surrogate_so_others_would_be_the_same_attack():
+    neuron = dataclasses.replace(ROUNDING, levels=2)
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    graded, _ = to_spiking(network, Conversion(neuron=neuron, inherit=False))
+    assert gradients(graded, None) == [OWN] and gradients(graded, graded) == [OWN, TEACHER]
 
 
 def test_a_transfer_is_the_teachers_own_attack(trio):

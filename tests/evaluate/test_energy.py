@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
+from spikedistill.deliver.energy import bill_of, lines, table
 from spikedistill.evaluate.activity import firing_rates, operations
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, verdicts
 from spikedistill.neuron.dynamics import IF
@@ -9,7 +12,7 @@ from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 
 COST = Cost(acs=100.0, macs=10.0, spikes=20.0, updates=40.0, dense=60.0, active=30.0, timesteps=4)
-BIT = 10 / 64
+BIT, F32 = 10 / 64, torch.float32
 
 
 def test_operations_alone_cost_what_horowitz_says():
@@ -42,6 +45,38 @@ def test_an_ann_is_paid_at_eight_bits():
 @pytest.mark.parametrize("timesteps, bits", [(1, 1), (2, 2), (3, 2), (4, 3), (7, 3), (8, 4), (255, 8)])
 def test_bits_tell_so_many_counts_apart(timesteps, bits):
     assert Cost(*[0.0] * 6, timesteps).bits == bits and 2**bits >= timesteps + 1 > 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize("timesteps, levels, bits", [(1, 4, 3), (2, 2, 3), (2, 4, 4), (3, 5, 4), (4, 4, 5)])
+def test_bits_tell_the_counts_of_all_sub_steps_apart(timesteps, levels, bits):
+    cost = dataclasses.replace(COST, timesteps=timesteps, levels=levels)
+    assert cost.bits == bits and 2**bits >= timesteps * levels + 1 > 2 ** (bits - 1)
+    # the ANN writes each activation once, of the T D updates of its neuron
+    one, written = 0.2 * bits / 8 + 0.1 + BIT * (8 + bits), 40 / (timesteps * levels) * bits * BIT
+    assert energies(cost)["memory"]["quantised"] == pytest.approx((60 * one + written) / 1e6)
+
+
+def test_graded_spikes_are_counted_as_by_hand():
+    """One pixel drives two neurons of three levels, which drive three classes; every spike and sub-step counts."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(2, 3))
+    neuron = dataclasses.replace(IF, levels=3)
+    student, _ = to_spiking(network, Conversion(timesteps=2, neuron=neuron, inherit=False))
+    for layer in student.neurons.values():
+        layer.backend = "reference"
+    student.core.get_submodule("0").weight.data = torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)
+    student.core.get_submodule("3").weight.data.fill_(1.0)
+    white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
+    bill = bill_of("graded", student.eval(), white, torch.zeros(1, dtype=torch.int64), F32)
+    # A white pixel alone is like a spike: 2 accumulates. Currents of 1 and 1/2: counts 1, 1 and 0, 1. Then with 2.5
+    # times the weights: 2, 3 and 1, 1.
+    assert (bill.cost.spikes, bill.cost.acs, bill.cost.updates) == (3, 2 + 9, 2 * 2 * 3)
+    student.core.get_submodule("0").weight.data *= 2.5
+    bill = bill_of("graded", student, white, torch.zeros(1, dtype=torch.int64), F32)
+    assert (bill.cost.spikes, bill.cost.acs, bill.cost.macs) == (7, 2 + 21, 0)
+    assert (bill.cost.timesteps, bill.cost.levels, bill.cost.bits) == (2, 3, 3)
+    columns, (row, *_) = table([bill])
+    assert dict(zip(columns, row))["T x D"] == "2x3"
+    assert ("graded", "levels", 3) in lines([bill])
 
 
 def test_where_a_student_loses_it_is_said_with_both_figures():

@@ -162,6 +162,30 @@ class TestFaults:
         always = spikes_of(fault(firing, "stuck-neurons", severity), 0 * self.ONE)
         assert float(always.mean()) == pytest.approx(FAULTS["stuck-neurons"][1][severity - 1] / 2, abs=0.003)
 
+    @pytest.mark.parametrize("severity", (1, 5))
+    def test_of_counts_hit_each_spike_of_its_own(self, severity):
+        """Neurons that fire 0 to 5 of 5 spikes within a step: each spike is lost, or stuck, as a single one is."""
+        net = nn.Sequential(nn.Flatten(), nn.Linear(1, 6000, bias=False), nn.ReLU(), nn.Linear(6000, 2))
+        neuron = dataclasses.replace(IF, levels=5, threshold=0.5)
+        student, _ = to_spiking(net, Conversion(timesteps=1, neuron=neuron, inherit=False))
+        (layer,) = student.neurons.values()
+        layer.backend = "reference"
+        drive = torch.arange(6000) % 6
+        student.eval().core.get_submodule("1").weight.data = 0.5 * drive[:, None].float()
+        assert torch.equal(spikes_of(student, self.ONE)[0], 0.5 * drive)
+        share = FAULTS["dropped-spikes"][1][severity - 1]
+        kept = spikes_of(fault(student, "dropped-spikes", severity), self.ONE) / 0.5
+        assert torch.equal(kept, kept.round()) and (kept <= drive).all()
+        for count in range(1, 6):  # binomial: mean n (1 - p), variance n p (1 - p)
+            some = kept[:, drive == count]
+            assert float(some.mean()) == pytest.approx(count * (1 - share), abs=4 * (count * share / 2000) ** 0.5)
+            assert float(some.var()) == pytest.approx(count * share * (1 - share), rel=0.35)
+        stuck = spikes_of(fault(student, "stuck-neurons", severity), 0 * self.ONE) / 0.5
+        assert set(stuck.unique().tolist()) == {0.0, 5.0}
+
+    def test_lost_spikes_of_what_is_no_number_stay_no_number(self, firing):
+        assert spikes_of(fault(firing, "dropped-spikes", 5), torch.nan * self.ONE).isnan().all()
+
     def test_a_mismatch_moves_the_current_at_which_a_neuron_fires(self, firing):
         # in thresholds of the layer: a current of 1 fires at the first step where the own threshold is at most 1
         half = spikes_of(fault(firing, "threshold-mismatch", 1), self.ONE)[:2].mean()

@@ -10,9 +10,10 @@ from spikedistill.data.images import ImageSet
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate import measure as module
 from spikedistill.evaluate.measure import check_fits, measure_student, measure_teacher
+from spikedistill.neuron.dynamics import LIF
 from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
-from spikedistill.student.conversion import Conversion
+from spikedistill.student.conversion import ROUNDING, Conversion
 from spikedistill.teacher.load import Teacher
 
 PLACE = choose_place("cpu", "fp32", convolutions="torch")
@@ -78,6 +79,30 @@ class TestStudent:
         conversion = Conversion(timesteps=4, inherit=False, coding=Frames())
         student, _ = to_spiking(network(channels=2), conversion)
         assert len(measure_student(student, None, events, PLACE)["accuracy_by_step"]) == 4
+
+    def test_of_graded_spikes_is_measured_in_sub_steps(self, teacher, blobs):
+        neuron = dataclasses.replace(ROUNDING, levels=3)
+        made = Conversion(timesteps=2, neuron=neuron)
+        student = to_spiking(teacher, made, calibrate=blobs.train_images.float() / 255)[0].eval()
+        pixels, path = blobs.test_images.float() / 255, student.layers()
+        results = measure_student(student, None, blobs, PLACE)
+        assert (results["timesteps"], results["levels"], results["schedule"]) == (2, 3, "layer-by-layer")
+        assert results["latency"] == {"layer-by-layer": 6} and len(results["accuracy_by_step"]) == 2
+        counts = student.observe(pixels, spikes=path).spikes[path[0]].detach()
+        assert results["firing_rate"] == pytest.approx(100 * float(counts.mean()) / 3, rel=1e-5)
+        single = measure_student(student, None, blobs, PLACE, confidence=1.0, schedule="step-by-step")
+        assert (single["timesteps"], single["levels"], single["schedule"]) == (6, 1, "step-by-step")
+        assert single["latency"]["step-by-step"] == 6 and len(single["accuracy_by_step"]) == 6
+        # one layer of neurons: its spikes are the same ones, but for where in time they are
+        assert single["test_accuracy"] == results["test_accuracy"] and single["early_exit_steps"] == 6
+        assert single["firing_rate"] == pytest.approx(results["firing_rate"], abs=0.1)
+        assert student.conversion.model.levels == 3 and student.timesteps == 2
+
+    def test_of_leaky_graded_spikes_runs_layer_by_layer_alone(self, blobs):
+        conversion = Conversion(timesteps=2, neuron=dataclasses.replace(LIF, levels=2), inherit=False)
+        student, _ = to_spiking(network(), conversion)
+        with pytest.raises(ConfigError, match=r"Step by step is for neurons without leak.*Run it layer by layer"):
+            measure_student(student, None, blobs, PLACE, schedule="step-by-step")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_is_measured_in_the_number_format_of_the_place(self, student, teacher, blobs, dtype, monkeypatch):

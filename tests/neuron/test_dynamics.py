@@ -44,10 +44,10 @@ def by_hand(neuron: Neuron, currents: list[float], v: float) -> tuple[list[float
     spikes = []
     for x in currents:
         v = neuron.leak * v + (1 - neuron.leak if neuron.decay_input else 1.0) * x
-        fired = v >= 1
+        fired = min(max(math.floor(v), 0), neuron.levels)
         spikes.append(float(fired))
         if fired:
-            v = v - 1 if neuron.reset is Reset.SUBTRACT else 0.0
+            v = v - fired if neuron.reset is Reset.SUBTRACT else 0.0
     return spikes, v
 
 
@@ -90,6 +90,52 @@ class TestIntegrateAndFire:
         columns = double(*currents)[:, None]
         leaky, kept = (run(columns, None, neuron, *double(1.0, 1.0), len(currents)) for neuron in (LIF, IF))
         torch.testing.assert_close(leaky, kept, rtol=0, atol=0)
+
+
+class TestGraded:
+    """A neuron that fires up to D spikes within a step."""
+
+    @law
+    @given(currents=TRAINS, timesteps=LENGTHS, levels=st.integers(1, 5))
+    def test_its_count_over_time_is_a_staircase_of_td_stairs(self, currents, timesteps, levels):
+        neuron = Neuron(initial=0.5, levels=levels)
+        counts = [min(max(math.floor(timesteps * x + 0.5), 0), timesteps * levels) for x in currents]
+        assert (rates(currents, timesteps, neuron) * timesteps).round(decimals=9).tolist() == counts
+
+    @law
+    @given(currents=TRAINS, leak=st.sampled_from([0.25, 0.5, 1.0]), levels=st.integers(1, 5))
+    def test_follows_the_three_equations(self, currents, leak, levels):
+        neuron = Neuron(leak=leak, levels=levels)
+        assert emit(neuron, currents, state=0.5) == by_hand(neuron, currents, 0.5)
+
+    @law
+    @given(currents=TRAINS, levels=st.integers(1, 5))
+    def test_is_as_many_binary_steps_of_which_the_first_has_the_current(self, currents, levels):
+        v, found = 0.5, []
+        for x in currents:  # IF that is shown the current once and nothing in the other sub-steps
+            spikes, v = emit(IF, [x] + [0.0] * (levels - 1), state=v)
+            assert spikes == sorted(spikes, reverse=True)  # left-aligned
+            found.append(sum(spikes))
+        assert (found, v) == emit(Neuron(levels=levels), currents, state=0.5)
+
+    @law
+    @given(currents=TRAINS, levels=st.integers(2, 5))
+    def test_of_one_step_has_the_gradient_of_a_clipped_ramp(self, currents, levels):
+        current = double(*currents)[None].requires_grad_()
+        neuron = Neuron(initial=0.5, levels=levels)
+        spikes, _ = run(current, None, neuron, *double(1.0, 0.5), 1)
+        spikes.sum().backward()
+        inside = [0 <= x / 0.5 <= levels for x in currents]
+        assert (current.grad[0] != 0).tolist() == inside and set(current.grad[0].tolist()) <= {0.0, 1.0}
+
+    @pytest.mark.parametrize("levels", [0, -1, True])
+    def test_levels_that_are_no_number_of_spikes_are_refused(self, levels):
+        with pytest.raises(ConfigError, match=r"levels \(=.*give a whole number, 1 or more"):
+            Neuron(levels=levels)
+
+    def test_needs_the_subtractive_reset(self):
+        with pytest.raises(ConfigError, match=r"levels \(=2\) above 1 need the subtractive reset"):
+            Neuron(levels=2, reset=Reset.ZERO)
 
 
 class TestTraces:

@@ -34,6 +34,9 @@ CASES = {
     "lif, state": Case(LIF, state=True),
     "lif, to zero, detached, constant": Case(Neuron(leak=0.4, reset=Reset.ZERO, detach_reset=True), constant=True),
     "rounding, half": Case(ROUNDING, torch.bfloat16, keep=False),
+    "graded, learned threshold": Case(Neuron(initial=0.5, levels=4, learn_threshold=True)),
+    "graded lif, half, state": Case(Neuron(leak=0.5, levels=3), torch.bfloat16, state=True),
+    "graded, detached, constant": Case(Neuron(levels=2, detach_reset=True), constant=True, keep=False),
     "plif": Case(replace(PLIF, surrogate=ATan()), keep=False),
     "plif, learned threshold, half, state": Case(replace(PLIF, learn_threshold=True), torch.bfloat16, state=True),
     "plif, subtractive, detached, current as it is, learned threshold": Case(

@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.dynamics import fire
+from spikedistill.neuron.dynamics import Neuron, fire
 from spikedistill.neuron.surrogate import SURROGATES, ATan, Rectangle, Sigmoid, Triangle
 
 ALL = [Sigmoid(), ATan(), Triangle(), Rectangle(), Sigmoid(2.0), ATan(3.0), Triangle(0.5), Rectangle(2.0)]
@@ -30,10 +32,19 @@ class TestLaws:
     @given(u=st.floats(-3, 3), grad=st.floats(-5, 5))
     def test_spike_is_a_step_forward_and_the_formula_backward(self, surrogate, u, grad):
         potential = torch.tensor(u, dtype=torch.float64, requires_grad=True)
-        spike = fire(potential, surrogate)
-        assert spike == float(u >= 0)
+        spike = fire(potential, Neuron(surrogate=surrogate))
+        assert spike == float(u >= 1)
         (spike * grad).backward()
-        torch.testing.assert_close(potential.grad, grad * surrogate.gradient(potential.detach()))
+        torch.testing.assert_close(potential.grad, grad * surrogate.gradient(potential.detach() - 1.0))
+
+
+@given(u=st.floats(-3, 8), grad=st.floats(-5, 5), levels=st.integers(2, 6))
+def test_graded_spikes_count_whole_thresholds_and_pass_gradients_straight_through(u, grad, levels):
+    potential = torch.tensor(u, dtype=torch.float64, requires_grad=True)
+    spikes = fire(potential, Neuron(levels=levels))
+    assert spikes == min(max(math.floor(u), 0), levels)
+    (spikes * grad).backward()
+    assert potential.grad == (grad if 0.5 <= u <= levels + 0.5 else 0.0)
 
 
 def test_the_integral_of_the_sigmoid_is_the_logistic_function():

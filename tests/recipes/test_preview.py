@@ -63,7 +63,9 @@ class TestPreview:
     @pytest.mark.parametrize("coding", ["direct", "frames", "latency", "rate"])
     def test_counts_the_same_whatever_the_coding_and_t(self, home, coding):
         asked = {"image_size": 16, "coding": coding}
-        assert preview(f"{home / 'own.py'}:net", timesteps=3, **asked).neurons == {"relu": 256}
+        for levels in (1, 4):
+            found = preview(f"{home / 'own.py'}:net", timesteps=3, levels=levels, **asked)
+            assert found.neurons == {"relu": 256} and found.report.levels == levels
 
     def test_needs_no_weights_and_no_data(self):
         found = preview("resnet20", width=4, channels=1, classes=3)
@@ -104,6 +106,10 @@ class TestCommand:
         assert any(note.startswith("relu: negative slope 0.1 dropped") for note in notes)
         assert any("Thresholds are left out" in note for note in notes)
 
+    def test_says_t_and_d_of_graded_spikes(self, home, capsys):
+        assert call("check", f"{home / 'own.py'}:net", "--image-size", 16, "--timesteps", 1, "--levels", 4) == 0
+        assert "762 parameters, T=1, D=4." in capsys.readouterr().out
+
     def test_prints_thresholds_that_mean_something(self, home, capsys):
         assert call("check", home / "teacher", "--timesteps", 2) == 0
         shown = capsys.readouterr().out
@@ -114,6 +120,8 @@ class TestCommand:
         [
             ("{home}/own.py:refused --image-size 16", "'sigmoid'"),
             ("vgg8", "Did you mean 'vgg"),
+            ("vgg9 --levels 0", "levels (=0) must be 1 or more"),
+            ("vgg9 --neuron plif --levels 2", "levels (=2) above 1 need reset=subtract"),
             ("vgg9 --timesteps 0", "timesteps (=0) must be 1 or more"),
             ("vgg9 --data nowhere.npz", "nowhere.npz"),
             ("vgg9 --classes 0", "classes (=0)"),

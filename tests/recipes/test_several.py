@@ -54,6 +54,10 @@ def trained(monkeypatch, call, *arguments, **options):
 
 
 class TestNames:
+    def test_have_t_and_d_of_graded_spikes_in_their_names(self, home):
+        graded = recipe(home, student=StudentChoice(timesteps=1, levels=4))
+        assert list(variants(graded, ["direct"], 1)) == ["direct-t1d4-s5"]
+
     def test_carry_method_steps_and_seed_from_the_recipe_s_own_upwards(self, home):
         made = variants(recipe(home), METHODS, 2)
         assert list(made) == ["direct-t2-s5", "direct-t2-s6", "kdsnn-response-t2-s5", "kdsnn-response-t2-s6"]

@@ -8,6 +8,7 @@ from spikedistill.data.images import load_images
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.files import read_tensors
 from spikedistill.recipes.teach import Teach, teach
+from spikedistill.teacher.airbench import whitening
 from spikedistill.teacher.load import load_teacher
 from spikedistill.train import loop
 from spikedistill.train.recipe import Data, Training
@@ -68,6 +69,30 @@ def test_a_network_of_ones_own_is_taught_and_loaded_again(file, tmp_path):
     teacher, architecture = load_teacher(tmp_path / "run", trust_code=True)
     assert architecture.name.endswith("own.py:small") and architecture.width is None
     assert teacher(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+def test_a_network_that_starts_from_images_has_whitened_them_and_keeps_that(blobs, file, tmp_path):
+    arrays = dict(np.load(file))
+    for part in ("train", "test"):
+        arrays[f"{part}_images"] = arrays[f"{part}_images"].repeat(2, 1).repeat(2, 2)
+    np.savez(tmp_path / "larger.npz", **arrays)
+    training = dataclasses.replace(TRAINING, lookahead=2, norm_lr=4.0, momentum=0.5)
+    recipe = Teach("airbench94", width=4, data=Data(str(tmp_path / "larger.npz")), training=training)
+    teach(recipe, tmp_path / "run")
+    tensors, facts = read_tensors(tmp_path / "run" / "model.safetensors")
+    images, (mean, std) = (
+        load_images(recipe.data.name),
+        (torch.tensor(facts[name])[:, None, None] for name in ("mean", "std")),
+    )
+    expected = whitening((images.train_images.float() / 255 - mean) / std)
+    torch.testing.assert_close(tensors["white.weight"], torch.cat([expected, -expected]))
+    assert tensors["white.bias"].any()
+    assert load_teacher(tmp_path / "run")[1].name == "airbench94"
+
+
+def test_an_image_that_is_too_small_for_the_network_is_refused(file, tmp_path):
+    with pytest.raises(ConfigError, match=r"airbench94.*8"):
+        teach(Teach("airbench94", data=Data(file), training=TRAINING), tmp_path / "run")
 
 
 def test_label_smoothing_reaches_the_loss(recipe, tmp_path):

@@ -326,13 +326,13 @@ class TestBiases:
         # no whole number of batches, of those that measure the ANN and of those that measure the student
         ann, images = self.network(norm), torch.rand(310, 1, 8, 8)
         plain, _ = self.lacking(ann, images)
-        corrected, _ = self.lacking(ann, images, correct_bias=True)
+        corrected, _ = self.lacking(ann, images, correct="biases")
         assert max(corrected) < 0.35 * max(plain)
 
     def test_do_not_depend_on_the_order_of_images(self):
         # they are cut into batches of unequal size, and those in the last are the brightest, or the darkest
         ann, images = self.network(), torch.rand(310, 1, 8, 8) * torch.linspace(0, 1, 310).view(-1, 1, 1, 1)
-        options = {"correct_bias": True, "per_channel": False}
+        options = {"correct": "biases", "per_channel": False}
         (_, one), (_, other) = (self.lacking(ann, given, **options) for given in (images, images.flip(0)))
         for name, bias in one.state_dict().items():
             torch.testing.assert_close(other.state_dict()[name], bias, rtol=1e-4, atol=1e-5, msg=name)
@@ -340,7 +340,7 @@ class TestBiases:
     def test_change_nothing_but_biases(self):
         ann, images = self.network(), torch.rand(64, 1, 8, 8)
         _, plain = self.lacking(ann, images)
-        _, corrected = self.lacking(ann, images, correct_bias=True)
+        _, corrected = self.lacking(ann, images, correct="biases")
         before = plain.state_dict()
         changed = {name for name, value in corrected.state_dict().items() if not torch.equal(value, before[name])}
         assert changed == {"core.1.bias", "core.4.bias"}
@@ -359,9 +359,9 @@ class TestBiases:
         images = torch.rand(32, 1, 8, 8)
         ann, options = Block(), {"neuron": IF, "rule": "max"}
         plain = to_spiking(ann, Conversion(**options), calibrate=images)[0].state_dict()
-        corrected = to_spiking(ann, Conversion(**options, correct_bias=True), calibrate=images)[0].state_dict()
+        corrected = to_spiking(ann, Conversion(**options, correct="biases"), calibrate=images)[0].state_dict()
         assert {name for name in plain if not torch.equal(plain[name], corrected[name])} == {"core.norm.bias"}
 
     def test_of_fresh_weights_are_refused(self):
-        with pytest.raises(ConfigError, match="correct_bias needs inherited weights"):
-            to_spiking(self.network(), Conversion(inherit=False, correct_bias=True))
+        with pytest.raises(ConfigError, match=r"correct .* needs inherited weights"):
+            to_spiking(self.network(), Conversion(inherit=False, correct="biases"))

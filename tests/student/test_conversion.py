@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from spikedistill.neuron.dynamics import IF, LIF, NEURONS, PLIF, Neuron, Reset
 from spikedistill.neuron.surrogate import SURROGATES, ATan, Triangle
 from spikedistill.recipes.choices import StudentChoice
 from spikedistill.student.coding import CODINGS, DirectCoding, Frames, Latency, Rate
-from spikedistill.student.conversion import FRESH, ROUNDING, Conversion, neuron_from
+from spikedistill.student.conversion import FRESH, ROUNDING, Conversion, Correct, neuron_from
 
 positive = st.floats(1e-3, 1e3)
 surrogates = st.one_of(st.builds(kind, positive) for kind in SURROGATES.values())
@@ -48,7 +49,7 @@ def conversions(draw):
         rule=draw(st.sampled_from(["least-squares", "max", "percentile"])),
         percentile=draw(st.floats(0, 100)),
         per_channel=draw(st.booleans()),
-        correct_bias=inherit and draw(st.booleans()),
+        correct=draw(st.sampled_from(get_args(Correct))) if inherit else "nothing",
         max_pool=draw(st.sampled_from(["cumulative", "or", "average"])),
         coding=draw(codings),
     )
@@ -79,7 +80,7 @@ FAULTS = [
     ({"timesteps": 0}, "timesteps (=0) must be 1 or more"),
     ({"percentile": 100.5}, "percentile (=100.5) must be between 0 and 100"),
     ({"percentile": float("nan")}, "percentile (=nan)"),
-    ({"inherit": False, "correct_bias": True}, "correct_bias needs inherited weights"),
+    ({"inherit": False, "correct": "biases"}, "correct (='biases') needs inherited weights"),
 ]
 
 

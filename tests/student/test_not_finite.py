@@ -1,5 +1,7 @@
 """What is no number stays so through a whole student, in every way of running it."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,6 @@ from spikedistill.neuron.dynamics import IF, LIF, PLIF
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import ROUNDING, Conversion
-from spikedistill.student.quantised import clip_floor_shift
 
 
 def student_of(neuron=ROUNDING):
@@ -65,6 +66,8 @@ def test_bfloat16_keeps_it_too():
     assert spikes.dtype == torch.bfloat16 and spikes.tolist()[1][0] == 1.0 and spikes[:, 1:].isnan().all()
 
 
-def test_the_quantised_stand_in_has_no_level_for_it():
-    currents = torch.tensor([0.3, torch.nan, torch.inf, -torch.inf])
-    assert clip_floor_shift(currents, torch.tensor(1.0), 4).isnan().tolist() == [False, True, True, True]
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_all_steps_trained_as_one_have_no_level_for_it(backend):
+    currents = torch.tensor([[0.3, torch.nan, torch.inf, -torch.inf]])
+    layer = Spiking(dataclasses.replace(IF, initial=0.5), 1.0, backend)
+    assert layer.in_one_step(currents, 4).isnan().tolist() == [[False, True, True, True]]

@@ -216,7 +216,9 @@ class TestRefusals:
     def test_the_quantised_stand_in_has_neither(self, asked):
         student, _ = convert()
         student.gradient = "quantised"
-        with pytest.raises(ConfigError, match=r"gradient \(='quantised'\) has no time steps.*use gradient='exact'"):
+        with pytest.raises(
+            ConfigError, match=r"gradient \(='quantised'\) trains all steps as one.*use gradient='exact'"
+        ):
             student.train().observe(images, **asked)
         assert student.observe(images, ["act"]).features["act"].shape == (1, 3, 4, 4, 4)
         assert student.eval().observe(images, **asked).logits.shape == (4, 3, 3)

@@ -104,6 +104,24 @@ def test_the_order_of_memory_stays_and_changes_nothing(layout):
     assert torch.equal(found, pool(x, 3)[0]) and torch.equal(given_.grad, expected.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_step_is_the_pool_itself_with_the_bits_of_the_growth_and_its_gradient(dtype):
+    def bits(layer, disjoint):
+        layer.disjoint = disjoint
+        x = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0)).relu().to(dtype).requires_grad_()
+        found, state = layer(x, 1)
+        (found * torch.arange(12).view(4, 3)).sum().backward()
+        return found, x.grad, state
+
+    layer = CumulativeMaxPool(nn.MaxPool2d(2))
+    assert layer.disjoint and not CumulativeMaxPool(nn.MaxPool2d(3, 2)).disjoint
+    (plain, slope, state), (grown, again, _) = bits(layer, True), bits(layer, False)
+    assert torch.equal(plain, grown) and torch.equal(slope, again) and state is None
+    assert torch.equal(
+        plain, nn.MaxPool2d(2)(torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0)).relu().to(dtype))
+    )
+
+
 def test_the_same_input_at_every_step():
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     repeated = x.detach().repeat(4, 1, 1, 1).requires_grad_()

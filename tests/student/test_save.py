@@ -80,7 +80,7 @@ CASES = {
     "fresh": {"inherit": False},
     "frames": {"coding": Frames()},
     "rate coding": {"coding": Rate(seed=4)},
-    "corrected": {"correct_bias": True, "rule": "max"},
+    "corrected": {"correct": "biases", "rule": "max"},
 }
 
 
@@ -348,3 +348,34 @@ def test_loading_leaves_the_random_generator_as_it_was(tmp_path):
     network, before = small(), torch.get_rng_state()
     load_student(tmp_path / "it.safetensors", network)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestStored:
+    """Weights rounded to float16 in the file."""
+
+    def test_in_half_the_bytes_only_weights_are_rounded(self, tmp_path):
+        architecture = Architecture("resnet20", 3, 1, 16)
+        student, _ = to_spiking(architecture.build(), Conversion(timesteps=2, inherit=False))
+        for name, stored in (("whole", None), ("half", torch.float16)):
+            save_student(tmp_path / name, student, architecture=architecture, stored=stored)
+        assert (tmp_path / "half").stat().st_size < 0.6 * (tmp_path / "whole").stat().st_size
+        loaded, own = load_student(tmp_path / "half").state_dict(), student.state_dict()
+        large = {name for name, value in own.items() if value.ndim > 1}
+        assert len(large) > 20 and all(value.dtype == own[name].dtype for name, value in loaded.items())
+        for name, value in own.items():
+            assert torch.equal(loaded[name], value.half().float() if name in large else value), name
+
+    def test_a_second_save_of_it_rounds_nothing_more(self, tmp_path):
+        save_student(tmp_path / "a", made(), architecture=ZOO, stored=torch.float16)
+        first = load_student(tmp_path / "a")
+        save_student(tmp_path / "b", first, architecture=ZOO)
+        same_bits(first, load_student(tmp_path / "b"))
+
+    def test_another_format_and_weights_too_large_are_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="stored format 'int8'"):
+            save_student(tmp_path / "it", made(), architecture=ZOO, stored=torch.int8)
+        large = made()
+        next(value for value in large.parameters() if value.ndim == 4).data.mul_(1e9)
+        with pytest.raises(ConfigError, match=r"too large for torch\.float16"):
+            save_student(tmp_path / "it", large, architecture=ZOO, stored=torch.float16)
+        assert not (tmp_path / "it").exists()

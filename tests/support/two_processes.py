@@ -106,6 +106,7 @@ def equal_cases() -> dict[str, dict]:
     """Trainings that do not depend on the number of processes."""
     cases = {f"{g}-{norm}": {"gradient": g, "norm": norm} for g in GRADIENTS for norm in ("none", "frozen")}
     cases["clip-ema"] = {"clip": 0.05, "ema": 0.8}
+    cases["muon"] = {"optimizer": "muon", "lookahead": 3}
     cases["views"] = {"views": 1}
     cases["features"] = {"objective": KDSNN(pairs=(("1", "6"),), adapt=True, margin=True)}
     cases["adamw"] = {"optimizer": "adamw", "lr": 0.005}

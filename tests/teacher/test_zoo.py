@@ -1,4 +1,6 @@
 import itertools
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +10,15 @@ from spikedistill.teacher.taps import taps
 from spikedistill.teacher.zoo import ZOO
 
 PUBLISHED = {
+    "airbench94": 1.97e6,
+    "airbench95": 4.60e6,
+    "airbench96": 9.91e6,
     "preact-resnet18": 11.17e6,
     "resnet18": 11.17e6,
     "resnet19": 12.63e6,
     "resnet20": 0.27e6,
+    "resnet20-a": 0.27e6,
+    "resnet56-a": 0.85e6,
     "resnet34": 21.28e6,
     "vgg11": 9.23e6,
     "vgg16": 14.73e6,
@@ -20,11 +27,16 @@ PUBLISHED = {
 }
 
 DEPTH = {
+    "airbench94": 1 + 3 * 2 + 1,
+    "airbench95": 1 + 3 * 2 + 1,
+    "airbench96": 1 + 3 * 3 + 1,
     "preact-resnet18": 18,
     "pyramidnet18": 18,
     "resnet18": 18,
     "resnet19": 19,
     "resnet20": 20,
+    "resnet20-a": 20,
+    "resnet56-a": 56,
     "resnet34": 34,
     "vgg9": 9,
     "vgg11": 11 - 2,  # two of configuration A's three linear layers are left out, as is usual on CIFAR
@@ -33,7 +45,23 @@ DEPTH = {
     "wrn28-4": 28 - 3 + 1,
 }
 
-STAGES = {"resnet19": 3, "resnet20": 3, "vgg9": 3, "vgg11": 5, "vgg16": 5, "wrn16-2": 3, "wrn28-4": 3}
+STAGES = {
+    "resnet20-a": 3,
+    "resnet56-a": 3,
+    "airbench94": 3,
+    "airbench95": 3,
+    "airbench96": 3,
+    "resnet19": 3,
+    "resnet20": 3,
+    "vgg9": 3,
+    "vgg11": 5,
+    "vgg16": 5,
+    "wrn16-2": 3,
+    "wrn28-4": 3,
+}
+
+SMALLEST = {"airbench94": 9, "airbench95": 9, "airbench96": 9}
+"""Side of the smallest images, where it is not 8."""
 
 
 def longest_path(network):
@@ -64,8 +92,9 @@ class TestEvery:
             network = ZOO[name](width=8)
         assert longest_path(network) == DEPTH[name]
 
-    @pytest.mark.parametrize("channels, side, classes", [(1, 8, 3), (3, 32, 10)])
+    @pytest.mark.parametrize("channels, side, classes", [(1, None, 3), (3, 32, 10)])
     def test_answers_for_small_grey_and_larger_coloured_images(self, name, channels, side, classes):
+        side = side or SMALLEST.get(name, 8)
         network = ZOO[name](classes=classes, channels=channels, width=8).eval()
         with torch.no_grad():
             logits = network(torch.rand(2, channels, side, side))
@@ -75,14 +104,17 @@ class TestEvery:
 
     def test_the_traced_network_answers_alike(self, name):
         network = ZOO[name](channels=1, width=8).eval()
-        images = torch.rand(2, 1, 8, 8)
+        images = torch.rand(2, 1, 9, 9)
         with torch.no_grad():
             torch.testing.assert_close(fx.symbolic_trace(network)(images), network(images))
 
     def test_a_finite_gradient_reaches_every_weight(self, name):
         network = ZOO[name](channels=1, width=8)
-        network(torch.rand(3, 1, 8, 8)).square().sum().backward()
+        network(torch.rand(3, 1, 9, 9)).square().sum().backward()
         for path, weight in network.named_parameters():
+            if not weight.requires_grad:  # the scale of airbench's norms
+                assert path.endswith(("bn1.weight", "bn2.weight", "bn3.weight")) and name.startswith("airbench")
+                continue
             assert torch.isfinite(weight.grad).all(), path
             assert weight.grad.abs().sum() > 0, path
 
@@ -111,6 +143,17 @@ def test_the_pyramid_grows_evenly_to_eight_times_its_width():
         network = ZOO["pyramidnet18"](width=16)
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     assert [layer.out_channels for layer in convolutions[::2]] == [16, 30, 44, 58, 72, 86, 100, 114, 128]
+
+
+@pytest.mark.parametrize("depth", [20, 56])
+def test_the_resnets_of_option_a_are_the_third_party_networks_of_the_example(depth):
+    """``examples/resnet20_cifar.py`` is how others wrote them. Weights and modules have the same names."""
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "resnet20_cifar.py"))
+    theirs, ours = example[f"resnet{depth}"](7).eval(), ZOO[f"resnet{depth}-a"](7).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "preact-resnet18", "wrn16-2"])

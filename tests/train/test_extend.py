@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from spikedistill.deliver.record import Record, find_teacher
+from spikedistill.deliver.record import Record
+from spikedistill.deliver.teachers import find_teacher
 from spikedistill.errors import RunError, WeightsError
 from spikedistill.recipes.config import read_config
 from spikedistill.recipes.teach import Teach, teach

@@ -389,8 +389,8 @@ class TestRefusals:
             (KDSNNResponse(), "exact", "needs a teacher, and no teacher was given: pass teacher=..., or use Direct"),
             (KDSNNFeature(), "exact", "needs a teacher, and no teacher was given"),
             (Sum(((0.5, Direct()), (0.5, KDSNNResponse()))), "exact", "needs a teacher, and no teacher was given"),
-            (TET(), "quantised", r"gradient \(='quantised'\) has no time steps"),
-            (SpikeBudget("2"), "quantised", r"gradient \(='quantised'\) has no time steps, spikes"),
+            (TET(), "quantised", r"gradient \(='quantised'\) trains all steps as one"),
+            (SpikeBudget("2"), "quantised", r"gradient \(='quantised'\) trains all steps as one"),
             (
                 Looks(Needs(potentials=("2",))),
                 "rate",

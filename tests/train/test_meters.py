@@ -54,7 +54,7 @@ class TestFiringRateMeter:
             seen.append(meter.percent)
         assert seen == [0.0] * len(seen)
 
-    def test_of_the_quantised_stand_in_there_is_none(self):
+    def test_of_all_steps_trained_as_one_there_is_none(self):
         student, _ = to_spiking(network(), Conversion(inherit=False))
         student.gradient = "quantised"
         meter = FiringRateMeter(student)

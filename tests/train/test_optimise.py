@@ -9,7 +9,14 @@ from torch import nn
 from spikedistill.neuron.dynamics import IF, Neuron
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
-from spikedistill.train.optimise import learning_rate, make_averaged, make_optimiser, set_learning_rate
+from spikedistill.train.optimise import (
+    Lookahead,
+    learning_rate,
+    make_averaged,
+    make_lookahead,
+    make_optimiser,
+    set_learning_rate,
+)
 from spikedistill.train.recipe import Training
 
 
@@ -52,6 +59,14 @@ class TestLearningRate:
             config = Training(lr=2.0, warmup=0.05, schedule=schedule)
             assert learning_rate(99, 100, config) == pytest.approx(2.0 * end)
 
+    @pytest.mark.parametrize("schedule, middle", [("cosine", 0.3 + 0.7 * 0.5), ("one-cycle", 0.65)])
+    def test_rises_and_falls_between_the_given_fractions_of_the_peak(self, schedule, middle):
+        config = Training(lr=2.0, warmup=0.5, schedule=schedule, lr_first=0.2, lr_last=0.3)
+        rates = [learning_rate(step, 16, config) / 2.0 for step in range(16)]
+        assert rates[:8] == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+        assert rates[8] == 1.0 and rates[12] == pytest.approx(middle)
+        assert 0.3 < rates[15] < 0.4
+
 
 class TestOptimiser:
     def test_decays_kernels_and_matrices_but_no_vectors_or_scalars(self):
@@ -82,6 +97,47 @@ class TestOptimiser:
         set_learning_rate(optimiser, 0.125)
         assert [group["lr"] for group in optimiser.param_groups] == [0.125, 0.125]
 
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+    def test_biases_of_batch_norm_have_a_rate_of_their_own(self, optimizer):
+        network = convolutional()
+        optimiser = make_optimiser(network, Training(lr=0.5, norm_lr=64.0, optimizer=optimizer))
+        set_learning_rate(optimiser, 0.25)
+        rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+        assert rates.pop(id(network[1].bias)) == 16.0
+        muon = rates.pop(id(network[0].weight))
+        assert muon == (pytest.approx(0.12) if optimizer == "muon" else 0.25)
+        assert set(rates.values()) == {0.25} and len(rates) == 4
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_without_gradient_these_biases_shrink_like_the_weights(self, optimizer):
+        norm = nn.BatchNorm2d(4)
+        norm.bias.data.fill_(3.0)
+        norm.weight.grad, norm.bias.grad = torch.zeros(4), torch.zeros(4)
+        optimiser = make_optimiser(norm, Training(optimizer=optimizer, momentum=0.0, norm_lr=16.0, weight_decay=0.2))
+        set_learning_rate(optimiser, 0.5)
+        optimiser.step()
+        torch.testing.assert_close(norm.bias.detach(), torch.full((4,), 3.0 * (1 - 0.5 * 0.2)))
+        assert (norm.weight == 1).all()
+
+    def test_muon_takes_kernels_and_leaves_frozen_weights_out(self):
+        network = convolutional()
+        network[1].weight.requires_grad_(False)
+        groups = make_optimiser(network, Training(optimizer="muon", norm_lr=2.0)).param_groups
+        assert [[tuple(p.shape) for p in group["params"]] for group in groups if group["orthogonal"]] == [
+            [(4, 3, 3, 3)]
+        ]
+        assert sum(len(group["params"]) for group in groups) == 5
+
+    def test_a_rate_of_zero_is_allowed_with_muon(self):
+        network = convolutional()
+        before = [p.detach().clone() for p in network.parameters()]
+        optimiser = make_optimiser(network, Training(optimizer="muon", lr=0.0))
+        set_learning_rate(optimiser, 0.0)
+        network(torch.rand(2, 3, 5, 5)).sum().backward()
+        optimiser.step()
+        for parameter, value in zip(network.parameters(), before):
+            torch.testing.assert_close(parameter.detach(), value)
+
 
 class TestAveraged:
     def test_there_is_none_unless_a_decay_is_given(self):
@@ -102,3 +158,41 @@ class TestAveraged:
             norm.running_mean.fill_(value)
             averaged.update_parameters(norm)
         assert averaged.module.running_mean.item() == 0.75 * 4.0 + 0.25 * 8.0
+
+
+class TestLookahead:
+    def test_there_is_none_unless_it_is_asked_for(self):
+        assert make_lookahead(nn.Linear(1, 1), Training()) is None
+
+    @pytest.mark.parametrize("steps", [12, 11, 2])
+    def test_is_the_recursion_by_hand(self, steps):
+        """A weight that grows by one each step, every third step averaged with the slow one."""
+        layer, norm = nn.Linear(1, 1, bias=False).double(), nn.BatchNorm1d(1).double()
+        nn.init.constant_(layer.weight, 5.0)
+        norm.running_mean.fill_(5.0)
+        network = nn.Sequential(layer, norm)
+        lookahead = make_lookahead(network, Training(lookahead=3))
+        fast = slow = 5.0
+        for done in range(1, steps + 1):
+            with torch.no_grad():
+                layer.weight.add_(1.0)
+            norm.running_mean.copy_(layer.weight.detach()[0])
+            norm.num_batches_tracked.fill_(done)
+            lookahead.update(network, done, steps)
+            fast += 1.0
+            if done % 3 == 0:
+                kept = 0.95**3 * (done / steps) ** 3
+                fast = slow = kept * slow + (1 - kept) * fast
+            if done == steps:
+                fast = slow
+            assert layer.weight.item() == pytest.approx(fast)
+            assert lookahead.slow[0].weight.item() == pytest.approx(slow)
+            assert norm.running_mean.item() == pytest.approx(fast)
+            assert norm.num_batches_tracked == done
+        assert lookahead.state_dict().keys() == {f"slow.{name}" for name in network.state_dict()}
+
+    def test_the_network_is_not_shared(self):
+        layer = nn.Linear(2, 2)
+        lookahead = Lookahead(layer, 5)
+        layer.weight.data.zero_()
+        assert lookahead.slow.weight.any() and not any(p.requires_grad for p in lookahead.parameters())

@@ -157,6 +157,7 @@ def assert_same_bits(first, second):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+MUON = {"optimizer": "muon", "lookahead": 3, "norm_lr": 8.0, "schedule": "one-cycle", "lr_first": 0.2, "lr_last": 0.1}
 ADAMW = {"optimizer": "adamw", "lr": 0.01}
 
 
@@ -167,9 +168,11 @@ ADAMW = {"optimizer": "adamw", "lr": 0.01}
         ("an ANN", {"ema": 0.8}),
         ("an ANN", ADAMW),
         ("an ANN", {"views": 1}),
+        ("an ANN", MUON),
         ("an ANN with dropout", {"channels_last": False}),
         ("an ANN with dropout", {**ADAMW, "ema": 0.5, "clip": 0.1}),
         ("a student", {}),
+        ("a student", {"lookahead": 4}),
         ("a student", {**ADAMW, "ema": 0.5, "schedule": "one-cycle"}),
         ("a student with dropout", {"ema": 0.8}),
         ("a student with random spikes", ADAMW),

@@ -1,0 +1,188 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from students import convert
+from torch import nn
+
+from spikedistill.errors import ConfigError
+from spikedistill.evaluate.activity import firing_rates, operations
+from spikedistill.neuron.dynamics import Reset
+from spikedistill.student.coding import Frames
+from spikedistill.student.conversion import ROUNDING
+from spikedistill.student.substeps import run_in_substeps, step_by_step
+from spikedistill.teacher.load import Architecture
+
+SPLITS = [(1, 4), (2, 2), (4, 1), (3, 2)]
+
+
+class Mixed(nn.Module):
+    """Biases, batch norm, a residual sum, max and average pooling, a constant, a method and a flatten."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.conv3 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1, bias=False)
+        self.pool, self.fc1, self.fc2 = nn.MaxPool2d(2), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv1(x)))
+        x = F.relu(self.conv2(x) + x + 0.125)
+        x = self.pool(F.relu(self.conv3(x).mul(2.0)))
+        x = F.avg_pool2d(x, 2).flatten(1)
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+def student(timesteps, levels, on_grid=True, network=Mixed, **options):
+    torch.manual_seed(3)
+    ann, images = network().eval(), torch.randint(0, 9, (12, 2, 8, 8)) / 8
+    made = dataclasses.replace(ROUNDING, levels=levels)
+    student, _ = convert(ann, images, timesteps, neuron=made, **options)
+    if on_grid:
+        for name, parameter in student.named_parameters():
+            parameter.data = (parameter.data * 16).round() / 16 if "norm" not in name else parameter.data
+        for layer in student.core.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_var.fill_(1.0 - layer.eps)
+        for layer in student.neurons.values():
+            layer.set_threshold(torch.exp2(layer.threshold.log2().round()))
+    return student.eval(), images
+
+
+def counts(found, timesteps):
+    return {path: trains.unflatten(0, (timesteps, -1)).sum(1) for path, trains in found.spikes.items()}
+
+
+class TestBinarySubSteps:
+    @pytest.mark.parametrize("timesteps, levels", SPLITS)
+    @pytest.mark.parametrize("max_pool", ["cumulative", "or"])
+    def test_count_what_the_graded_neurons_count(self, timesteps, levels, max_pool):
+        made, images = student(timesteps, levels, max_pool=max_pool)
+        with torch.no_grad():
+            graded = made.observe(images, spikes=made.layers())
+        binary = run_in_substeps(made, images, spikes=tuple(made.layers()))
+        several = 0
+        for path, found in counts(binary, timesteps).items():
+            torch.testing.assert_close(found, graded.spikes[path], rtol=0, atol=0)
+            assert set(binary.spikes[path].unique().tolist()) <= {0.0, 1.0} and found.any()
+            several += int((found > 1).sum())
+        assert (several > 0) is (levels > 1)
+        torch.testing.assert_close(binary.logits, graded.logits)
+
+    @pytest.mark.parametrize("timesteps, levels", [(1, 4), (2, 2), (4, 1)])
+    @pytest.mark.parametrize("name", ["resnet20", "vgg9"])
+    def test_count_the_same_in_networks_of_the_zoo(self, name, timesteps, levels):
+        def network():
+            return Architecture(name, classes=3, channels=2, width=4).build()
+
+        made, images = student(timesteps, levels, network=network)
+        with torch.no_grad():
+            graded = made.observe(images, spikes=made.layers())
+        binary = run_in_substeps(made, images, spikes=tuple(made.layers()))
+        found = counts(binary, timesteps)
+        assert len(found) == {"resnet20": 19, "vgg9": 8}[name] and all(one.any() for one in found.values())
+        for path, one in found.items():
+            torch.testing.assert_close(one, graded.spikes[path], rtol=0, atol=0)
+        assert torch.equal(binary.logits.mean(0).argmax(1), graded.logits.mean(0).argmax(1))
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_keep_what_is_no_number_visible(self, value):
+        made, images = student(2, 2)
+        images[1, 0, 2, 2] = value
+        logits = run_in_substeps(made, images).logits
+        assert logits[:, 1].isnan().all() and logits[:, 2:].isfinite().all()
+
+    def test_trains_are_left_aligned(self):
+        made, images = student(2, 3)
+        for trains in run_in_substeps(made, images, spikes=tuple(made.layers())).spikes.values():
+            within = trains.unflatten(0, (2, 3))
+            assert (within.diff(dim=1) <= 0).all()
+
+    def test_of_leaky_neurons_leak_once_a_step(self):
+        torch.manual_seed(3)
+        images = torch.rand(6, 2, 8, 8)
+        neuron = dataclasses.replace(ROUNDING, levels=3, leak=0.5)
+        made, _ = convert(Mixed().eval(), images, 3, neuron=neuron)
+        made.eval()
+        with torch.no_grad():
+            graded = made.observe(images, spikes=made.layers())
+        for path, found in counts(run_in_substeps(made, images, spikes=tuple(made.layers())), 3).items():
+            assert (found != graded.spikes[path].round()).float().mean() < 1e-3
+
+    def test_of_frames_take_each_frame_once(self):
+        torch.manual_seed(3)
+        made, _ = convert(Mixed().eval(), torch.rand(6, 2, 8, 8), 3, neuron=dataclasses.replace(ROUNDING, levels=2))
+        made.conversion = dataclasses.replace(made.conversion, coding=Frames())
+        frames = torch.rand(3, 5, 2, 8, 8)
+        made.eval()
+        with torch.no_grad():
+            graded = made.observe(frames, spikes=made.layers())
+        for path, found in counts(run_in_substeps(made, frames, spikes=tuple(made.layers())), 3).items():
+            assert (found != graded.spikes[path].round()).float().mean() < 1e-3
+
+    def test_need_the_subtractive_reset(self):
+        made, images = student(2, 1)
+        made.conversion = dataclasses.replace(made.conversion, neuron=dataclasses.replace(ROUNDING, reset=Reset.ZERO))
+        with pytest.raises(ConfigError, match="Sub-steps are of subtractive reset"):
+            run_in_substeps(made, images)
+
+
+class TestStepByStep:
+    def test_one_layer_answers_as_it_does_layer_by_layer(self):
+        class Single(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc1, self.fc2 = nn.Linear(128, 9), nn.Linear(9, 3)
+
+            def forward(self, x):
+                return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+        made, images = student(2, 4, network=Single)
+        single = step_by_step(made)
+        with torch.no_grad():
+            torch.testing.assert_close(single(images).mean(0), made(images).mean(0))
+        assert (single.timesteps, single.conversion.model.levels) == (8, 1)
+
+    def test_leaves_the_student_as_it_is(self):
+        made, images = student(1, 4)
+        with torch.no_grad():
+            before = made(images)
+            assert step_by_step(made)(images).shape[0] == 4
+            torch.testing.assert_close(made(images), before, rtol=0, atol=0)
+
+    @torch.no_grad()
+    def test_of_one_spike_a_step_is_the_student_itself(self):
+        neuron = dataclasses.replace(ROUNDING, leak=0.5)
+        made, images = student(3, 1)
+        made.conversion = dataclasses.replace(made.conversion, neuron=neuron)
+        torch.testing.assert_close(step_by_step(made)(images), made(images), rtol=0, atol=0)
+
+    def test_is_refused_with_a_leak_and_with_frames(self):
+        made, _ = student(1, 2)
+        leaky = dataclasses.replace(made.conversion, neuron=dataclasses.replace(ROUNDING, leak=0.5, levels=2))
+        for other in (leaky, dataclasses.replace(made.conversion, coding=Frames())):
+            made.conversion = other
+            with pytest.raises(ConfigError, match="Step by step is for neurons without leak"):
+                step_by_step(made)
+
+
+class TestCounts:
+    def test_operations_of_graded_neurons_are_those_of_their_sub_steps(self):
+        made, images = student(2, 3, max_pool="or")
+        trains = run_in_substeps(made, images, spikes=tuple(made.layers())).spikes
+        with operations(made) as counted, firing_rates(made) as rates:
+            made(images)
+        assert sum(rates.spikes.values()) == sum(float(one.sum()) for one in trains.values())
+        assert sum(rates.chances.values()) == sum(one.numel() for one in trains.values())
+        last = next(one for name, one in trains.items() if "relu_3" in name or name == made.layers()[-1])
+        assert counted.acs["core.fc2"] == float(last.sum()) * 3 and counted.macs["core.fc2"] == 0
+        assert counted.images == len(images)
+
+    def test_rates_alone_are_the_same(self):
+        made, images = student(2, 3)
+        with firing_rates(made) as alone:
+            made(images)
+        with operations(made), firing_rates(made) as beside:
+            made(images)
+        assert (alone.spikes, alone.chances) == (beside.spikes, beside.chances)
