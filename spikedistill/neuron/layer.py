@@ -112,7 +112,7 @@ class Spiking(nn.Module):
         if state is not None:
             kept = flatten_rows(state, 1, order).reshape(flat.shape[1:])
         charged: list[Tensor] | None = None if potentials is None else []
-        if charged is None and self._compiles(flat):
+        if charged is None and not torch.compiler.is_compiling() and self._compiles(flat):
             spikes, after = fused.fused_run(flat, kept, self.neuron, self.leak, threshold, timesteps, keep)
         else:
             spikes, after = run(flat, kept, self.neuron, self.leak, threshold, timesteps, charged)

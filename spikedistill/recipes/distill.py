@@ -125,8 +125,11 @@ class Distill:
                 "gradient=quantised trains all steps as one, which is for neuron=if with reset=subtract, initial=0.5,"
                 " no learn_initial and coding=direct: set these values, or use gradient=exact"
             )
-        if self.training.compile and self.student.gradient != "quantised":
-            faults.append("compile is for ANNs: omit it, a student's neurons are compiled without it")
+        if self.training.compile and self.student.gradient != "quantised" and self.student.timesteps > 1:
+            faults.append(
+                "compile is for ANNs, students of one time step and gradient=quantised, not for timesteps"
+                f" (={self.student.timesteps}): omit it, a student's neurons are compiled without it"
+            )
         return faults
 
 

@@ -1,6 +1,7 @@
 """``to_spiking``: an ANN goes in, a spiking student and a report come out. The whole conversion is in this file."""
 
 import copy
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,7 @@ from spikedistill.student.calibrate import channel_means, record, silent_layers,
 from spikedistill.student.coding import Coding, DirectCoding, Frames
 from spikedistill.student.conversion import USUAL, Conversion
 from spikedistill.student.correct import correct_layers, some_images
-from spikedistill.student.graph import Charges, OneStep, first_convolution, spike_nodes
+from spikedistill.student.graph import Charges, OneStep, first_convolution, spike_nodes, tap
 from spikedistill.student.mixing import refuse_mixed
 from spikedistill.student.rate import rate_run
 from spikedistill.student.recompute import Recompute, recomputed_run
@@ -77,6 +78,7 @@ class Student(nn.Module):
         self.timesteps = conversion.timesteps
         self.gradient: Gradient = "exact"
         self.recompute: Recompute = "nothing"
+        self._taps: dict[frozenset[str], tuple[fx.GraphModule, list[nn.Module]]] = {}
         self.walk: Callable[[fx.GraphModule, Collection[str], Collection[str]], Charges] = Charges
         self.ends = dict(ends)
         self._group: str = core.meta["neurons"]
@@ -263,8 +265,25 @@ class Student(nn.Module):
             return *recomputed_run(self.core, self.recompute == "stages", keep, *given), {}
         if not keep and not charges and not counted:
             return self.core(*given), {}, {}
+        if not charges and not counted:
+            return *self._tapped(frozenset(keep))(*given), {}
         walk = self.walk(self.core, keep, charges)
         return walk.run(*given), walk.kept, walk.potentials
+
+    def _tapped(self, keep: frozenset[str]) -> fx.GraphModule:
+        """The graph that also returns these nodes, made anew where a layer has been exchanged since."""
+        if torch.compiler.is_compiling() and keep in self._taps:
+            return self._taps[keep][0]
+        layers = [*self.core.modules()]
+        made, before = self._taps.get(keep, (None, []))
+        if made is None or len(before) != len(layers) or any(map(operator.is_not, before, layers)):
+            made = tap(self.core, keep)
+            self._taps[keep] = made, layers
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs that return single nodes: a copy makes its own."""
+        return {**self.__dict__, "_taps": {}}
 
     def _normalised(self, images: Tensor) -> Tensor:
         dims, channels = self._takes

@@ -134,6 +134,24 @@ class OneStep(Walk):
         return x
 
 
+def tap(core: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
+    """A network with the layers of a student's graph that also returns outputs of nodes.
+
+    It computes what a ``Walk`` computes. torch.compile can make one kernel after the other of it, without a break.
+
+    Args:
+        core: the graph. Its layers are shared, not copied.
+        keep: names of nodes.
+
+    Returns:
+        A module that takes what the graph takes and returns its results and the outputs by name.
+    """
+    graph, made = fx.Graph(), {}  # type: ignore[var-annotated]
+    results = graph.graph_copy(core.graph, made)
+    graph.output((results, {old.name: new for old, new in made.items() if old.name in keep}))
+    return fx.GraphModule(core, graph)
+
+
 def spike_nodes(core: fx.GraphModule) -> dict[str, str]:
     """For each layer of neurons, by its path in the graph, the name of the node that holds its spikes."""
     return {

@@ -148,8 +148,8 @@ class Training:
     """torch: PyTorch's convolutions. winograd: this package's, by Winograd's algorithm, on a CPU in float32. auto takes
     winograd on processors with AVX2 and without AVX-512, where it is faster, if there is a C compiler."""
     compile: bool = False
-    """Compile the training step of an ANN: a minute at the start, then about a sixth faster on a CPU. For a student
-    only with --gradient quantised."""
+    """Compile the training step: a minute at the start. Then an ANN trains about a sixth faster on a CPU, and a graded
+    student a fifth. A student must have one time step, or --gradient quantised."""
     device: str = "auto"
     """cpu, cuda, mps ...; auto takes a GPU if there is one."""
     keep_memory: bool = True

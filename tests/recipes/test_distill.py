@@ -177,11 +177,11 @@ def test_the_neuron_is_its_fields():
     assert not StudentChoice(neuron="plif", decay_input=False).make_neuron().decay_input
 
 
-def test_a_compiled_step_is_for_anns():
+def test_a_compiled_step_is_for_anns_and_for_students_whose_training_has_one_step():
     compiled = Distill(training=Training(compile=True))
     assert any(fault.startswith("compile is for ANNs") for fault in compiled.faults())
-    stand_in = dataclasses.replace(compiled, student=StudentChoice(gradient="quantised"))
-    assert not stand_in.faults()
+    for choice in (StudentChoice(gradient="quantised"), StudentChoice(timesteps=1, levels=4)):
+        assert not dataclasses.replace(compiled, student=choice).faults()
 
 
 @pytest.fixture(scope="module")

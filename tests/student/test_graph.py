@@ -1,4 +1,7 @@
 import copy
+import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,8 +9,8 @@ from torch import nn
 
 from spikedistill.neuron import layer as neuron_layer
 from spikedistill.student.build import to_spiking
-from spikedistill.student.conversion import Conversion
-from spikedistill.student.graph import Charges, Walk, repeat_time, spike_nodes
+from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.graph import Charges, Walk, repeat_time, spike_nodes, tap
 from spikedistill.teacher.zoo import ZOO
 
 
@@ -113,3 +116,82 @@ class TestRepeatTime:
 
     def test_a_network_without_neurons_has_no_spike_nodes(self):
         assert spike_nodes(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))) == {}
+
+
+COMPILED = """
+import dataclasses
+import torch
+from spikedistill import Conversion, to_spiking
+from spikedistill.student.conversion import ROUNDING
+from spikedistill.teacher.zoo import ZOO
+
+torch.manual_seed(0)
+neuron, images = dataclasses.replace(ROUNDING, levels=4, learn_threshold=True), torch.rand(6, 1, 8, 8)
+network = ZOO["resnet20"](classes=3, channels=1, width=4)
+student, _ = to_spiking(network, Conversion(timesteps=1, neuron=neuron), calibrate=images)
+path = student.paths()[-3]
+for layer in student.neurons.values():
+    layer.backend = "reference"
+
+def loss(images):
+    answer = student.observe(images, (path,))
+    return answer.logits.square().sum() + answer.features[path].sum()
+
+def gradients(function):
+    student.zero_grad()
+    function(images).backward()
+    return {name: value.grad.clone() for name, value in student.named_parameters()}
+
+expected = gradients(loss)
+found = gradients(torch.compile(loss, backend="eager", fullgraph=True))
+assert any("threshold" in name for name in found)
+for name, value in found.items():
+    torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+"""
+
+
+class TestTap:
+    """The graph that also returns outputs of nodes."""
+
+    def made(self, **changes):
+        torch.manual_seed(0)
+        network = ZOO["resnet20"](classes=3, channels=1, width=4)
+        neuron = dataclasses.replace(ROUNDING, levels=4, learn_threshold=True, **changes)
+        images = torch.rand(6, 1, 8, 8)
+        student, _ = to_spiking(network, Conversion(timesteps=1, neuron=neuron), calibrate=images)
+        for layer in student.neurons.values():
+            layer.backend = "reference"
+        return student, images
+
+    def test_returns_what_a_walk_keeps(self):
+        student, images = self.made()
+        student.eval()
+        paths = student.paths()[::3]
+        keep = {student.ends[path] for path in paths}
+        given = images, 1, 1, (None,) * student.states, False
+        walk = Walk(student.core, keep)
+        (logits, _), kept = tap(student.core, keep)(*given)
+        torch.testing.assert_close(logits, walk.run(*given)[0], rtol=0, atol=0)
+        assert kept.keys() == walk.kept.keys() == keep
+        for name, value in kept.items():
+            torch.testing.assert_close(value, walk.kept[name], rtol=0, atol=0)
+
+    def test_is_made_anew_where_a_layer_was_exchanged_and_in_copies(self):
+        student, images = self.made()
+        student.eval()
+        path = student.paths()[-1]
+        for layer in student.core.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.data.fill_(1.5)
+        before = student.observe(images, (path,)).features[path]
+        twin = copy.deepcopy(student)
+        for one in (twin, student):
+            name = next(name for name, layer in one.core.named_modules() if isinstance(layer, nn.BatchNorm2d))
+            one.core.set_submodule(name, nn.Identity())
+            assert not torch.equal(one.observe(images, (path,)).features[path], before)
+        assert not any("_taps" in name for name in student.state_dict())
+
+    def test_of_a_graded_student_compiles_without_a_break(self):
+        """In a process of its own: torch.compile cannot trace the checks of shapes that tests install."""
+        done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
