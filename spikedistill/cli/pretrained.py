@@ -3,6 +3,7 @@
 from spikedistill.cli.show import show_table
 from spikedistill.deliver.pretrained import PRETRAINED, read_card
 from spikedistill.deliver.tables import Table
+from spikedistill.shapes import steps_by_levels
 
 COLUMNS = ("name", "data", "accuracy (%)", "teacher (%)", "T x D", "network", "parameters", "MB", "licence")
 NOTE = (
@@ -19,5 +20,5 @@ def pretrained() -> None:
 def _row(name: str) -> list[str]:
     card = read_card(name)
     accuracies = [f"{card['accuracy']:.2f}", f"{card['teacher']['accuracy']:.2f}"]
-    steps, size = f"{card['timesteps']} x {card['levels']}", f"{card['bytes'] / 1e6:.2f}"
+    steps, size = steps_by_levels(card["timesteps"], card["levels"]), f"{card['bytes'] / 1e6:.2f}"
     return [name, card["data"], *accuracies, steps, card["network"], f"{card['parameters']:,}", size, card["licence"]]

@@ -49,6 +49,10 @@ class FiringRates:
         self.spikes[layer] = self.spikes.get(layer, 0.0) + float(counts)
         self.chances[layer] = self.chances.get(layer, 0) + emitted.numel() * levels
 
+    def neurons(self, updates: int) -> dict[str, int]:
+        """The number of neurons of each layer, if each was updated so often: images times steps times levels."""
+        return {layer: chances // updates for layer, chances in self.chances.items()}
+
     def by_layer(self) -> dict[str, float]:
         """Spikes per neuron and sub-step, 0..1, for each layer in order."""
         return {layer: self.spikes[layer] / self.chances[layer] for layer in self.spikes}
@@ -330,7 +334,7 @@ def _operand(call: Call, place: int) -> Tensor:
     return operand
 
 
-class _Counting(Charges):
+class _Counted(Charges):
     """Runs a student's graph and counts every call in it, except those of its neurons."""
 
     def __init__(self, tally: _Tally, core: fx.GraphModule, keep: Collection[str], layers: Collection[str]) -> None:
@@ -370,15 +374,11 @@ class _Counting(Charges):
             yield
 
 
-class _Counted(_Counting):
-    """Of a student whose neurons fire once a step."""
-
-
-class _CountedInSubSteps(SubSteps, _Counting):
-    """Of graded neurons, as they run on a chip: a count of n is n accumulates."""
+class _CountedInSubSteps(SubSteps, _Counted):
+    """The same for graded neurons, as they run on a chip: a count of n is n accumulates."""
 
     def constant(self, call: Callable[[], Tensor]) -> Tensor:
-        """As ever, and not counted."""
+        """As in ``SubSteps``, and not counted."""
         self.quiet = True
         result = super().constant(call)
         self.quiet = False

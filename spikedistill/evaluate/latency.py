@@ -43,16 +43,17 @@ class Wait:
 
 def longest_path(student: Student) -> int:
     """L, the largest number of layers of neurons on a path from the input to the logits."""
-    output = next(node for node in student.core.graph.nodes if node.op == "output")
-    return max((depth for depth, _ in _Paths(student).into(output)), default=0)
+    return _Paths(student).longest()
 
 
 def latency(student: Student, schedule: RunSchedule) -> int:
     """Sub-steps until the last logits are there; see the head of this file."""
+    return _latency(student, schedule, longest_path(student))
+
+
+def _latency(student: Student, schedule: RunSchedule, longest: int) -> int:
     timesteps, levels = student.timesteps, student.conversion.model.levels
-    if schedule == "step-by-step":
-        return timesteps * levels
-    return (longest_path(student) + timesteps - 1) * levels
+    return timesteps * levels if schedule == "step-by-step" else (longest + timesteps - 1) * levels
 
 
 def waits(student: Student, neurons: Mapping[str, int]) -> list[Wait]:
@@ -62,7 +63,11 @@ def waits(student: Student, neurons: Mapping[str, int]) -> list[Wait]:
         student: the network.
         neurons: by name from ``student.neurons`` the number of a layer's neurons.
     """
-    paths, levels = _Paths(student), student.conversion.model.levels
+    return _waits(student, neurons, _Paths(student))
+
+
+def _waits(student: Student, neurons: Mapping[str, int], paths: "_Paths") -> list[Wait]:
+    levels = student.conversion.model.levels
     found: dict[str, tuple[int, fx.Node]] = {}
     for node in student.core.graph.nodes:
         arriving = paths.into(node)
@@ -86,10 +91,12 @@ def latency_facts(student: Student, schedule: RunSchedule, neurons: Mapping[str,
     """
     both: tuple[RunSchedule, ...] = ("layer-by-layer", "step-by-step")
     single = student.conversion.model.levels == 1
+    paths = _Paths(student)
+    longest = paths.longest()
     return {
-        "longest_path": longest_path(student),
-        "latency": {one: latency(student, one) for one in both if single or one == schedule},
-        "buffers": [asdict(one) for one in waits(student, neurons)] if schedule == LAYERS else [],
+        "longest_path": longest,
+        "latency": {one: _latency(student, one, longest) for one in both if single or one == schedule},
+        "buffers": [asdict(one) for one in _waits(student, neurons, paths)] if schedule == LAYERS else [],
     }
 
 
@@ -102,6 +109,11 @@ class _Paths:
         self.given: dict[fx.Node, frozenset[tuple[int, str | None]]] = {}
         for node in student.core.graph.nodes:
             self.given[node] = self._gives(node)
+
+    def longest(self) -> int:
+        """The largest number of layers of neurons on a path from the input to the logits."""
+        output = next(node for node in self.core.graph.nodes if node.op == "output")
+        return max((depth for depth, _ in self.into(output)), default=0)
 
     def into(self, node: fx.Node) -> frozenset[tuple[int, str | None]]:
         """Pairs of depth, in layers of neurons, and the layer that fired; (0, None) for what comes from the image."""

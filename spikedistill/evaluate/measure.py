@@ -98,7 +98,7 @@ def measure_student(
 def _steps(student: Student, schedule: RunSchedule, rates: FiringRates, images: int) -> dict[str, Any]:
     """T and D, the schedule and its latency."""
     timesteps, levels = student.timesteps, student.conversion.model.levels
-    neurons = {name: chances // (images * timesteps * levels) for name, chances in rates.chances.items()}
+    neurons = rates.neurons(images * timesteps * levels)
     facts = {"timesteps": timesteps, "levels": levels, "schedule": schedule}
     return {**facts, **latency_facts(student, schedule, neurons)}
 

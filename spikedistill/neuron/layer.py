@@ -112,7 +112,7 @@ class Spiking(nn.Module):
         if state is not None:
             kept = flatten_rows(state, 1, order).reshape(flat.shape[1:])
         charged: list[Tensor] | None = None if potentials is None else []
-        if charged is None and not torch.compiler.is_compiling() and self._compiles(flat):
+        if charged is None and self._compiles(flat):
             spikes, after = fused.fused_run(flat, kept, self.neuron, self.leak, threshold, timesteps, keep)
         else:
             spikes, after = run(flat, kept, self.neuron, self.leak, threshold, timesteps, charged)
@@ -155,8 +155,7 @@ class Spiking(nn.Module):
         flat, threshold, last, _ = self._rows(current, 1, 1)
         whole = dataclasses.replace(self.neuron, levels=timesteps * self.neuron.levels, surrogate=Rectangle())
         given = (flat, None, whole, self.leak, threshold / timesteps, 1)
-        compiled = not torch.compiler.is_compiling() and self._compiles(flat)
-        spikes = fused.fused_run(*given, False)[0] if compiled else run(*given)[0]
+        spikes = fused.fused_run(*given, False)[0] if self._compiles(flat) else run(*given)[0]
         return restore_rows(spikes, current.shape, last)
 
     def used_threshold(self, neurons: int) -> Tensor:
@@ -207,6 +206,9 @@ class Spiking(nn.Module):
         return _spread(self.initial, batch, by_channel) if self.neuron.learn_initial else None
 
     def _compiles(self, flat: Tensor) -> bool:
+        """Whether a kernel of its own runs. torch.compile of a whole network compiles the reference with the rest."""
+        if torch.compiler.is_compiling():
+            return False
         one_of("backend", self.backend, get_args(Backend))
         exact = flat.dtype == torch.float64
         return self.backend == "fused" or (self.backend == "auto" and not exact and fused.works(flat.device.type))

@@ -168,4 +168,5 @@ def _neurons(student: Student, image: Tensor, coding: str) -> dict[str, int]:
     timesteps, levels = student.timesteps, student.conversion.model.levels
     with firing_rates(student) as rates:
         student.eval()(image.expand(timesteps, *image.shape) if coding == "frames" else image)
-    return {layer: rates.chances[key] // (timesteps * levels) for layer, key in zip(student.layers(), student.neurons)}
+    neurons = rates.neurons(timesteps * levels)
+    return {layer: neurons[key] for layer, key in zip(student.layers(), student.neurons)}

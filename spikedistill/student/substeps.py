@@ -1,10 +1,10 @@
 """Graded spikes as a chip runs them: D binary sub-steps of a layer within each time step.
 
-A layer of neurons first takes in all D sub-steps of those before it, then fires its own, one spike a sub-step from the
-first on: its train is left-aligned. Between layers of neurons everything is affine, ``f(x) = W x + b``, or a maximum.
-The constant part counts once a step, ``f(x_1) + (f(x_2) - b) + ...``, and so does the leak. A logical or over
-left-aligned trains is the maximum of their counts, and pooling of the cumulative input adds up as it does over steps.
-So every count is that of the graded neuron, but for the rounding of sums.
+A layer of neurons first takes in all D sub-steps of the layers before it. Then it fires its own spikes, at most one per
+sub-step, the first ones first: its train is left-aligned. Between layers of neurons everything is affine,
+``f(x) = W x + b``, or a maximum. The constant part counts once per step, ``f(x_1) + (f(x_2) - b) + ...``, and so does
+the leak. A logical or over left-aligned trains is the maximum of their counts. Pooling of the cumulative input adds up
+as over steps. So every count is that of the graded neuron, except for the rounding of sums.
 """
 
 import copy
@@ -65,7 +65,7 @@ class SubSteps(Charges):
         return torch.cat([steps, rest], 1).flatten(0, 2)
 
     def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
-        """Take in all sub-steps of a step, then fire, one spike a sub-step from the first on."""
+        """Take in all sub-steps of a step, then fire, at most one spike per sub-step, the first ones first."""
         if len(current) == self.batch:  # before the first spikes: the same at every step
             steps = current.expand(self.timesteps, *current.shape)
         else:
@@ -88,17 +88,17 @@ class SubSteps(Charges):
         return layer(x, self.timesteps * self.levels, 1, state, keep)
 
     def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Any other layer, its constant part once a step."""
+        """Any other layer, its constant part once per step."""
         return self.once(super().apply, layer, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A function, its constant part once a step."""
+        """A function, its constant part once per step."""
         if target is repeat_time:
             return super().call_function(target, args, kwargs)
         return self.once(super().call_function, target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A method, its constant part once a step."""
+        """A method, its constant part once per step."""
         return self.once(super().call_method, target, args, kwargs)
 
     def once(self, call: Callable[..., Any], what: Any, args: Any, kwargs: Any) -> Any:
@@ -119,7 +119,7 @@ class SubSteps(Charges):
 
 @torch.no_grad()
 def run_in_substeps(student: Student, inputs: Tensor, *, spikes: tuple[str, ...] = ()) -> Answer:
-    """What a student answers where every spike is binary: T time steps of D sub-steps each, layer by layer.
+    """Run a student with binary spikes only: T time steps of D sub-steps each, layer by layer.
 
     Args:
         student: with ``levels`` D in its neuron; in evaluation mode.
@@ -147,11 +147,11 @@ def step_by_step(student: Student) -> Student:
     """The same network run step by step: a copy with T D steps of one spike each.
 
     Weights, biases and the repeated image stay; thresholds, and with them the heights of spikes, are D times as large,
-    as counts add within a step and are averaged over steps. Every layer then answers after each step, and spikes that
-    came early or late are felt: it is not the graded student to the last count. With D = 1 it is the student itself.
+    as counts add within a step and are averaged over steps. Every layer then fires at each step, so spikes that arrive
+    early or late change counts: it is not the graded student to the last count. With D = 1 it is the student itself.
 
     Raises:
-        ConfigError: for D above 1, if the neuron leaks, which acts once a step and not once a sub-step, or the student
+        ConfigError: for D above 1, if the neuron leaks, which acts once per step and not per sub-step, or the student
             sees frames or another coding than the image itself, of which a step is one and a sub-step none.
     """
     conversion = student.conversion
