@@ -9,6 +9,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
+from commands import remember_recipes
 from commands import run_command as call
 from safetensors.torch import load_file
 
@@ -55,16 +56,7 @@ def home(tmp_path_factory, write_blobs):
 @pytest.fixture
 def asked(monkeypatch):
     """What the recipes are asked for, instead of doing it."""
-    seen = []
-
-    def remember(recipe, out, resume, progress, trust_code=False):
-        seen.append((recipe, out, resume))
-        return {"test_accuracy": 12.5}
-
-    monkeypatch.setattr("spikedistill.cli.teach.teach", remember)
-    monkeypatch.setattr("spikedistill.cli.distill.distill", remember)
-    monkeypatch.setattr("spikedistill.cli.distill.print_table", lambda paths: None)
-    return seen
+    return remember_recipes(monkeypatch, lambda *asked: asked)
 
 
 class TestHelp:

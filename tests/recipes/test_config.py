@@ -6,6 +6,7 @@ import shutil
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from commands import remember_recipes
 from commands import run_command as call
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,16 +171,7 @@ class TestWrong:
 @pytest.fixture
 def asked(monkeypatch):
     """What the recipes are asked for, instead of doing it."""
-    seen = []
-
-    def remember(recipe, out, resume, progress, trust_code=False):
-        seen.append(recipe)
-        return {"test_accuracy": 12.5}
-
-    monkeypatch.setattr("spikedistill.cli.teach.teach", remember)
-    monkeypatch.setattr("spikedistill.cli.distill.distill", remember)
-    monkeypatch.setattr("spikedistill.cli.distill.print_table", lambda paths: None)
-    return seen
+    return remember_recipes(monkeypatch, lambda recipe, out, resume: recipe)
 
 
 class TestOption:

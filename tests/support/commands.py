@@ -16,3 +16,17 @@ def run_command(*arguments: object) -> object:
         except SystemExit as end:
             return end.code or 0
     return 0
+
+
+def remember_recipes(monkeypatch, keep) -> list:
+    """What ``keep(recipe, out, resume)`` returns for each recipe that 'teach' and 'distill' are asked for, undone."""
+    seen: list = []
+
+    def remember(recipe, out, resume, progress, trust_code=False):
+        seen.append(keep(recipe, out, resume))
+        return {"test_accuracy": 12.5}
+
+    monkeypatch.setattr("spikedistill.cli.teach.teach", remember)
+    monkeypatch.setattr("spikedistill.cli.distill.distill", remember)
+    monkeypatch.setattr("spikedistill.cli.distill.print_table", lambda paths: None)
+    return seen
