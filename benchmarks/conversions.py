@@ -47,9 +47,10 @@ from torch.overrides import TorchFunctionMode
 
 from spikedistill.errors import SpikeDistillError
 from spikedistill.files import write_csv, write_text
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.save import load_student, save_student
+from spikedistill.student.student import Student
 from spikedistill.teacher.load import Architecture, Teacher
 
 NETWORKS = {

@@ -17,9 +17,10 @@ from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.teach import Teach, teach
-from spikedistill.student.build import Gradient, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.pool import MaxPool
+from spikedistill.student.student import Gradient
 from spikedistill.teacher.load import Teacher, load_teacher
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run, unless_done

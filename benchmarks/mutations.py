@@ -191,7 +191,7 @@ evaluate/examine.py  evaluate/test_examine.py
 evaluate/examine.py  evaluate/test_examine.py
 - 1 - _at_most(hits - 1, len(right), share)
 + 1 - _at_most(hits, len(right), share)
-evaluate/activity.py  evaluate/test_activity.py
+evaluate/operations.py  evaluate/test_operations.py
 - return ever & ~before
 + return ever
 evaluate/energy.py  evaluate/test_energy.py

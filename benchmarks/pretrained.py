@@ -26,8 +26,8 @@ from spikedistill.evaluate.accuracy import predict
 from spikedistill.evaluate.measure import measure_student
 from spikedistill.files import PRETRAINED as FOLDER
 from spikedistill.files import read_facts, weights_file, write_text
-from spikedistill.student.build import Student
 from spikedistill.student.save import load_student, save_student
+from spikedistill.student.student import Student
 from spikedistill.teacher.load import Architecture
 from spikedistill.train.run import Run
 

@@ -18,7 +18,7 @@ from rivals import Figures, Row, finish
 
 from spikedistill.evaluate.paired import gaps, with_deviation, with_test
 from spikedistill.recipes.teach import teach
-from spikedistill.student.build import Gradient
+from spikedistill.student.student import Gradient
 from spikedistill.studies.kdsnn import Cell, kdsnn_pairs
 from spikedistill.studies.reproduce import side_by_side
 from spikedistill.train.progress import Progress

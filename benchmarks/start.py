@@ -29,8 +29,9 @@ from spikedistill.data.feed import calibration_inputs
 from spikedistill.data.images import load_images
 from spikedistill.evaluate.agreement import agreement
 from spikedistill.files import write_csv
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import ROUNDING, Conversion, Correct
+from spikedistill.student.student import Student
 from spikedistill.teacher.load import Architecture, Teacher, load_teacher
 
 COLUMNS = (

@@ -21,7 +21,7 @@ from spikedistill.data.augment import to_inputs
 from spikedistill.data.images import evenly
 from spikedistill.deliver.record import Record
 from spikedistill.errors import ConfigError
-from spikedistill.student.build import Student
+from spikedistill.student.student import Student
 from spikedistill.student.substeps import run_in_substeps
 
 BATCH = 50

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from spikedistill.evaluate.accuracy import accuracy_by_step, predict
-    from spikedistill.evaluate.activity import firing_rates, operations
     from spikedistill.evaluate.agreement import agreement, divergence
     from spikedistill.evaluate.early_exit import EarlyExit, early_exit
+    from spikedistill.evaluate.firing import firing_rates
     from spikedistill.evaluate.immunity import immunity
+    from spikedistill.evaluate.operations import operations
     from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset
     from spikedistill.neuron.layer import Spiking
     from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid, Triangle
@@ -44,13 +45,14 @@ if TYPE_CHECKING:
     from spikedistill.recipes.choices import StudentChoice, TeacherChoice
     from spikedistill.recipes.distill import Distill, distill
     from spikedistill.recipes.teach import Teach, teach
-    from spikedistill.student.build import Student, to_spiking
+    from spikedistill.student.build import to_spiking
     from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
     from spikedistill.student.conversion import Conversion
     from spikedistill.student.cos import run_with_offsets
     from spikedistill.student.fold import fold
     from spikedistill.student.report import Report
     from spikedistill.student.save import load_student, save_student
+    from spikedistill.student.student import Student
     from spikedistill.student.substeps import run_in_substeps, step_by_step
     from spikedistill.teacher.load import Architecture, Teacher, load_teacher
     from spikedistill.train.loop import fit
@@ -160,10 +162,11 @@ _NAMES = {
     "deliver.record": "Record",
     "errors": "ConfigError ConversionError DataError RunError ShapeError SpikeDistillError WeightsError",
     "evaluate.accuracy": "accuracy_by_step predict",
-    "evaluate.activity": "firing_rates operations",
     "evaluate.agreement": "agreement divergence",
     "evaluate.early_exit": "EarlyExit early_exit",
+    "evaluate.firing": "firing_rates",
     "evaluate.immunity": "immunity",
+    "evaluate.operations": "operations",
     "neuron.dynamics": "IF LIF PLIF Neuron Reset",
     "neuron.layer": "Spiking",
     "neuron.surrogate": "ATan Rectangle Sigmoid Triangle",
@@ -175,13 +178,14 @@ _NAMES = {
     "recipes.choices": "StudentChoice TeacherChoice",
     "recipes.distill": "Distill distill",
     "recipes.teach": "Teach teach",
-    "student.build": "Student to_spiking",
+    "student.build": "to_spiking",
     "student.coding": "DirectCoding Frames Latency Rate",
     "student.conversion": "Conversion",
     "student.cos": "run_with_offsets",
     "student.fold": "fold",
     "student.report": "Report",
     "student.save": "load_student save_student",
+    "student.student": "Student",
     "student.substeps": "run_in_substeps step_by_step",
     "teacher.load": "Architecture Teacher load_teacher",
     "train.loop": "fit",

@@ -12,11 +12,12 @@ from spikedistill.compute.place import Precision
 from spikedistill.data.parts import UNKNOWN
 from spikedistill.deliver.record import RunDirectories, read_records, some_of
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict, standard_error
-from spikedistill.evaluate.activity import firing_rates, operations
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, micro, verdicts
+from spikedistill.evaluate.firing import firing_rates
+from spikedistill.evaluate.operations import operations
 from spikedistill.files import check_replaceable, write_csv
 from spikedistill.shapes import Labels, steps_by_levels
-from spikedistill.student.build import Student
+from spikedistill.student.student import Student
 from spikedistill.train.progress import Progress
 
 COLUMNS = ("network", "metric", "value")

@@ -35,7 +35,7 @@ from spikedistill.evaluate.scores import (
 )
 from spikedistill.files import fingerprint_of, write_csv, write_text
 from spikedistill.shapes import steps_by_levels
-from spikedistill.student.build import Student
+from spikedistill.student.student import Student
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from spikedistill.errors import ConfigError, WeightsError, unknown
 from spikedistill.files import PRETRAINED as FOLDER
-from spikedistill.student.build import Student
 from spikedistill.student.save import load_student
+from spikedistill.student.student import Student
 
 PRETRAINED: tuple[str, ...] = tuple(sorted(file.stem for file in FOLDER.glob("*.json")))
 """The names of the students, for ``pretrained`` and the command line."""

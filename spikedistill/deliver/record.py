@@ -17,8 +17,8 @@ from spikedistill.errors import ConfigError, RunError
 from spikedistill.evaluate.early_exit import check_confidence
 from spikedistill.evaluate.measure import measure_student, measure_teacher
 from spikedistill.files import note, read_facts, shipped, weights_file
-from spikedistill.student.build import Student
 from spikedistill.student.save import load_student
+from spikedistill.student.student import Student
 from spikedistill.student.substeps import LAYERS, RunSchedule
 from spikedistill.student.upgrade import upgrade
 from spikedistill.teacher.load import Teacher, load_teacher

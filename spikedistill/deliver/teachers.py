@@ -8,8 +8,8 @@ from spikedistill.data.images import ImageSet
 from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.evaluate.measure import check_fits
 from spikedistill.files import read_facts, weights_file
-from spikedistill.student.build import Student
 from spikedistill.student.save import load_student
+from spikedistill.student.student import Student
 from spikedistill.teacher.classes import count_classes
 from spikedistill.teacher.load import Architecture, Teacher, from_library, load_teacher, pretrained
 from spikedistill.train.run import Run

@@ -11,7 +11,7 @@ from spikedistill.data.augment import to_inputs
 from spikedistill.errors import ConfigError
 from spikedistill.inputs import AnyLayout
 from spikedistill.shapes import Labels, Logits
-from spikedistill.student.build import Student
+from spikedistill.student.student import Student
 
 Result = TypeVar("Result")
 

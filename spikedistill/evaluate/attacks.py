@@ -19,8 +19,8 @@ from spikedistill.evaluate.accuracy import in_batches
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import ATan, Sigmoid, Surrogate, Triangle
 from spikedistill.shapes import Image, Labels
-from spikedistill.student.build import Student
 from spikedistill.student.coding import Latency, Rate
+from spikedistill.student.student import Student
 
 AT_ONCE = 100
 """Most images in a batch under attack."""

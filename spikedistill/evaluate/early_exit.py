@@ -14,7 +14,7 @@ from torch import Tensor
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import in_batches
 from spikedistill.shapes import ClassLogits, StepCounts
-from spikedistill.student.build import Student
+from spikedistill.student.student import Student
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spikedistill.evaluate.activity import Operations
+from spikedistill.evaluate.operations import Operations
 
 WEIGHT_BITS = 8
 POTENTIAL_BITS = 16

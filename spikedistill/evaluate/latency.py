@@ -17,8 +17,8 @@ from typing import Any
 from torch import fx
 
 from spikedistill.neuron.layer import Spiking
-from spikedistill.student.build import Student
 from spikedistill.student.pool import CumulativeMaxPool
+from spikedistill.student.student import Student
 from spikedistill.student.substeps import LAYERS, RunSchedule
 
 

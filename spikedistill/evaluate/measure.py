@@ -11,12 +11,12 @@ from spikedistill.data.augment import to_inputs
 from spikedistill.data.images import ImageSet, evenly
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, check_finite, predict
-from spikedistill.evaluate.activity import FiringRates, firing_rates
 from spikedistill.evaluate.agreement import agreement, divergence
 from spikedistill.evaluate.early_exit import predict_early
+from spikedistill.evaluate.firing import FiringRates, firing_rates
 from spikedistill.evaluate.latency import latency_facts
 from spikedistill.inputs import AnyLayout
-from spikedistill.student.build import Student
+from spikedistill.student.student import Student
 from spikedistill.student.substeps import LAYERS, RunSchedule, step_by_step
 from spikedistill.teacher.load import Normalised
 

@@ -29,9 +29,10 @@ from spikedistill.recipes.tutor import (
     with_its_classes,
 )
 from spikedistill.shapes import steps_by_levels
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.report import Report
 from spikedistill.student.save import save_student, start_from
+from spikedistill.student.student import Student
 from spikedistill.student.upgrade import FORMAT
 from spikedistill.teacher.load import Architecture, Normalised, Teacher
 from spikedistill.train.lesson import settle_objective

@@ -12,12 +12,13 @@ from spikedistill.data.feed import calibration_inputs
 from spikedistill.data.images import ImageSet, load_images
 from spikedistill.deliver.record import Record
 from spikedistill.errors import ConfigError, DataError
-from spikedistill.evaluate.activity import firing_rates
+from spikedistill.evaluate.firing import firing_rates
 from spikedistill.evaluate.measure import check_fits
 from spikedistill.files import note, read_facts, weights_file
 from spikedistill.recipes.choices import StudentChoice
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.report import Report
+from spikedistill.student.student import Student
 from spikedistill.teacher.classes import count_classes
 from spikedistill.teacher.load import Architecture, Normalised, Teacher, from_library, load_teacher
 from spikedistill.train.recipe import check

@@ -14,7 +14,7 @@ from spikedistill.data.parts import class_order, listed
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.examine import examine_teacher
 from spikedistill.files import read_facts, weights_file
-from spikedistill.student.build import Student
+from spikedistill.student.student import Student
 from spikedistill.teacher.load import Teacher
 from spikedistill.train.run import Run
 

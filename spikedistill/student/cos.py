@@ -23,8 +23,8 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import Reset
 from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import Logits
-from spikedistill.student.build import Student
 from spikedistill.student.graph import Charges
+from spikedistill.student.student import Student
 
 BEYOND = 1e-3
 """How far beyond the threshold a shift carries a potential, in thresholds."""

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from spikedistill.student.build import Student
 from spikedistill.student.rate import CONVOLUTIONS, NORMS
+from spikedistill.student.student import Student
 from spikedistill.student.trace import trace
 from spikedistill.teacher.load import Normalised
 

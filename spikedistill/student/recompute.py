@@ -3,7 +3,7 @@
 A stage is a few layers of neurons. The graph is cut where the fewest signals cross; in a residual network these are the
 ends of its blocks. State is an argument and a result of the graph, so a stage that runs again gives the same result.
 Two side effects happen in the first run only: batch norms update their running statistics, and hooks on neurons
-(``evaluate.activity``) are called. The last stage keeps its activations, since its gradient is computed at once.
+(``evaluate.operations``) are called. The last stage keeps its activations, since its gradient is computed at once.
 
 A stage may also keep the outputs of its convolutions. Then only batch norms, additions and neurons run again, which
 takes less time. Of the three tensors between two convolutions (output, after batch norm, spikes) one is kept.

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from spikedistill.errors import ConfigError, RunError, SpikeDistillError, WeightsError, one_of
 from spikedistill.files import read_tensors, weights_file, write_tensors
 from spikedistill.neuron.layer import Spiking
-from spikedistill.student.build import Gradient, Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion, read_fields
 from spikedistill.student.recompute import Recompute
+from spikedistill.student.student import Gradient, Student
 from spikedistill.student.upgrade import FORMAT, conversion_from, upgrade
 from spikedistill.teacher.load import Architecture, Normalised, code_refused, load_weights
 

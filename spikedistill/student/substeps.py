@@ -20,10 +20,10 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import Reset, charge
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import spike
-from spikedistill.student.build import Student
 from spikedistill.student.coding import DirectCoding
 from spikedistill.student.graph import Charges, repeat_time, spike_nodes
 from spikedistill.student.pool import CumulativeMaxPool
+from spikedistill.student.student import Student
 
 RunSchedule = Literal["layer-by-layer", "step-by-step"]
 """In which order the D sub-steps run: each layer all of its own before the next layer begins, or every layer one after

@@ -16,8 +16,8 @@ from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.files import fingerprint_of
 from spikedistill.objective.terms import NO_LABELS, NO_SOURCE, NO_TEACHER, Batch, Needs, Objective, Terms, as_it_is
 from spikedistill.shapes import Labels, Logits
-from spikedistill.student.build import Student
 from spikedistill.student.fold import fold
+from spikedistill.student.student import Student
 from spikedistill.teacher.cache import Cache
 from spikedistill.teacher.load import Normalised
 

@@ -25,7 +25,7 @@ from spikedistill.evaluate.accuracy import accuracy_by_step, predict
 from spikedistill.neuron.fused import this_processor, works
 from spikedistill.objective.terms import Objective, check_terms, total
 from spikedistill.shapes import Labels
-from spikedistill.student.build import Student
+from spikedistill.student.student import Student
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
 from spikedistill.train.lesson import is_finite, make_lesson, make_tutor, settle_objective
 from spikedistill.train.meters import FiringRateMeter, Meters
@@ -186,7 +186,8 @@ class Course:
         with self.place.autocast(), self.firing.at(step):
             teacher = None if self.tutor is None else self.tutor.answer(inputs, self.feed.view(epoch), step)
             source = inputs.source if self.lesson.needs.source else None
-            logits, terms = self.trained(inputs.student, inputs.labels, teacher, source, progress)
+            trained = self.lesson if self.firing.due(step) else self.trained  # counting would break a compiled graph
+            logits, terms = trained(inputs.student, inputs.labels, teacher, source, progress)
         check_terms(terms)
         right = inputs.labels if teacher is None or inputs.labels is not None else teacher.logits.mean(0).argmax(-1)
         values, correct = self._counted(terms, int((logits.float().mean(0).argmax(-1) == right).sum()))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from spikedistill.evaluate.activity import firing_rates
-from spikedistill.student.build import Student
+from spikedistill.evaluate.firing import firing_rates
+from spikedistill.student.student import Student
 
 EVERY = 20
 """The firing rate is measured once in every ``EVERY`` steps."""
@@ -43,10 +43,14 @@ class FiringRateMeter:
         self.student = student if isinstance(student, Student) else None
         self.percent: float | None = None
 
+    def due(self, step: int) -> bool:
+        """Whether the firing rate is measured at this step."""
+        return self.student is not None and step % EVERY == 0
+
     @contextlib.contextmanager
     def at(self, step: int) -> Iterator[None]:
         """Count the spikes of this step, if the firing rate is measured at it."""
-        if self.student is None or step % EVERY:
+        if self.student is None or not self.due(step):
             yield
             return
         with firing_rates(self.student) as rates:

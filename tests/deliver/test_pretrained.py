@@ -17,7 +17,7 @@ from spikedistill.errors import ConfigError, WeightsError
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict
 from spikedistill.files import PRETRAINED as FOLDER
 from spikedistill.files import shipped
-from spikedistill.student.build import Student
+from spikedistill.student.student import Student
 
 LARGEST = 2_000_000
 TEXTS = ("data", "network", "licence", "command", "date", "machine", "sha256")

@@ -19,8 +19,8 @@ from spikedistill.objective.direct import Direct
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill, distill
-from spikedistill.student.build import Student
 from spikedistill.student.save import load_student
+from spikedistill.student.student import Student
 from spikedistill.teacher.load import Architecture, Teacher, load_teacher
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run

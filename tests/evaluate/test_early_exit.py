@@ -8,10 +8,11 @@ from spikedistill.errors import ConfigError, ShapeError
 from spikedistill.evaluate.accuracy import cumulative, predict
 from spikedistill.evaluate.early_exit import EarlyExit, early_exit, predict_early
 from spikedistill.neuron.dynamics import LIF
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.fold import fold
+from spikedistill.student.student import Student
 
 STEPS, BATCH = 5, 12
 DIRECT = DirectCoding()

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from spikedistill.deliver.energy import bill_of, lines, table
-from spikedistill.evaluate.activity import firing_rates, operations
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, verdicts
+from spikedistill.evaluate.firing import firing_rates
+from spikedistill.evaluate.operations import operations
 from spikedistill.neuron.dynamics import IF
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion

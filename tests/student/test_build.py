@@ -12,11 +12,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from spikedistill.errors import ConfigError, ConversionError, ShapeError
 from spikedistill.neuron.dynamics import IF, LIF, PLIF
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.calibrate import SMALLEST_SHARE
 from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
 from spikedistill.student.conversion import FRESH, ROUNDING, Conversion
 from spikedistill.student.report import Report
+from spikedistill.student.student import Student
 from spikedistill.teacher.load import Teacher
 
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from students import convert
 from torch import nn
 
-from spikedistill.student.build import Student
 from spikedistill.student.conversion import ROUNDING
 from spikedistill.student.fold import fold
 from spikedistill.student.save import load_student, save_student
+from spikedistill.student.student import Student
 
 
 class Blocks(nn.Module):

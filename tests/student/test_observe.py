@@ -11,7 +11,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import IF, LIF, Neuron, step
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import Rectangle
-from spikedistill.student import build
+from spikedistill.student import student as student_module
 from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
 from spikedistill.student.conversion import ROUNDING, Conversion
@@ -180,7 +180,7 @@ class TestWhatIsNotAskedFor:
         student, _ = convert()
         expected = student.eval()(images)
         walks, heights, runs = [], [], []
-        monkeypatch.setattr(build, "Charges", lambda *_: walks.append(1))
+        monkeypatch.setattr(student_module, "Charges", lambda *_: walks.append(1))
         monkeypatch.setattr(Spiking, "heights", lambda *_: heights.append(1))
         for layer in student.neurons.values():
             layer.register_forward_hook(lambda *_: runs.append(1))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from spikedistill.errors import ConfigError
-from spikedistill.evaluate.activity import firing_rates
+from spikedistill.evaluate.firing import firing_rates
 from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion

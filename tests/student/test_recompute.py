@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from spikedistill.data.feed import MemoryFeed
-from spikedistill.evaluate.activity import firing_rates
+from spikedistill.evaluate.firing import firing_rates
 from spikedistill.neuron.dynamics import LIF, PLIF
 from spikedistill.neuron.layer import Spiking
 from spikedistill.objective.kdsnn import KDSNN

@@ -7,7 +7,8 @@ from students import convert
 from torch import nn
 
 from spikedistill.errors import ConfigError
-from spikedistill.evaluate.activity import firing_rates, operations
+from spikedistill.evaluate.firing import firing_rates
+from spikedistill.evaluate.operations import operations
 from spikedistill.neuron.dynamics import Reset
 from spikedistill.student.coding import Frames
 from spikedistill.student.conversion import ROUNDING

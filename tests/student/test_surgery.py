@@ -13,8 +13,8 @@ from students import Own, Sized, can_learn, convert, line
 from torch import Tensor, nn
 
 from spikedistill.errors import ConversionError
-from spikedistill.student.build import Student
 from spikedistill.student.report import Report
+from spikedistill.student.student import Student
 from spikedistill.teacher.zoo import ZOO
 
 HERE = Path(__file__)

@@ -11,8 +11,9 @@ from students import Own, Sized, can_learn, convert
 from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConversionError
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
+from spikedistill.student.student import Student
 from spikedistill.student.trace import trace
 
 HERE = Path(__file__)

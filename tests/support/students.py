@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.report import Report
+from spikedistill.student.student import Student
 
 HERE = Path(__file__)
 

@@ -23,8 +23,9 @@ from spikedistill.data.images import ImageSet
 from spikedistill.errors import ConfigError, SpikeDistillError
 from spikedistill.objective.kdsnn import KDSNN, KDSNNResponse
 from spikedistill.objective.terms import Objective
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
+from spikedistill.student.student import Student
 from spikedistill.teacher.load import Teacher
 from spikedistill.train.loop import Course, fit
 from spikedistill.train.processes import join

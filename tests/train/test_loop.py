@@ -24,9 +24,10 @@ from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
 from spikedistill.objective.schedule import Switch
 from spikedistill.objective.terms import Needs, Objective, Sum
-from spikedistill.student.build import Student, to_spiking
+from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
 from spikedistill.student.conversion import Conversion
+from spikedistill.student.student import Student
 from spikedistill.teacher.load import OneStep, Teacher
 from spikedistill.train.lesson import Tutor
 from spikedistill.train.loop import Course, fit
@@ -575,6 +576,7 @@ class TestSpikes:
 
 
 COMPILED = """
+import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
@@ -584,19 +586,30 @@ from spikedistill.data.feed import MemoryFeed
 from spikedistill.objective.direct import Direct
 from spikedistill.objective.schedule import Ramp, Switch
 from spikedistill.objective.terms import Sum
+from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import ROUNDING, Conversion
 from spikedistill.teacher.load import OneStep
 from spikedistill.train.loop import fit
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
-folder = Path(sys.argv[1])
+folder, kind = Path(sys.argv[1]), sys.argv[2]
 torch.compile = partial(torch.compile, backend="eager")
 torch._dynamo.config.error_on_recompile = True
 blobs = torch.load(folder / "blobs.pt", weights_only=False)
-student = OneStep(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), (0.4,) * 3, (0.25,) * 3)
+if kind == "ann":
+    student = OneStep(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), (0.4,) * 3, (0.25,) * 3)
+else:
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    neuron = dataclasses.replace(ROUNDING, levels=4)
+    images = blobs.train_images[:16].float() / 255
+    student, _ = to_spiking(layers, Conversion(timesteps=1, neuron=neuron), calibrate=images)
+    for layer in student.neurons.values():
+        layer.backend = "reference"
 objective = Sum(((Ramp(), Direct()), (Switch(), Direct(0.1))))
 config = Training(epochs=2, batch_size=16, precision="fp32", device="cpu", compile=True)
 fit(student, objective, MemoryFeed(blobs, 16), config, Run(folder))
+assert not torch._dynamo.utils.counters["graph_break"], torch._dynamo.utils.counters["graph_break"]
 print(torch._dynamo.utils.counters["frames"]["total"])
 """
 
@@ -616,9 +629,10 @@ class TestProgress:
         assert first["labels"] > 0.1 and second["labels"] == 0
         assert (first["clock"], second["clock"]) == pytest.approx((2.0, (2 + 4 * 3) / 5))
 
-    def test_does_not_compile_every_step_anew(self, blobs, tmp_path):
+    @pytest.mark.parametrize("kind", ["ann", "graded student, whose firing rate is measured"])
+    def test_does_not_compile_every_step_anew(self, blobs, tmp_path, kind):
         torch.save(blobs, tmp_path / "blobs.pt")
-        command = [sys.executable, "-c", COMPILED, str(tmp_path)]
+        command = [sys.executable, "-c", COMPILED, str(tmp_path), kind]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout == "1\n"
