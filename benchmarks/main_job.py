@@ -6,7 +6,8 @@
 Runs go to runs/NAME. A finished one is kept, an interrupted one goes on from its checkpoint. resnet20.npz, and
 resnet56.npz in the same folder, are the networks of akamaster/pytorch_resnet_cifar10 (BSD-2; 91.73 and 93.39 % as
 published), built by examples/resnet20_cifar.py. The ResNet-20's student of four time steps is trained in three stages,
-each from the result of the one before. A name with 1x4 is a student of one time step with four levels.
+each from the result of the one before. A name with 1x4 is a student of one time step with four levels; it starts from
+the converted network, and the ResNet-56 teaches both of these.
 """
 
 import argparse
@@ -33,7 +34,13 @@ HETEROGENEOUS = [
 NORMALISED = ["--teacher-mean", "0.485", "0.456", "0.406", "--teacher-std", "0.229", "0.224", "0.225"]
 PATIENT = [*NORMALISED, "--per-channel", "--temperature", "4", "--alpha", "0.9", "--ema", "0.999", "--cutout", "0"]
 THIRD_PARTY = [*PATIENT, "--learn-initial"]
-GRADED = [*PATIENT, "--timesteps", "1", "--levels", "4", "--learn-threshold", "--lr", "0.02", "--warmup", "0.1"]
+ONE_BY_FOUR = ["--timesteps", "1", "--levels", "4", "--per-channel", "--cutout", "0"]
+CONVERTED = [*NORMALISED, *ONE_BY_FOUR, "--method", "conversion-least-squares", "--correct", "layers"]
+LONG = [
+    *(*NORMALISED, *ONE_BY_FOUR, "--method", "kdsnn-response", "--temperature", "4", "--alpha", "0.9"),
+    *("--learn-threshold", "--lr", "0.1", "--weight-decay", "5e-4", "--ema", "0.998", "--epochs", "76"),
+    *("--views", "24", "--compile", "--trust-code"),
+]
 RUNS: dict[str, tuple[str, list[str]]] = {
     "teacher": ("teach", []),
     "kdsnn": ("distill", []),
@@ -42,25 +49,35 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "third-party": ("distill", [*THIRD_PARTY, "--lr", "0.05", "--epochs", "24"]),
     "third-party-2": ("distill", [*THIRD_PARTY, "--lr", "0.03", "--epochs", "12"]),
     "third-party-3": ("distill", [*THIRD_PARTY, "--lr", "0.03", "--epochs", "10", "--learn-threshold"]),
-    "third-party-1x4": ("distill", [*GRADED, "--epochs", "36"]),
-    "third-party-56-1x4": ("distill", [*GRADED, "--epochs", "36"]),
+    "third-party-1x4-start": ("distill", CONVERTED),
+    "third-party-1x4": ("distill", LONG),
+    "third-party-56-1x4-start": ("distill", CONVERTED),
+    "third-party-56-1x4": ("distill", LONG),
     "heterogeneous-direct": ("distill", ["--method", "direct", *HETEROGENEOUS]),
     "heterogeneous-feature": ("distill", ["--method", "kdsnn-feature", *HETEROGENEOUS]),
     "heterogeneous-kdsnn": ("distill", ["--method", "kdsnn", *HETEROGENEOUS]),
 }
 """Name -> command of spikedistill and what differs from the recipe 'cifar10'. All: seed 0, recipe of the package."""
-START = {"third-party-2": "third-party", "third-party-3": "third-party-2"}
+START = {
+    "third-party-2": "third-party",
+    "third-party-3": "third-party-2",
+    "third-party-1x4": "third-party-1x4-start",
+    "third-party-56-1x4": "third-party-56-1x4-start",
+}
 """Which run a stage goes on from."""
+STRONGER = "third-party-1x4"
+"""The ResNet-20 that the ResNet-56 teaches."""
 
 
 def command(name: str, runs: Path, data_dir: str, third_party: str) -> list[str]:
     kind, options = RUNS[name]
     teacher = ["--teacher", str(runs / "teacher")]
     if name.startswith("third-party"):
-        network = "resnet56" if "-56" in name else "resnet20"
+        network = "resnet56" if "-56" in name or name == STRONGER else "resnet20"
         teacher = ["--teacher", str(Path(third_party).with_name(f"{network}.npz"))]
         teacher += ["--teacher-network", f"{HERE}/examples/resnet20_cifar.py:{network}"]
     start = ["--start", str(runs / START[name])] if name in START else []
+    start += ["--student", f"{HERE}/examples/resnet20_cifar.py:resnet20"] if name == STRONGER else []
     given = [] if kind == "teach" else teacher
     resumed = ["--resume"] if (runs / name).exists() else []
     out = ["--data-dir", data_dir, "--out", str(runs / name)]

@@ -121,10 +121,11 @@ def named_rows(name):
 
 def test_the_readme_has_its_numbers_in_their_places():
     text, runs = text_of("README.md"), named_rows("cifar10")
-    for teacher, student, epochs in (("teacher", "kdsnn", 8), ("third-party-teacher-measured", "third-party-3", 46)):
+    for ann, student, levels in (("teacher", "kdsnn", 1), ("third-party-teacher-measured", "third-party-1x4", 4)):
         (line,) = [line for line in text.splitlines() if line.startswith("|") and f" {student}`" in line]
-        assert f"| {runs[teacher]['accuracy']} % | **{runs[student]['accuracy']} %** |" in line
-        assert runs[student]["epochs"] == str(epochs) and f"{epochs} epochs" in line
+        run = runs[student]
+        assert f"| {runs[ann]['accuracy']} % | **{run['accuracy']} %** | {run['timesteps']}x{levels} |" in line
+        assert f"| {run['minutes']} |" in line
     assert f"The student of {runs['kdsnn']['accuracy']} % has {runs['direct']['accuracy']} % by cross-entropy" in text
 
 

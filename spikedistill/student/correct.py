@@ -35,11 +35,11 @@ from spikedistill.student.ridge import CONVOLUTIONS, at, inputs_at, ridge, rows_
 
 LARGEST = 2**27
 """Values of the largest tensor, over images and time steps. Of more images, evenly spaced ones are taken."""
-ROWS, PER_INPUT = 4000, 6
+ROWS, PER_INPUT = 8000, 8
 """Places of an output that a regression sees: the first, or the second times the inputs of one output if more."""
 WIDEST = 2400
 """A layer with more inputs to each output keeps its weights, and its bias is corrected: the system is too large."""
-PLACES = 1000
+PLACES = 4000
 """Places at which a layer of neurons tries other thresholds."""
 FACTORS = tuple(1.13**-number for number in range(24))
 """Thresholds tried, in parts of the largest activation, or of its D-th part: down to 0.06."""

@@ -66,7 +66,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_images_that_were_not_used_have_less_error(name):
-    ann, images, others = network(), pictures(100), pictures(100)
+    ann, images, others = network(), pictures(400), pictures(200)
     plain, corrected = (converted(ann, images, correct=how, **OPTIONS[name])[0] for how in ("nothing", "layers"))
     assert error(ann, corrected, others) < 0.97 * error(ann, plain, others)
 
