@@ -1,29 +1,14 @@
 import pytest
 import torch
+from students import PIXELS, two_neurons
 from torch import nn
 
 from spikedistill.evaluate.firing import FiringRates, firing_rates
-from spikedistill.neuron.dynamics import IF
-from spikedistill.student.build import to_spiking
-from spikedistill.student.conversion import Conversion
-
-
-def student_of(*layers, timesteps=4):
-    """Two neurons that see one and a half of a pixel, and what follows them."""
-    network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), *layers)
-    student, _ = to_spiking(network, Conversion(timesteps=timesteps, neuron=IF, inherit=False))
-    for layer in student.neurons.values():
-        layer.backend = "reference"
-    student.core.get_submodule("0").weight.data = torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)
-    return student.eval()
 
 
 @pytest.fixture
 def student():
-    return student_of(nn.Flatten(), nn.Linear(2, 3))
-
-
-PIXELS = torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1, 1)
+    return two_neurons(nn.Flatten(), nn.Linear(2, 3))
 
 
 def hooks(student):
@@ -42,7 +27,7 @@ def test_spikes_are_counted_as_by_hand(student):
 
 
 def test_a_second_layer_is_counted_on_its_own():
-    student = student_of(nn.Conv2d(2, 1, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(1, 3))
+    student = two_neurons(nn.Conv2d(2, 1, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(1, 3))
     student.core.get_submodule("2").weight.data = torch.tensor([0.5, 0.0]).view(1, 2, 1, 1)
     with firing_rates(student) as rates:
         student(PIXELS)

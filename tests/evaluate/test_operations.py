@@ -3,6 +3,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from students import PIXELS, two_neurons
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,28 +12,15 @@ from spikedistill.compute.winograd import WinogradConv2d, use_winograd
 from spikedistill.errors import ConfigError, ShapeError
 from spikedistill.evaluate.firing import firing_rates
 from spikedistill.evaluate.operations import fan_out, operations
-from spikedistill.neuron.dynamics import IF, Neuron
+from spikedistill.neuron.dynamics import Neuron
 from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
 from spikedistill.student.conversion import Conversion
 
 
-def student_of(*layers, timesteps=4):
-    """Two neurons that see one and a half of a pixel, and what follows them."""
-    network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), *layers)
-    student, _ = to_spiking(network, Conversion(timesteps=timesteps, neuron=IF, inherit=False))
-    for layer in student.neurons.values():
-        layer.backend = "reference"
-    student.core.get_submodule("0").weight.data = torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)
-    return student.eval()
-
-
 @pytest.fixture
 def student():
-    return student_of(nn.Flatten(), nn.Linear(2, 3))
-
-
-PIXELS = torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1, 1)
+    return two_neurons(nn.Flatten(), nn.Linear(2, 3))
 
 
 class TestOperations:
@@ -57,7 +45,7 @@ class TestOperations:
         assert counts.per_image() == {"acs": 0.0, "macs": 26.0, "dense": 36.0}
 
     def test_spikes_accumulate_and_the_image_is_seen_once(self):
-        student = student_of(nn.Conv2d(2, 3, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(3, 4))
+        student = two_neurons(nn.Conv2d(2, 3, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(3, 4))
         with operations(student) as counts:
             student(PIXELS)
         # as above: 4 + 2, 2 + 1 and 0 spikes of three images, three connections each; the image itself once
@@ -67,7 +55,7 @@ class TestOperations:
         assert counts.images == 3
 
     def test_a_mean_of_spikes_is_multiplied(self):
-        student = student_of(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+        student = two_neurons(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
         student.core.get_submodule("2").weight.data.fill_(0.3)
         with operations(student) as counts:
             student(torch.rand(4, 1, 5, 5) + 0.5)
@@ -339,7 +327,7 @@ class TestImages:
             assert other.dense["core.0"] == 4 * one.dense["core.0"] and other.once == one.once
 
     def test_a_stream_counts_as_the_whole_run_but_that_its_first_layers_run_at_every_step(self, student):
-        student = student_of(nn.Conv2d(2, 3, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(3, 4))
+        student = two_neurons(nn.Conv2d(2, 3, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(3, 4))
         with torch.no_grad(), operations(student) as whole:
             student(PIXELS)
         with torch.no_grad(), operations(student) as stream:

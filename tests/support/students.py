@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spikedistill.neuron.dynamics import IF
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.report import Report
@@ -21,12 +22,23 @@ def line(marker: str, file: Path = HERE) -> str:
     return f"{file}:{numbers[0]}"
 
 
-def convert(network: nn.Module, images: Tensor, timesteps: int = 2, **options) -> tuple[Student, Report]:
+def convert(network: nn.Module, images: Tensor | None, timesteps: int = 2, **options) -> tuple[Student, Report]:
     """A student whose neurons run step by step, so that nothing is compiled."""
     student, report = to_spiking(network, Conversion(timesteps=timesteps, **options), calibrate=images)
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student, report
+
+
+PIXELS = torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1, 1)
+
+
+def two_neurons(*layers: nn.Module, timesteps: int = 4) -> Student:
+    """Two neurons that see one and a half of a pixel, and what follows them."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), *layers)
+    student, _ = convert(network, None, timesteps, neuron=IF, inherit=False)
+    student.core.get_submodule("0").weight.data = torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)
+    return student.eval()
 
 
 def can_learn(student: Student, images: Tensor) -> None:
