@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rivals import Figures, Row, finish
 
-from spikedistill.deliver.curves import draw_training
-from spikedistill.deliver.results import read_results
+from spikedistill.deliver.curves import draw_training, history
+from spikedistill.deliver.results import Result, read_results
 from spikedistill.evaluate.paired import gaps, with_deviation, with_test
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes import cifar10
@@ -27,7 +27,7 @@ from spikedistill.recipes.several import several
 from spikedistill.recipes.teach import Teach, teach
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Training
-from spikedistill.train.run import Run, unless_done
+from spikedistill.train.run import unless_done
 
 RATES = (0.02, 0.05, 0.1, 0.2)
 WAYS = {"direct, fresh weights": ("direct", False), "direct": ("direct", True), "kdsnn": ("kdsnn", True)}
@@ -50,6 +50,14 @@ def student(source: Path, inherit: bool, rate: float, epochs: int, data_dir: str
     return Distill(TeacherChoice(str(source)), choice, method, data, training)
 
 
+def train(given: argparse.Namespace, way: str, rate: float, seeds: int) -> list[Result]:
+    """The students of one way and learning rate, seed by seed; finished ones are kept."""
+    method, inherit = WAYS[way]
+    recipe = student(given.runs / "teacher", inherit, rate, given.epochs, given.data_dir)
+    out = given.runs / f"{'converted' if inherit else 'fresh'}-lr{rate}"
+    return read_results(several(recipe, [method], seeds, out, progress=Progress.stderr))[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/direct_or_distilled"))
@@ -63,28 +71,20 @@ def main() -> None:
     source = given.runs / "teacher"
     made = teacher(given.width, given.teacher_epochs, given.data_dir)
     unless_done(source, partial(teach, made, source, progress=Progress.stderr("teacher")), print)
-    runs: dict[str, list[Path]] = {}
+    results: dict[str, list[Result]] = {}
     rows: list[Row] = []
-    for way, (method, inherit) in WAYS.items():
-
-        def train(rate: float, seeds: int, method: str = method, inherit: bool = inherit) -> list[Path]:
-            out = given.runs / f"{'converted' if inherit else 'fresh'}-lr{rate}"
-            recipe = student(source, inherit, rate, given.epochs, given.data_dir)
-            return several(recipe, [method], seeds, out, progress=Progress.stderr)
-
-        tried = {rate: float(Run(train(rate, 1)[0]).lines("metrics")[-1]["validation_accuracy"]) for rate in RATES}
+    for way in WAYS:
+        tried = {rate: history(train(given, way, rate, 1)[0])[-1][1] for rate in RATES}
         best = max(tried, key=lambda rate: tried[rate])
         print(f"{way}: validation accuracy by learning rate {tried}: {best} is taken", flush=True)
-        runs[way] = train(best, given.seeds)
-        for seed, path in enumerate(runs[way]):
-            run = Run(path)
-            minutes = sum(line["seconds"] for line in run.lines("timing")) / 60
-            told = {"way": way, "lr": best, "seed": seed, "minutes": minutes}
-            rows.append({**told, "accuracy": float(run.read("results")["test_accuracy"])})
-    draw_training(given.runs / "curves.png", read_results([path for paths in runs.values() for path in paths])[0])
+        results[way] = train(given, way, best, given.seeds)
+        for seed, one in enumerate(results[way]):
+            told = {"way": way, "lr": best, "seed": seed, "minutes": one.minutes}
+            rows.append({**told, "accuracy": float(one.found["test_accuracy"])})
+    draw_training(given.runs / "curves.png", [one for ones in results.values() for one in ones])
     found = {way: {row["seed"]: row["accuracy"] for row in rows if row["way"] == way} for way in WAYS}
-    minutes = sum(line["seconds"] for line in Run(source).lines("timing")) / 60
-    print(f"teacher: {Run(source).read('results')['test_accuracy']:.2f} % in {minutes:.1f} minutes")
+    (taught,), _ = read_results([source])
+    print(f"teacher: {taught.found['test_accuracy']:.2f} % in {taught.minutes:.1f} minutes")
     for way, values in found.items():
         print(f"{way}: {with_deviation([*values.values()])}")
     figures: Figures = {}

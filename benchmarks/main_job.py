@@ -34,6 +34,7 @@ HETEROGENEOUS = [
 NORMALISED = ["--teacher-mean", "0.485", "0.456", "0.406", "--teacher-std", "0.229", "0.224", "0.225"]
 PATIENT = [*NORMALISED, "--per-channel", "--temperature", "4", "--alpha", "0.9", "--ema", "0.999", "--cutout", "0"]
 THIRD_PARTY = [*PATIENT, "--learn-initial"]
+NETWORKS = f"{HERE}/examples/resnet20_cifar.py"
 ONE_BY_FOUR = ["--timesteps", "1", "--levels", "4", "--per-channel", "--cutout", "0"]
 CONVERTED = [*NORMALISED, *ONE_BY_FOUR, "--method", "conversion-least-squares", "--correct", "layers"]
 LONG = [
@@ -50,7 +51,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "third-party-2": ("distill", [*THIRD_PARTY, "--lr", "0.03", "--epochs", "12"]),
     "third-party-3": ("distill", [*THIRD_PARTY, "--lr", "0.03", "--epochs", "10", "--learn-threshold"]),
     "third-party-1x4-start": ("distill", CONVERTED),
-    "third-party-1x4": ("distill", LONG),
+    "third-party-1x4": ("distill", [*LONG, "--student", f"{NETWORKS}:resnet20"]),
     "third-party-56-1x4-start": ("distill", CONVERTED),
     "third-party-56-1x4": ("distill", LONG),
     "heterogeneous-direct": ("distill", ["--method", "direct", *HETEROGENEOUS]),
@@ -65,19 +66,18 @@ START = {
     "third-party-56-1x4": "third-party-56-1x4-start",
 }
 """Which run a stage goes on from."""
-STRONGER = "third-party-1x4"
-"""The ResNet-20 that the ResNet-56 teaches."""
+BY_RESNET56 = {"third-party-1x4", "third-party-56-1x4-start", "third-party-56-1x4"}
+"""The third-party runs whose teacher is the ResNet-56; that of the others is the ResNet-20."""
 
 
 def command(name: str, runs: Path, data_dir: str, third_party: str) -> list[str]:
     kind, options = RUNS[name]
     teacher = ["--teacher", str(runs / "teacher")]
     if name.startswith("third-party"):
-        network = "resnet56" if "-56" in name or name == STRONGER else "resnet20"
+        network = "resnet56" if name in BY_RESNET56 else "resnet20"
         teacher = ["--teacher", str(Path(third_party).with_name(f"{network}.npz"))]
-        teacher += ["--teacher-network", f"{HERE}/examples/resnet20_cifar.py:{network}"]
+        teacher += ["--teacher-network", f"{NETWORKS}:{network}"]
     start = ["--start", str(runs / START[name])] if name in START else []
-    start += ["--student", f"{HERE}/examples/resnet20_cifar.py:resnet20"] if name == STRONGER else []
     given = [] if kind == "teach" else teacher
     resumed = ["--resume"] if (runs / name).exists() else []
     out = ["--data-dir", data_dir, "--out", str(runs / name)]
