@@ -44,6 +44,8 @@ LONG = [
 ]
 RUNS: dict[str, tuple[str, list[str]]] = {
     "teacher": ("teach", []),
+    "fast": ("teach", []),
+    "strong": ("teach", []),
     "kdsnn": ("distill", []),
     "direct": ("distill", ["--method", "direct"]),
     "scratch": ("distill", ["--method", "direct", *FRESH]),
@@ -58,7 +60,8 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "heterogeneous-feature": ("distill", ["--method", "kdsnn-feature", *HETEROGENEOUS]),
     "heterogeneous-kdsnn": ("distill", ["--method", "kdsnn", *HETEROGENEOUS]),
 }
-"""Name -> command of spikedistill and what differs from the recipe 'cifar10'. All: seed 0, recipe of the package."""
+"""Name -> command of spikedistill and what differs from the recipe 'cifar10', or that in ``RECIPES``. All: seed 0."""
+RECIPES = {"fast": "cifar10-fast", "strong": "cifar10-strong"}
 START = {
     "third-party-2": "third-party",
     "third-party-3": "third-party-2",
@@ -81,7 +84,8 @@ def command(name: str, runs: Path, data_dir: str, third_party: str) -> list[str]
     given = [] if kind == "teach" else teacher
     resumed = ["--resume"] if (runs / name).exists() else []
     out = ["--data-dir", data_dir, "--out", str(runs / name)]
-    return [sys.executable, "-m", "spikedistill", kind, "cifar10", *given, *options, *start, *out, *resumed]
+    recipe = RECIPES.get(name, "cifar10")
+    return [sys.executable, "-m", "spikedistill", kind, recipe, *given, *options, *start, *out, *resumed]
 
 
 def main() -> None:

@@ -16,16 +16,16 @@ def teacher() -> Teach:
 
 
 def fast() -> Teach:
-    """Airbench94 with ReLU, 22 epochs: ``spikedistill teach cifar10-fast``, 0.75 PFLOP."""
+    """Airbench94 with ReLU, 22 epochs: ``spikedistill teach cifar10-fast``, 0.75 PFLOP, 22 minutes, 93.51 percent."""
     data = Data(name="cifar10", validation=0.02, crop=2, border="mirror", flip=True, cutout=8)
     training = _airbench(epochs=22, lr=1.3, decay=1.5e-3, warmup=0.23, last=0.07)
     return Teach("airbench94", label_smoothing=0.2, data=data, training=training)
 
 
 def strong() -> Teach:
-    """Airbench96 with ReLU, 22 epochs: ``spikedistill teach cifar10-strong``, 2.9 PFLOP."""
+    """Airbench96 with ReLU, 37 epochs: ``spikedistill teach cifar10-strong``, 4.9 PFLOP, 127 minutes, 95.01 percent."""
     data = Data(name="cifar10", validation=0.02, crop=4, border="mirror", flip=True, cutout=12)
-    training = _airbench(epochs=22, lr=1.2, decay=1.3e-3, warmup=0.1, last=0.0)
+    training = _airbench(epochs=37, lr=1.2, decay=1.3e-3, warmup=0.1, last=0.0)
     return Teach("airbench96", label_smoothing=0.2, data=data, training=training)
 
 
