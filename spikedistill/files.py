@@ -153,6 +153,11 @@ def _keep(path: Path, previous: Path) -> None:
         shutil.copyfile(path, previous)
 
 
+def home(name: str | Path) -> Path:
+    """A path in which ``~`` stands for the home folder. That of a user who is not known stays as it is."""
+    return Path(os.path.expanduser(name))
+
+
 def weights_file(path: str | Path) -> Path:
     """The path of a weights file; for a run directory, of its ``model.safetensors``.
 

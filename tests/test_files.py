@@ -20,6 +20,7 @@ from spikedistill.files import (
     ENVIRONMENT,
     fingerprint,
     fingerprint_of,
+    home,
     read_facts,
     read_json,
     read_tensors,
@@ -390,3 +391,13 @@ class TestFingerprint:
         one = torch.zeros(4)
         others = [{"b": one}, {"a": one.reshape(2, 2)}, {"a": one.int()}, {"a": one, "b": one}, {}]
         assert len({fingerprint({"a": one}), *map(fingerprint, others)}) == 6
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/data", "plain", "a/~/b"])
+def test_a_home_that_is_not_known_stays_as_it_is(name):
+    assert home(name) == Path(name)
+
+
+def test_the_home_folder_is_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert home("~/data") == tmp_path / "data"

@@ -102,6 +102,31 @@ class Augment:
             images = random_noise(images, self.noise, generator, share)
         return images
 
+    @property
+    def suits_events(self) -> bool:
+        """Whether it moves and mirrors only, which event frames can do too."""
+        return self == Augment(crop=self.crop, flip=self.flip, border=self.border)
+
+    def frames(self, counts: Tensor, seed: int, turned: Tensor, rows: slice = WHOLE) -> Tensor:
+        """Move and mirror event frames, all frames of a recording alike; the same counts and seed give the same bits.
+
+        Args:
+            counts: bytes ``[B, T, 2, H, W]``.
+            seed: seed of all random numbers.
+            turned: ``[B]`` booleans, which recordings ``flip`` mirrors.
+            rows: the rows to change and return.
+
+        Returns:
+            Bytes ``[rows, T, 2, H, W]``.
+        """
+        generator, share = torch.Generator().manual_seed(seed), Share(len(counts), rows)
+        changed = counts[rows].flatten(1, 2)
+        if self.crop:
+            changed = random_crop(changed, self.crop, generator, self.border == "mirror", share)
+        if self.flip:
+            changed = torch.where(turned[rows][:, None, None, None], changed.flip(-1), changed)
+        return changed.view(-1, *counts.shape[1:])
+
 
 def alternate(count: int, samples: Tensor, epoch: int) -> Tensor:
     """Which samples are mirrored in an epoch: a fixed random half in one epoch, the other half in the next.

@@ -7,12 +7,13 @@ a time step. The corruptions here need no more than these counts.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from spikedistill.errors import ConfigError, DataError
+from spikedistill.errors import ConfigError, DataError, one_of
 
 MOST = 255
 """Largest count per pixel, polarity and time step. Further events are not counted."""
@@ -69,14 +70,41 @@ def read_nmnist(path: str | Path) -> Recording:
     return Recording(t, x, y, p)
 
 
-def to_frames(recordings: Sequence[Recording], timesteps: int, height: int, width: int) -> Tensor:
-    """Bin recordings into frames: T bins of equal duration from the first event to the last.
+@dataclass(frozen=True)
+class Binning:
+    """Which events a frame holds.
+
+    Args:
+        by: ``time``: frames last equally long. ``number``: they hold equally many events, one more or less.
+        duration: by time, how long a frame lasts, in the unit of the times. T frames from the first event on; later
+            events are left out, and frames after the last event are empty. None: a T-th of the recording.
+
+    Raises:
+        ConfigError: if the duration is not above 0, or given for frames by number.
+    """
+
+    by: Literal["time", "number"] = "time"
+    duration: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("binning", self.by, ("time", "number"))
+        if self.duration is not None and (not self.duration > 0 or self.by == "number"):
+            raise ConfigError(
+                f"duration (={self.duration}) of a frame must be above 0, and is for frames by time (by={self.by})."
+            )
+
+
+def to_frames(
+    recordings: Sequence[Recording], timesteps: int, height: int, width: int, binning: Binning | None = None
+) -> Tensor:
+    """Bin recordings into frames: by default T bins of equal duration from the first event to the last.
 
     Args:
         recordings: N recordings with at least one event each.
         timesteps: T, 1 or more.
         height: height of the sensor in pixels.
         width: width of the sensor in pixels.
+        binning: which events a frame holds.
 
     Returns:
         Counts as bytes ``[N, T, 2, H, W]``, at most 255 each. A student made with ``coding=Frames()`` takes
@@ -90,6 +118,7 @@ def to_frames(recordings: Sequence[Recording], timesteps: int, height: int, widt
     """
     if min(timesteps, height, width) < 1:
         raise ConfigError(f"timesteps, height and width (={timesteps}, {height}, {width}) must be 1 or more.")
+    binning = binning or Binning()
     frames = torch.zeros(len(recordings), timesteps, 2, height, width, dtype=torch.uint8)
     for number, recording in enumerate(recordings):
         t, x, y, p = _events(recording, number)
@@ -98,16 +127,38 @@ def to_frames(recordings: Sequence[Recording], timesteps: int, height: int, widt
                 f"Recording {number} has events at x {x.min()}..{x.max()}, y {y.min()}..{y.max()} of polarity"
                 f" {p.min()}..{p.max()}: expected x below {width}, y below {height}, polarity 0 or 1."
             )
-        if len(t) > 1 and _is_too_short(t, timesteps):
+        if binning.by == "number":
+            steps = _by_number(t, timesteps)
+        elif binning.duration is not None:
+            steps = _by_duration(t, binning.duration)
+            t, x, y, p, steps = (values[steps < timesteps] for values in (t, x, y, p, steps))
+        elif len(t) > 1 and _is_too_short(t, timesteps):
             raise DataError(
                 f"The {len(t)} events of recording {number} have times from {t.min()} to {t.max()}, which cannot be"
                 f" divided into {timesteps} frames: were seconds rounded to whole numbers? Give the times as they were"
                 " recorded."
             )
-        cells = np.ravel_multi_index((_steps(t, timesteps), p, y, x), tuple(frames.shape[1:]))
+        else:
+            steps = _steps(t, timesteps)
+        cells = np.ravel_multi_index((steps, p, y, x), tuple(frames.shape[1:]))
         counts = np.bincount(cells, minlength=frames[number].numel()).clip(max=MOST)
         frames[number] = torch.from_numpy(counts.astype(np.uint8)).view(frames.shape[1:])
     return frames
+
+
+def _by_number(t: np.ndarray, timesteps: int) -> np.ndarray:
+    """The frame of each event if all hold equally many, in order of time."""
+    steps = np.empty(len(t), np.int64)
+    steps[np.argsort(t, kind="stable")] = np.arange(len(t)) * timesteps // len(t)
+    return steps
+
+
+def _by_duration(t: np.ndarray, duration: float) -> np.ndarray:
+    """The frame of each event if each lasts so long; it may be T or later."""
+    since = (t - t.min()) / duration
+    near = since.round()
+    exact = np.abs(since - near) < 1e-9 * np.maximum(1.0, near)  # a border in seconds is rarely a float
+    return np.where(exact, near, np.floor(since)).clip(max=2**31).astype(np.int64)
 
 
 def _is_too_short(t: np.ndarray, timesteps: int) -> bool:

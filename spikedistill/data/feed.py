@@ -110,7 +110,7 @@ class MemoryFeed:
 
     Raises:
         ConfigError: if there are fewer samples than one batch, ``batch_size`` is not a multiple of ``processes``, or
-            event frames would be augmented.
+            event frames would be changed by more than ``crop`` and ``flip``.
     """
 
     images: ImageSet
@@ -128,10 +128,10 @@ class MemoryFeed:
                 f"batch_size (={self.batch_size}) must be at most the {len(self._parts[0])} training samples and a"
                 f" multiple of the number of processes, {self.processes}{self._remedy()}."
             )
-        if self.images.frames and self.augment != Augment():
+        if self.images.frames and not self.augment.suits_events:
             raise ConfigError(
-                f"'{self.images.name}' holds event frames, and augmentation is for images: leave out crop, flip,"
-                " cutout, policy, zoom and noise."
+                f"'{self.images.name}' holds event frames, which can be moved (crop) and mirrored (flip): leave out"
+                " cutout, policy, zoom and noise, which are for images."
             )
 
     def _remedy(self) -> str:
@@ -170,10 +170,10 @@ class MemoryFeed:
         """This process's rows. Random numbers are drawn for the whole batch, whatever the number of processes."""
         mine = samples[self.rows]
         labels = self.images.train_labels[mine] if self.images.labelled else None
-        if self.images.frames:
-            return Inputs(to_inputs(self.images.train_images[mine]), labels, mine)
         turned = alternate(len(self.images.train_images), samples, view)
         pixels, seed = self.images.train_images[samples], step_seed(self.seed, view, step)
+        if self.images.frames:
+            return Inputs(to_inputs(self.augment.frames(pixels, seed, turned, self.rows)), labels, mine)
         return Inputs(self.augment(pixels, seed, turned, self.rows), labels, mine)
 
     def held(self) -> tuple[Tensor, Labels]:
@@ -207,15 +207,20 @@ class PairFeed:
     """Event frames for the student, each with an image of the same class from a second data set.
 
     An epoch is one pass over the event frames. The teacher gets the image. The student's second stream gets the image
-    as frames (``as_frames``).
+    as frames (``as_frames``). With sliding replacement (He et al., AAAI 2024, arXiv 2303.13077) more and more samples
+    of it get the event frames instead, each with the probability ``progress ^ replacement``. The teacher still gets the
+    image, so its outputs can be kept.
 
     Args:
         events: the feed of event frames.
         images: the data set of images, with the same classes.
         paired: whether recording n goes with image n. Otherwise an image of its class is drawn at random by (seed,
             epoch, step).
+        replacement: the power of the progress of training with which samples are replaced; 0: none are.
+        epochs: of the whole training, for its progress.
 
     Raises:
+        ConfigError: if ``replacement`` is negative, or there are no epochs for it.
         DataError: if classes differ in number, name or order, a class has no image, or paired sets differ in length or
             labels.
     """
@@ -223,8 +228,15 @@ class PairFeed:
     events: MemoryFeed
     images: ImageSet
     paired: bool = False
+    replacement: float = 0.0
+    epochs: int = 0
 
     def __post_init__(self) -> None:
+        if self.replacement < 0 or (self.replacement and self.epochs < 1):
+            raise ConfigError(
+                f"replacement (={self.replacement}) is a power of the progress over epochs (={self.epochs}): give 0 or"
+                " more, with the number of epochs."
+            )
         ours, theirs = self.events.images, self.images
         if not (ours.labelled and theirs.labelled):
             raise DataError(
@@ -271,7 +283,17 @@ class PairFeed:
         for step, inputs in enumerate(self.events.batches(epoch, done), done):
             images = to_inputs(self.images.train_images[self._partners(inputs, view, step)])
             source = as_frames(images, timesteps, height, width)
+            if self.replacement:
+                gone = self._replaced(epoch, step)[None, :, None, None, None]
+                source = torch.where(gone, inputs.student, source)
             yield replace(inputs, teacher=images, source=source)
+
+    def _replaced(self, epoch: int, step: int) -> Tensor:
+        """Which samples of this process's rows get event frames in place of the image, booleans ``[B]``."""
+        progress = ((epoch - 1) * self.steps + step) / (self.epochs * self.steps)
+        generator = torch.Generator().manual_seed(_mix(step_seed(self.events.seed, epoch, step), 1))
+        drawn = torch.rand(self.events.batch_size, generator=generator, dtype=torch.float64)[self.events.rows]
+        return drawn < min(1.0, progress) ** self.replacement
 
     def _partners(self, inputs: Inputs, view: int, step: int) -> Tensor:
         """The numbers of the images for a batch of recordings, ``[B]``."""

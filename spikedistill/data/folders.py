@@ -1,4 +1,4 @@
-"""Folders of images by class: which folders are parts and which are classes, and images as bytes of three colours.
+"""Folders of samples by class: which folders are parts and which are classes.
 
 Ambiguous folders are refused, and the message says what was found. Notes say how the others were read.
 """
@@ -7,25 +7,16 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image as Pillow
-from PIL import ImageOps
 from torch import Tensor
 
 from spikedistill.data.parts import UNKNOWN, Parts, counted, listed
 from spikedistill.errors import DataError
 
-SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif"),
-    *(".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
-)
-LARGEST = 16 * 2**30
-"""A folder with more bytes of pixels is refused, because this loader keeps everything in memory."""
 HIDDEN = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini")
 """Files and folders of operating systems, which are not read, like names that begin with a dot."""
 ROLES = {
@@ -42,8 +33,8 @@ FILLERS = (
 BARE = tuple((role, ()) for role in ("train", "test", "validation"))
 """What ``_role`` returns for a name that means a part and nothing else."""
 EXPECTED = (
-    "Expected train/CLASS/image.png and test/CLASS/image.png (or val), or CLASS/image.png alone; without classes"
-    " train/image.png and test/image.png, or image.png alone."
+    "Expected train/CLASS/{file} and test/CLASS/{file} (or val), or CLASS/{file} alone; without classes"
+    " train/{file} and test/{file}, or {file} alone."
 )
 SAID = {
     "linked": "linked folders were followed",
@@ -51,12 +42,36 @@ SAID = {
     "transparent": "images have transparent parts, which became white",
 }
 """What is counted while images are read, and the words of its note."""
-ORIENTATION = 0x0112
-"""The EXIF tag for the orientation of the camera."""
 
 
-def read_folder(path: Path, size: int | None, labelled: bool = True) -> Parts:
-    """Images by class: ``train/CLASS/image`` and ``test/CLASS/image``, or ``CLASS/image`` alone.
+@dataclass(frozen=True)
+class Kind:
+    """What the samples in a folder are.
+
+    Args:
+        plural: their name in messages.
+        suffixes: endings of their files.
+        example: the name of a file.
+        read: reads files of one size from below a folder: ``[N, ...]`` bytes, and what was counted meanwhile.
+    """
+
+    plural: str
+    suffixes: tuple[str, ...]
+    example: str
+    read: Callable[[Path, Sequence[Path], Counter[str]], Tensor]
+
+    def holds(self, file: Path) -> bool:
+        """Whether a file is one of them."""
+        return file.suffix.lower() in self.suffixes and not file.is_dir()
+
+    @property
+    def expected(self) -> str:
+        """How folders are expected to lie."""
+        return EXPECTED.format(file=self.example)
+
+
+def read_folder(path: Path, kind: Kind, labelled: bool = True) -> Parts:
+    """Samples by class: ``train/CLASS/image`` and ``test/CLASS/image``, or ``CLASS/image`` alone.
 
     - Images without classes: ``train/image`` and ``test/image``, or images alone, without any folder beside them.
     - Parts may have other usual names (``Training`` and ``Testing``, ``seg_train`` and ``seg_test``) and may lie in a
@@ -68,34 +83,37 @@ def read_folder(path: Path, size: int | None, labelled: bool = True) -> Parts:
 
     Args:
         path: the folder.
-        size: side in pixels to which images are resized. Without it, all must have the same size.
+        kind: what lies in it, ``images_of(size)`` for images.
         labelled: whether the classes matter. Otherwise a folder that holds no parts is read whole, with all folders
             below it, and without labels.
 
     Returns:
-        Images as bytes ``[N, 3, H, W]`` with labels; the test part is None where there are no parts.
+        Images as bytes ``[N, 3, H, W]``, or what else ``kind`` reads, with labels; the test part is None where there
+        are no parts.
 
     Raises:
         DataError: if the folders are neither parts nor classes, or an image cannot be read.
     """
-    root = _unwrapped(path)
+    root = _unwrapped(path, kind)
     names, tally = _names(_folders(root)), Counter[str]()
-    flat = _flat_pair(root, names)
+    flat = _flat_pair(root, names, kind)
     if flat is not None:
         return _without_classes(
-            [root / name for name in flat], size, tally, [name for name in names if name not in flat]
+            [root / name for name in flat], kind, tally, [name for name in names if name not in flat]
         )
-    pair = _pair(root, names)
-    if pair is None and (not labelled or (not names and _holds_images(root))):
-        return _without_classes([root], size, tally)
+    pair = _pair(root, names, kind)
+    if pair is None and (not labelled or (not names and _holds(root, kind))):
+        return _without_classes([root], kind, tally)
     if pair is None:
-        _refuse_parts(path, root, names)
+        _refuse_parts(path, root, names, kind)
         notes = [f"'{name}' is read as a class, not as a part" for name in names if _role(name) in BARE]
-        if deep := {name: _names(_folders(root / name)) for name in names if not _holds_images(root / name)}:
+        if deep := {name: _names(_folders(root / name)) for name in names if not _holds(root / name, kind)}:
             below = listed(dict.fromkeys(itertools.chain(*deep.values())))
-            notes.append(f"the images of {listed(deep)} lie in folders below ({below}): is each of them one class?")
-        return Parts(_read_classes(root, names, size, tally), None, tuple(names), (*notes, *_said(tally)))
-    train, test = (_unwrapped(root / name) for name in pair)
+            notes.append(
+                f"the {kind.plural} of {listed(deep)} lie in folders below ({below}): is each of them one class?"
+            )
+        return Parts(_read_classes(root, names, kind, tally), None, tuple(names), (*notes, *_said(tally, kind)))
+    train, test = (_unwrapped(root / name, kind) for name in pair)
     classes, tested = (_names(_folders(part)) for part in (train, test))
     if strange := [name for name in tested if name not in classes]:
         raise DataError(
@@ -105,10 +123,10 @@ def read_folder(path: Path, size: int | None, labelled: bool = True) -> Parts:
     others = [name for name in names if name not in pair]
     if beside := [name for name in others if name in classes]:
         raise DataError(f"'{root}' has {listed(beside)} beside {' and '.join(pair)}: put these classes into the parts.")
-    tally.update(_kind(file) for file in _listing(root) if not file.is_dir())
-    parts = _read_classes(train, classes, size, tally), _read_classes(test, tested, size, tally, classes)
+    tally.update(_ending(file) for file in _listing(root) if not file.is_dir())
+    parts = _read_classes(train, classes, kind, tally), _read_classes(test, tested, kind, tally, classes)
     notes = [f"the folders {listed(others)} are ignored"] if others else []
-    return Parts(*parts, tuple(classes), (*notes, *_said(tally)))
+    return Parts(*parts, tuple(classes), (*notes, *_said(tally, kind)))
 
 
 # --- which folders are what -------------------------------------------------------------------------------------------
@@ -135,25 +153,21 @@ def _folders(path: Path) -> list[Path]:
     return [child for child in _listing(path) if child.is_dir()]
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.is_dir()
-
-
-def _kind(file: Path) -> str:
-    """The kind under which an ignored file is counted."""
+def _ending(file: Path) -> str:
+    """The ending under which an ignored file is counted."""
     return file.suffix.lower() or "without suffix"
 
 
-def _holds_images(folder: Path) -> bool:
-    """Whether images lie directly in a folder."""
-    return any(_is_image(child) for child in _listing(folder))
+def _holds(folder: Path, kind: Kind) -> bool:
+    """Whether samples lie directly in a folder."""
+    return any(kind.holds(child) for child in _listing(folder))
 
 
-def _unwrapped(path: Path) -> Path:
+def _unwrapped(path: Path, kind: Kind) -> Path:
     """The first folder below that holds more than a single folder of folders."""
     seen = {path.resolve()}
-    while len(inside := _folders(path)) == 1 and not _holds_images(path):
-        if _holds_images(inside[0]) or not _folders(inside[0]):
+    while len(inside := _folders(path)) == 1 and not _holds(path, kind):
+        if _holds(inside[0], kind) or not _folders(inside[0]):
             break
         path = inside[0]
         if path.resolve() in seen:
@@ -185,7 +199,7 @@ def _split(word: str, known: str) -> list[str]:
     return re.findall(known, word) if re.fullmatch(f"(?:{known})+", word) else [word]
 
 
-def _pair(root: Path, names: Sequence[str]) -> tuple[str, str] | None:
+def _pair(root: Path, names: Sequence[str], kind: Kind) -> tuple[str, str] | None:
     """The names of the training and the test part. None if no folder of folders is named as a part.
 
     Raises:
@@ -195,17 +209,17 @@ def _pair(root: Path, names: Sequence[str]) -> tuple[str, str] | None:
     whole = [(group["train"], group.get("test") or group["validation"]) for group in groups if _paired(group)]
     if len(whole) == 1 and all(len(found) == 1 for found in whole[0]):
         return whole[0][0][0], whole[0][1][0]
-    if whole or not all(_holds_images(root / name) for group in groups for found in group.values() for name in found):
-        raise DataError(f"{_found(root, names)} These are not one training and one test part. {EXPECTED}")
+    if whole or not all(_holds(root / name, kind) for group in groups for found in group.values() for name in found):
+        raise DataError(f"{_found(root, names, kind)} These are not one training and one test part. {kind.expected}")
     return None
 
 
-def _flat_pair(root: Path, names: Sequence[str]) -> tuple[str, str] | None:
-    """The names of a training and a test part without classes: every folder is named as a part and holds images only.
+def _flat_pair(root: Path, names: Sequence[str], kind: Kind) -> tuple[str, str] | None:
+    """The names of a training and a test part without classes: every folder is named as a part and holds samples only.
 
     A validation part becomes the test part if there is no other.
     """
-    if not all(_role(name) in BARE and _holds_images(root / name) and not _folders(root / name) for name in names):
+    if not all(_role(name) in BARE and _holds(root / name, kind) and not _folders(root / name) for name in names):
         return None
     group = {role: found for one in _groups(names) for role, found in one.items()}
     train, test = group.get("train", []), group.get("test") or group.get("validation", [])
@@ -226,17 +240,17 @@ def _paired(group: Mapping[str, Sequence[str]]) -> bool:
     return "train" in group and len(group) > 1
 
 
-def _found(root: Path, names: Sequence[str]) -> str:
+def _found(root: Path, names: Sequence[str], kind: Kind) -> str:
     """A sentence that lists what lies in a folder."""
     shown = []
     for name in names:
         below = _listing(root / name)
-        images, folders = (sum(map(kind, below)) for kind in (_is_image, Path.is_dir))
-        shown.append(f"'{name}' ({f'{folders} folders' if folders else f'{images} images'})")
+        samples, folders = (sum(map(counts, below)) for counts in (kind.holds, Path.is_dir))
+        shown.append(f"'{name}' ({f'{folders} folders' if folders else f'{samples} {kind.plural}'})")
     return f"'{root}' holds {listed(shown) or 'no folders'}."
 
 
-def _refuse_parts(path: Path, root: Path, names: Sequence[str]) -> None:
+def _refuse_parts(path: Path, root: Path, names: Sequence[str], kind: Kind) -> None:
     """Refuse folders that cannot be classes.
 
     Raises:
@@ -245,94 +259,80 @@ def _refuse_parts(path: Path, root: Path, names: Sequence[str]) -> None:
     """
     if alone := [name for name in root.relative_to(path).parts if _role(name) in BARE]:
         wanted = "'test' or 'val'" if _role(alone[-1])[0] == "train" else "'train'"
-        raise DataError(f"'{path}' has a folder '{alone[-1]}' but no {wanted} beside it. {EXPECTED}")
+        raise DataError(f"'{path}' has a folder '{alone[-1]}' but no {wanted} beside it. {kind.expected}")
     if sum(_role(name) in BARE for name in names) > 1:
-        raise DataError(f"{_found(root, names)} These are names of parts, without a folder for each class. {EXPECTED}")
+        raise DataError(
+            f"{_found(root, names, kind)} These are names of parts, without a folder for each class. {kind.expected}"
+        )
     if held := [name for name in names if any(map(_paired, _groups(_names(_folders(root / name)))))]:
         raise DataError(
-            f"{_found(root, names)} '{held[0]}' holds a training and a test part: give '{root / held[0]}', or move the"
-            f" parts above the classes. {EXPECTED}"
+            f"{_found(root, names, kind)} '{held[0]}' holds a training and a test part: give '{root / held[0]}', or"
+            f" move the parts above the classes. {kind.expected}"
         )
-    inside = [() if _holds_images(root / name) else tuple(_names(_folders(root / name))) for name in names]
+    inside = [() if _holds(root / name, kind) else tuple(_names(_folders(root / name))) for name in names]
     (below, times), *_ = Counter(found for found in inside if len(found) > 1).most_common(1) or [((), 0)]
     if times > 1:
         raise DataError(
-            f"{_found(root, names)} {times} of them hold the same folders ({listed(below)}): are these classes, and"
-            f" those parts? {EXPECTED}"
+            f"{_found(root, names, kind)} {times} of them hold the same folders ({listed(below)}): are these classes,"
+            f" and those parts? {kind.expected}"
         )
 
 
-def _said(tally: Counter[str]) -> list[str]:
-    """Notes on how files and images were read."""
+def _said(tally: Counter[str], kind: Kind) -> list[str]:
+    """Notes on how files and samples were read."""
     said = [f"{tally.pop(kind)} {text}" for kind, text in SAID.items() if tally[kind]]
     others = Counter({kind: count for kind, count in tally.items() if count and kind not in SAID})
-    return said + ([f"files that are not images of a class are ignored ({counted(others)})"] if others else [])
+    return said + ([f"files that are not {kind.plural} of a class are ignored ({counted(others)})"] if others else [])
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
+# --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def _without_classes(parts: Sequence[Path], size: int | None, tally: Counter[str], others: Sequence[str] = ()) -> Parts:
-    """One part, or a training and a test part, of images without labels, from all files below each."""
+def _without_classes(parts: Sequence[Path], kind: Kind, tally: Counter[str], others: Sequence[str] = ()) -> Parts:
+    """One part, or a training and a test part, of samples without labels, from all files below each."""
     read = []
     for part in parts:
-        images = _read_files(part, _class_files(part, tally), size, tally)
-        read.append((images, torch.full((len(images),), UNKNOWN)))
+        samples = kind.read(part, _class_files(part, kind, tally), tally)
+        read.append((samples, torch.full((len(samples),), UNKNOWN)))
     notes = ["it is read without classes: training needs a teacher's logits or features"]
     notes += [f"the folders {listed(others)} are ignored"] if others else []
-    return Parts(read[0], read[1] if len(read) > 1 else None, (), (*notes, *_said(tally)))
+    return Parts(read[0], read[1] if len(read) > 1 else None, (), (*notes, *_said(tally, kind)))
 
 
 def _read_classes(
-    path: Path, names: Sequence[str], size: int | None, tally: Counter[str], classes: Sequence[str] | None = None
+    path: Path, names: Sequence[str], kind: Kind, tally: Counter[str], classes: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The images of some classes, bytes ``[N, 3, H, W]``, and their class numbers ``[N]``."""
+    """The samples of some classes, bytes ``[N, ...]``, and their class numbers ``[N]``."""
     numbers = {name: number for number, name in enumerate(classes or names)}
-    files = [(file, numbers[name]) for name in names for file in _class_files(path / name, tally)]
-    tally.update(_kind(file) for file in _listing(path) if not file.is_dir())
+    files = [(file, numbers[name]) for name in names for file in _class_files(path / name, kind, tally)]
+    tally.update(_ending(file) for file in _listing(path) if not file.is_dir())
     if not files:
-        lying = "; images lie in it, but not in class folders" if _holds_images(path) else ""
+        lying = f"; {kind.plural} lie in it, but not in class folders" if _holds(path, kind) else ""
         raise DataError(
-            f"The folder '{path}' holds no images{lying}: expected {path}/CLASS/image.png ({', '.join(SUFFIXES)})."
+            f"The folder '{path}' holds no {kind.plural}{lying}: expected {path}/CLASS/{kind.example}"
+            f" ({', '.join(kind.suffixes)})."
         )
-    images = _read_files(path, [file for file, _ in files], size, tally)
-    return images, torch.tensor([number for _, number in files])
+    samples = kind.read(path, [file for file, _ in files], tally)
+    return samples, torch.tensor([number for _, number in files])
 
 
-def _read_files(path: Path, files: Sequence[Path], size: int | None, tally: Counter[str]) -> Tensor:
-    """Images of one size from files below a folder, bytes ``[N, 3, H, W]``."""
-    first = _read_image(files[0], size, Counter())
-    needed = len(files) * first.nbytes
-    if needed > LARGEST:
-        raise DataError(
-            f"'{path}' needs {needed / 2**30:.0f} GiB in memory, more than {LARGEST / 2**30:.0f}: give a smaller "
-            "--image-size, or fewer images."
-        )
-    pixels = np.empty((len(files), *first.shape), np.uint8)
-    for row, file in enumerate(files):
-        image = _read_image(file, size, tally)
-        if image.shape != first.shape:
-            raise DataError(f"'{file}' has shape {image.shape}, '{files[0]}' has {first.shape}: give --image-size.")
-        pixels[row] = image
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-
-
-def _class_files(folder: Path, tally: Counter[str]) -> list[Path]:
-    """All images of a class, sorted by path.
+def _class_files(folder: Path, kind: Kind, tally: Counter[str]) -> list[Path]:
+    """All samples of a class, sorted by path.
 
     Raises:
-        DataError: if there are no images.
+        DataError: if there are none.
     """
     files = list(_below(folder, (), tally))
-    images = [file for file in files if _is_image(file)]
-    others = Counter(_kind(file) for file in files if not _is_image(file))
+    samples = [file for file in files if kind.holds(file)]
+    others = Counter(_ending(file) for file in files if not kind.holds(file))
     tally.update(others)
-    if not images:
+    if not samples:
+        there = f", but {counted(others)}" if others else ""
         raise DataError(
-            f"The class folder '{folder}' holds no images{f', but {counted(others)}' if others else ''}: expected"
-            f" {', '.join(SUFFIXES)}. Add some, or delete it."
+            f"The class folder '{folder}' holds no {kind.plural}{there}: expected {', '.join(kind.suffixes)}. Add some,"
+            " or delete it."
         )
-    return images
+    return samples
 
 
 def _below(folder: Path, above: tuple[Path, ...], tally: Counter[str]) -> Iterator[Path]:
@@ -346,33 +346,3 @@ def _below(folder: Path, above: tuple[Path, ...], tally: Counter[str]) -> Iterat
             yield from _below(child, (*above, here), tally)
         else:
             yield child
-
-
-def _read_image(file: Path, size: int | None, tally: Counter[str]) -> NDArray[np.uint8]:
-    """An image ``[H, W, 3]``, rotated as its EXIF says, with transparent parts white.
-
-    Raises:
-        DataError: if it is damaged, has pixels of more than 8 bits, or holds several images.
-    """
-    try:
-        with Pillow.open(file) as opened:
-            if opened.mode[0] in "IF":
-                raise ValueError(f"its pixels are of mode {opened.mode}, not of 8 bits")
-            frames = getattr(opened, "n_frames", 1)
-            if frames > 1 and opened.format != "MPO":  # cameras put a preview behind the picture
-                raise ValueError(f"it holds {frames} images, expected one")
-            tally["turned"] += opened.getexif().get(ORIENTATION, 1) in range(2, 9)
-            image = _on_white(ImageOps.exif_transpose(opened), tally)
-        return np.asarray(image.resize((size, size), Pillow.Resampling.BILINEAR) if size else image)
-    except Exception as error:  # damaged bytes raise anything in Pillow
-        reason = str(error) or type(error).__name__
-        raise DataError(f"The image '{file}' cannot be read ({reason}): replace, convert or delete it.") from error
-
-
-def _on_white(image: Pillow.Image, tally: Counter[str]) -> Pillow.Image:
-    """An image in three colours. Transparent parts become white."""
-    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
-        return image.convert("RGB")
-    whole = image.convert("RGBA")
-    tally["transparent"] += min(whole.getchannel("A").tobytes()) < 255
-    return Pillow.alpha_composite(Pillow.new("RGBA", whole.size, "white"), whole).convert("RGB")

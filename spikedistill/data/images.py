@@ -17,8 +17,12 @@ from torch import Tensor
 
 from spikedistill.data.arrays import read_npz, to_pixels
 from spikedistill.data.folders import read_folder
+from spikedistill.data.gestures import is_gestures, read_gestures
 from spikedistill.data.parts import UNKNOWN, Parts, check_classes, class_order, copies
+from spikedistill.data.pictures import images_of
+from spikedistill.data.recordings import Recordings
 from spikedistill.errors import ConfigError, DataError, unknown
+from spikedistill.files import home
 from spikedistill.shapes import Labels
 
 ENVIRONMENT = "SPIKEDISTILL_DATA"
@@ -181,7 +185,7 @@ def load_images(
         DataError: if there is no such set, or it cannot be read.
         ConfigError: if ``image_size`` is below 1, or given for anything but a folder.
     """
-    path = Path(name).expanduser()
+    path = home(name)
     if image_size is not None and (name in NAMED or not path.is_dir()):
         raise ConfigError(f"image_size (={image_size}) is for folders of images; '{name}' is not one: leave it out.")
     if image_size is not None and image_size < 1:
@@ -190,7 +194,7 @@ def load_images(
         found = NAMED[name](_directory(data_dir))
         return found if labelled else found.without_labels()
     if path.is_dir():
-        return _checked(path.name, read_folder(path, image_size, labelled), labelled)
+        return _checked(path.name, read_folder(path, images_of(image_size), labelled), labelled)
     if path.suffix == ".npz":
         return _checked(path.stem, read_npz(path), labelled)
     if path.exists() or os.sep in name or path.suffix:
@@ -200,6 +204,25 @@ def load_images(
             f"({', '.join(NAMED)})."
         )
     raise DataError(unknown("data set", name, NAMED) + " A folder of images by class or a .npz file works too.")
+
+
+def load_recordings(name: str, recordings: Recordings, labelled: bool = True) -> ImageSet:
+    """Read a folder of event recordings as frames.
+
+    Folders lie as for images (see ``read_folder``), or as DVS128 Gesture is published (``gestures.py``).
+
+    Args:
+        name: the folder.
+        recordings: how recordings become frames.
+        labelled: False forgets the labels of the training part.
+
+    Raises:
+        DataError: if the folders are neither parts nor classes, or a recording cannot be read.
+    """
+    path = home(name)
+    if is_gestures(path):
+        return _checked(path.name, read_gestures(path, recordings), labelled)
+    return _checked(path.name, read_folder(path, recordings.kind(), labelled), labelled)
 
 
 def _checked(name: str, parts: Parts, labelled: bool) -> ImageSet:
@@ -260,7 +283,7 @@ def split(labels: Labels, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _directory(given: str | Path | None) -> Path:
-    return Path(given or os.environ.get(ENVIRONMENT) or "data").expanduser()
+    return home(given or os.environ.get(ENVIRONMENT) or "data")
 
 
 def read_digits() -> Parts:

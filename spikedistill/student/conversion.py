@@ -198,8 +198,10 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
-    if get_origin(hint) is tuple:  # (float, ...), a list in JSON
-        return isinstance(value, list | tuple) and all(_fits(get_args(hint)[0], part) for part in value)
+    if get_origin(hint) is tuple:  # (float, ...) or (int, int), a list in JSON
+        kinds = get_args(hint)
+        long = isinstance(value, list | tuple) and (kinds[-1] is ... or len(value) == len(kinds))
+        return long and all(_fits(kinds[0], part) for part in value)
     return hint in (bool, int, str, NoneType) and type(value) is hint
 
 

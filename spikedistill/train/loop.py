@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import nn
 from spikedistill.data.feed import Feed, Inputs, step_seed
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict
+from spikedistill.files import home
 from spikedistill.neuron.fused import this_processor, works
 from spikedistill.objective.terms import Objective, check_terms, total
 from spikedistill.shapes import Labels
@@ -144,7 +144,7 @@ class Course:
             self.lesson = lesson.to(self.place.device)
             self.lesson.freeze_norm = config.freeze_norm
             if self.tutor is not None and teacher is not None and feed.views:
-                folder = run.path / "answers" if config.cache_dir is None else Path(config.cache_dir).expanduser()
+                folder = run.path / "answers" if config.cache_dir is None else home(config.cache_dir)
                 progress.say(str(self.tutor.keep_answers(folder, self.feed, self.place, teacher, example)))
         self.optimiser = make_optimiser(self.lesson, config)
         self.averaged = make_averaged(student, config)

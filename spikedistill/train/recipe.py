@@ -7,9 +7,13 @@ from tyro.conf import arg
 
 from spikedistill.compute.place import Convolutions, Place, Precision, choose_place
 from spikedistill.data.augment import Augment
+from spikedistill.data.camera import EventCamera, seen_by_camera
+from spikedistill.data.events import Binning
 from spikedistill.data.feed import Feed, MemoryFeed, PairFeed
-from spikedistill.data.images import ImageSet, load_images
+from spikedistill.data.images import NAMED, ImageSet, load_images, load_recordings
+from spikedistill.data.recordings import Recordings, holds_recordings
 from spikedistill.errors import ConfigError
+from spikedistill.files import home
 
 
 @dataclass(frozen=True)
@@ -17,8 +21,8 @@ class Data:
     """Images or event frames, and how they are augmented."""
 
     name: Annotated[str, arg(name="data")] = "digits"
-    """A named set (digits, mnist, fashion-mnist, cifar10, cifar100), a folder with one subfolder of images per class
-    or of images alone, or a .npz file of images or event frames."""
+    """A named set (digits, mnist, fashion-mnist, cifar10, cifar100), a folder with one subfolder of images or event
+    recordings per class, a folder of images alone, or a .npz file of images or event frames."""
     labels: Literal["given", "none"] = "given"
     """given: use the labels that the data have; a folder of images alone has none. none: do not use them. Without
     labels the student learns from its teacher only and is measured by agreement with it."""
@@ -31,10 +35,23 @@ class Data:
     """Folder of the named sets (default: $SPIKEDISTILL_DATA, else ./data)."""
     image_size: int | None = None
     """Side in pixels that the images of a folder are resized to (default: as they are)."""
+    events: Literal["recorded", "simulated"] = "recorded"
+    """recorded: those in the data, if they are event recordings. simulated: those that an event camera would send,
+    looking at each image along three saccades."""
+    event_frames: int | None = None
+    """Frames in which the events of a recording are counted (default: --timesteps)."""
+    event_binning: Literal["time", "number"] = "time"
+    """Frames of recordings last equally long (time) or hold equally many events (number)."""
+    event_duration: float | None = None
+    """How long a frame of a recording lasts, in the unit of its times, mostly microseconds (default: a part of the
+    recording)."""
+    sensor: tuple[int, int] | None = None
+    """Rows and columns of the camera of a folder of recordings (default: those of the smallest known camera that holds
+    all events)."""
     validation: float = 0.1
     """Fraction of the training set held out for validation, 0 to 1."""
     crop: int = 0
-    """Augmentation: pixels of padding before a random crop; 0 for none."""
+    """Augmentation: pixels of padding before a random crop; 0 for none. With --flip it is for event frames too."""
     border: Literal["zeros", "mirror"] = "zeros"
     """Augmentation: padding of the crop, zeros or the image mirrored at its border."""
     flip: bool = False
@@ -55,21 +72,36 @@ class Data:
 
     def load(self) -> ImageSet:
         """The data set that the fields name; raises ``DataError`` if it does not exist."""
-        return load_images(self.name, self.data_dir, self.image_size, self.labels == "given")
+        labelled, frames = self.labels == "given", self.event_frames or EventCamera.timesteps
+        if self.holds_recordings:
+            binning = Binning(self.event_binning, self.event_duration)
+            return load_recordings(self.name, Recordings(frames, binning, self.sensor, self.image_size), labelled)
+        found = load_images(self.name, self.data_dir, self.image_size, labelled)
+        return seen_by_camera(found, EventCamera(frames)) if self.events == "simulated" else found
+
+    @property
+    def holds_recordings(self) -> bool:
+        """Whether the data are a folder of event recordings."""
+        path = home(self.name)
+        return self.name not in NAMED and path.is_dir() and holds_recordings(path)
 
     def load_source(self) -> ImageSet | None:
         """The images of the second input stream, if there is one."""
         return None if self.source is None else load_images(self.source, self.data_dir)
 
-    def feed(self, images: ImageSet, training: "Training", source: ImageSet | None = None) -> Feed:
-        """The feed that yields the batches of a training; with a source, pairs of inputs.
+    def feed(
+        self, images: ImageSet, training: "Training", source: ImageSet | None = None, replacement: float = 0.0
+    ) -> Feed:
+        """The feed that yields the batches of a training; with a source, pairs of inputs (see ``PairFeed``).
 
         Raises:
             ConfigError: if there are fewer samples than in one batch.
             DataError: if the source has other classes.
         """
         feed = MemoryFeed(images, training.batch_size, training.seed, self.augment(), self.validation, training.views)
-        return feed if source is None else PairFeed(feed, source, self.paired)
+        if source is None:
+            return feed
+        return PairFeed(feed, source, self.paired, replacement, training.epochs)
 
     def faults(self) -> list[str]:
         """What cannot work, one sentence for each fault."""
@@ -86,6 +118,12 @@ class Data:
             faults.append(f"source (={self.source}) is paired by labels: give labels=given")
         if not 0 <= self.noise <= 1:
             faults.append(f"noise (={self.noise}), a standard deviation for pixels in 0..1, must be 0 to 1")
+        if self.event_frames is not None and self.event_frames < 1:
+            faults.append(f"event_frames (={self.event_frames}) must be 1 or more")
+        if self.event_duration is not None and (not self.event_duration > 0 or self.event_binning == "number"):
+            faults.append(f"event_duration (={self.event_duration}) must be above 0, with event_binning=time")
+        if self.sensor is not None and min(self.sensor) < 1:
+            faults.append(f"sensor (={self.sensor}), rows and columns, must be 1 or more")
         if self.paired and self.source is None:
             faults.append("paired needs a source, the images of the recordings: give --source")
         return faults

@@ -235,12 +235,6 @@ class TestMemoryFeed:
         ):
             MemoryFeed(IMAGES, batch_size).shared(0, processes)
 
-    def test_frames_are_not_augmented(self):
-        with pytest.raises(
-            ConfigError, match=r"'events' holds event frames, and augmentation is for images: leave out crop"
-        ):
-            MemoryFeed(FRAMES, 8, augment=Augment(flip=True))
-
     def test_a_held_out_part_of_everything_is_refused(self):
         with pytest.raises(ConfigError, match=r"validation \(=1\.0\)"):
             MemoryFeed(IMAGES, 8, validation=1.0)
@@ -382,6 +376,82 @@ class TestPairFeed:
         with pytest.raises(DataError, match="are not paired sample by sample, their labels differ: leave --paired out"):
             PairFeed(MemoryFeed(FRAMES, 8), images, paired=True)
         assert PairFeed(MemoryFeed(FRAMES, 8), images).steps == 5
+
+
+class TestSlidingReplacement:
+    def feed(self, power, epochs=20, **fields):
+        return replace(pair(**fields), replacement=power, epochs=epochs)
+
+    def shares(self, power, epochs=20):
+        """The share of replaced samples in each epoch; every sample of the second stream is one of both."""
+        found = []
+        for epoch in range(1, epochs + 1):
+            gone = []
+            for inputs in self.feed(power, epochs).batches(epoch):
+                images = as_frames(inputs.teacher, 4, 6, 5)
+                events, pictures = ((inputs.source == one).flatten(2).all(2).all(0) for one in (inputs.student, images))
+                assert (events ^ pictures).all()
+                gone.append(events)
+            found.append(torch.cat(gone).double().mean())
+        return torch.stack(found)
+
+    def test_without_it_no_sample_is_replaced(self):
+        assert_same(self.feed(0.0).batches(3), pair().batches(3))
+
+    @pytest.mark.parametrize("power", [1.0, 3.0])
+    def test_its_probability_is_a_power_of_progress(self, power):
+        epochs = 200
+        found = self.shares(power, epochs).view(10, -1).mean(1)
+        steps = (torch.arange(epochs * 5).double() / (epochs * 5)) ** power
+        torch.testing.assert_close(found, steps.view(10, -1).mean(1), atol=0.06, rtol=0)
+
+    def test_the_teacher_sees_the_image_all_the_same(self):
+        for ours, usual in zip(self.feed(1.0).batches(19), pair().batches(19), strict=True):
+            assert torch.equal(ours.teacher, usual.teacher) and torch.equal(ours.student, usual.student)
+
+    def test_processes_draw_the_same(self):
+        whole = [inputs.source for inputs in self.feed(1.0).batches(11)]
+        parts = [[inputs.source for inputs in self.feed(1.0).shared(rank, 2).batches(11)] for rank in (0, 1)]
+        for one, *halves in zip(whole, *parts, strict=True):
+            assert torch.equal(one, torch.cat(halves, 1))
+
+    def test_a_resumed_epoch_goes_on_with_the_same(self):
+        assert_same(self.feed(1.0).batches(11, 2), list(self.feed(1.0).batches(11))[2:])
+
+    @pytest.mark.parametrize("fields", [{"replacement": -1.0}, {"replacement": 1.0, "epochs": 0}])
+    def test_a_power_without_progress_is_refused(self, fields):
+        with pytest.raises(ConfigError, match=r"replacement .* is a power of the progress"):
+            replace(pair(), **fields)
+
+
+class TestMovedEvents:
+    def test_all_frames_of_a_recording_move_alike(self):
+        one = torch.zeros(8, 4, 2, 6, 5, dtype=torch.uint8)
+        one[..., 3, 2] = torch.arange(1, 9, dtype=torch.uint8)[:, None, None]
+        feed = MemoryFeed(replace(FRAMES, train_images=one.repeat(6, 1, 1, 1, 1)), 8, augment=Augment(crop=2))
+        places = set()
+        for inputs in feed.batches(1):
+            for sample in inputs.student.unbind(1):
+                (rows, columns) = sample.nonzero()[:, 2:].T
+                assert len(sample.nonzero()) == 8 and len(set(rows.tolist())) == len(set(columns.tolist())) == 1
+                places.add((int(rows[0]), int(columns[0])))
+        assert len(places) > 5 and all(1 <= row <= 5 and 0 <= column <= 4 for row, column in places)
+
+    def test_each_recording_is_mirrored_every_other_epoch(self):
+        feed = MemoryFeed(FRAMES, 8, augment=Augment(flip=True))
+        seen = [
+            {int(n): x for batch in feed.batches(e) for n, x in zip(batch.samples, batch.student.unbind(1))}
+            for e in (1, 2)
+        ]
+        both = seen[0].keys() & seen[1].keys()
+        assert len(both) > 20 and all(torch.equal(seen[0][n], seen[1][n].flip(-1)) for n in both)
+
+    @pytest.mark.parametrize(
+        "augment", [Augment(cutout=2), Augment(noise=0.1), Augment(policy="trivial"), Augment(zoom=0.5)]
+    )
+    def test_what_is_for_images_is_refused(self, augment):
+        with pytest.raises(ConfigError, match=r"can be moved \(crop\) and mirrored \(flip\)"):
+            MemoryFeed(FRAMES, 8, augment=augment)
 
 
 class TestAsFrames:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spikedistill.data import folders as module
+from spikedistill.data import pictures as module
 from spikedistill.data.images import load_images
 from spikedistill.errors import ConfigError, DataError
 

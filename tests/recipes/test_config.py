@@ -54,7 +54,9 @@ def values_of(hint):
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
     if get_origin(hint) is tuple:
-        return st.lists(values_of(get_args(hint)[0]), max_size=3).map(tuple)
+        kinds = get_args(hint)
+        least, most = (0, 3) if kinds[-1] is ... else (len(kinds), len(kinds))
+        return st.lists(values_of(kinds[0]), min_size=least, max_size=most).map(tuple)
     if get_args(hint):
         return st.one_of([values_of(part) for part in get_args(hint)])
     plain = {bool: st.booleans(), int: st.integers(0, 99), float: st.floats(0, 1), str: st.text(max_size=5)}
@@ -128,6 +130,7 @@ class TestWrong:
             ({"training": {"epochs": "ten"}}, r"epochs \(='ten'\) has the wrong type: expected int"),
             ({"training": {"epoch": 10}}, r"Training is written as .*expected the fields"),
             ({"teacher": {"mean": [0.5, "x"]}}, r"mean \(=.*expected tuple\[float"),
+            ({"data": {"sensor": [34]}}, r"sensor \(=.*expected tuple\[int, int\]"),
             ({"student": 5}, r"its part StudentChoice is '5'"),
             ({"method": {"name": "kdsn"}}, r"'kdsn'. Did you mean 'kdsnn'"),
             ({"method": {"name": "kdsnn", "heat": 2.0}}, r"'kdsnn' has no field heat"),

@@ -1,0 +1,82 @@
+"""The folder of DVS128 Gesture: a file per trial, with labels beside it (Amir et al., CVPR 2017).
+
+``trials_to_train.txt`` and ``trials_to_test.txt`` name the files of both parts. ``NAME.aedat`` holds the events of a
+trial, and ``NAME_labels.csv`` a line for each gesture: its class from 1, and the times of its begin and end in
+microseconds. ``gesture_mapping.csv`` has the names of the classes.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikedistill.data.events import Recording, to_frames
+from spikedistill.data.parts import Parts
+from spikedistill.data.recordings import Recordings, read_recording
+from spikedistill.errors import DataError
+
+TRIALS = {"train": "trials_to_train.txt", "test": "trials_to_test.txt"}
+"""The files that list a part's trials."""
+SENSOR = (128, 128)
+"""Rows and columns of the camera."""
+
+
+def is_gestures(path: Path) -> bool:
+    """Whether a folder lies as DVS128 Gesture is published."""
+    return all((path / name).is_file() for name in TRIALS.values())
+
+
+def read_gestures(path: Path, recordings: Recordings) -> Parts:
+    """The gestures of a folder as frames, those of a trial one after the other.
+
+    Args:
+        path: the folder.
+        recordings: how a gesture becomes frames.
+
+    Raises:
+        DataError: if a file is missing or damaged, a line of labels cannot be read, or a gesture has no event.
+    """
+    parts = {part: _read_part(path, name, recordings) for part, name in TRIALS.items()}
+    most = 1 + max(int(labels.max()) for _, labels in parts.values())
+    return Parts(parts["train"], parts["test"], _names(path, most))
+
+
+def _read_part(path: Path, name: str, recordings: Recordings) -> tuple[Tensor, Tensor]:
+    found, labels = [], []
+    for trial in (path / name).read_text(encoding="utf-8").split():
+        file = path / trial
+        events = read_recording(file)
+        for label, begin, end in _gestures(file.with_name(f"{file.stem}_labels.csv")):
+            inside = (events.t >= begin) & (events.t < end)
+            if not inside.any():
+                raise DataError(f"'{file}' has no event of gesture {label + 1} from {begin} to {end}: it is cut.")
+            found.append(Recording(*(values[inside] for values in (events.t, events.x, events.y, events.p))))
+            labels.append(label)
+    if not found:
+        raise DataError(f"'{path / name}' names no trial with a gesture.")
+    size = recordings.size or SENSOR[0]
+    reduced = [Recording(one.t, one.x * size // SENSOR[1], one.y * size // SENSOR[0], one.p) for one in found]
+    return to_frames(reduced, recordings.timesteps, size, size, recordings.binning), torch.tensor(labels)
+
+
+def _gestures(file: Path) -> list[tuple[int, int, int]]:
+    """Class from 0, begin and end of each gesture of a trial."""
+    try:
+        table = np.loadtxt(file, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
+        if table.shape[1] != 3 or (table[:, 0] < 1).any() or (table[:, 2] <= table[:, 1]).any():
+            raise ValueError("expected class, begin and end in each line, with classes from 1")
+    except (OSError, ValueError) as error:
+        raise DataError(f"The labels '{file}' cannot be read: {error}.") from error
+    return [(int(label) - 1, int(begin), int(end)) for label, begin, end in table]
+
+
+def _names(path: Path, count: int) -> tuple[str, ...]:
+    """The names of the classes; without the file of names, their numbers from 1."""
+    numbers = {number: str(number) for number in range(1, count + 1)}
+    file = path / "gesture_mapping.csv"
+    if file.is_file():
+        with file.open(encoding="utf-8", newline="") as lines:
+            numbers |= {int(line[-1]): line[0] for line in csv.reader(lines) if line and line[-1].strip().isdigit()}
+    return tuple(numbers[number] for number in sorted(numbers))

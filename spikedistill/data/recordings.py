@@ -1,0 +1,300 @@
+"""Readers of the formats in which event recordings are published. Each gives a ``Recording``.
+
+| ending | format | data sets |
+|---|---|---|
+| ``.bin`` | five bytes per event (``events.read_nmnist``) | N-MNIST, N-Caltech101 |
+| ``.aedat`` | AEDAT 2.0, addresses of a DVS128; AEDAT 3.1 | CIFAR10-DVS; DVS128 Gesture |
+| ``.dat`` | eight bytes per event behind a header in % | N-Cars, Prophesee |
+| ``.mat`` | arrays ``ts``, ``x``, ``y``, ``pol`` of MATLAB | ASL-DVS |
+| ``.npz``, ``.npy`` | arrays ``t``, ``x``, ``y``, ``p``, or one array with these fields | frameworks' own copies |
+| ``.h5``, ``.hdf5`` | the same arrays, at the top or in a group ``events`` (needs h5py) | DSEC, 1 Mpx |
+
+A file that is cut, damaged or in another format is refused as a whole: no reader returns a part of a recording.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from spikedistill.data.events import Binning, Recording, read_nmnist, to_frames
+from spikedistill.data.folders import Kind
+from spikedistill.data.pictures import SUFFIXES
+from spikedistill.errors import DataError
+
+SIDE = 128
+"""Rows and columns of a DVS128."""
+HEADER = 28
+"""Bytes of the header of a packet in AEDAT 3.1."""
+SENSORS = ((34, 34), (100, 120), (128, 128), (180, 240), (240, 304), (260, 346), (480, 640), (720, 1280))
+"""Rows and columns of known sensors: N-MNIST, N-Cars, DVS128, DAVIS240, ATIS, DAVIS346, VGA, HD."""
+LOOKED_AT = 1000
+"""Files at which it is seen what a folder holds."""
+POLARITY = 1
+"""The number of polarity events among the types of AEDAT 3.1."""
+NAMES = {
+    "t": ("t", "ts", "time", "timestamp", "timestamps"),
+    "x": ("x", "xs"),
+    "y": ("y", "ys"),
+    "p": ("p", "pol", "polarity", "polarities", "ps"),
+}
+"""The names under which files hold the four arrays."""
+
+
+def read_recording(path: str | Path) -> Recording:
+    """The events of one file, in a format that its ending and its first bytes tell.
+
+    Raises:
+        DataError: if the file is missing, its format is not known, or it is cut, damaged or empty.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"'{path}' is no recording of events: expected a file ending with {', '.join(READERS)}.")
+    found = READERS[path.suffix.lower()](path)
+    if not len(found.t):
+        raise DataError(f"'{path}' holds no event: leave it out.")
+    return found
+
+
+def read_aedat(path: Path) -> Recording:
+    """AEDAT 2.0 or 3.1, as its first line says. Times are microseconds.
+
+    AEDAT 2.0 has pairs of an address and a time, big-endian. The address is read as that of a DVS128 in the orientation
+    in which CIFAR10-DVS shows its images (Li et al., 2017, doi 10.3389/fnins.2017.00309): the row is in bits 1 to 7,
+    the column in bits 8 to 14, both counted from the other side, and bit 0 is 1 for darker.
+
+    Raises:
+        DataError: see ``read_recording``.
+    """
+    content = _content(path)
+    first = content[:40].upper()
+    if first.startswith(b"#!AER-DAT3"):
+        return _read_aedat_3(path, content)
+    if not first.startswith(b"#!AER-DAT2"):
+        raise DataError(f"'{path}' does not begin with #!AER-DAT2.0 or #!AER-DAT3.1: it is in another format.")
+    body = content
+    while body.startswith(b"#"):
+        end = body.find(b"\n")
+        body = body[end + 1 :] if end >= 0 else b""
+    if len(body) % 8:
+        raise _cut(path, len(body), "eight per event")
+    address, t = np.frombuffer(body, ">u4").reshape(-1, 2).astype(np.int64).T
+    if (address >> 15).any():
+        raise DataError(
+            f"'{path}' has addresses up to {address.max()}, beyond those of a DVS128 (below 32768): it is damaged, or"
+            " of another camera."
+        )
+    x, y = SIDE - 1 - (address >> 8 & 127), SIDE - 1 - (address >> 1 & 127)
+    return _in_order(path, Recording(_unwrapped(t), x, y, 1 - (address & 1)))
+
+
+def _read_aedat_3(path: Path, content: bytes) -> Recording:
+    """Packets behind a header; those of other types than polarity are passed over, and so are invalid events."""
+    mark = content.find(b"#!END-HEADER")
+    place = content.find(b"\n", mark) + 1
+    if mark < 0 or not place:
+        raise DataError(f"'{path}' has no line #!END-HEADER: its header is cut.")
+    data, times = [], []
+    while place < len(content):
+        if len(content) - place < HEADER:
+            raise _cut(path, len(content) - place, f"a packet's header of {HEADER}")
+        kind, _ = np.frombuffer(content, "<u2", 2, place)
+        size, _, overflow, _, number, _ = (int(value) for value in np.frombuffer(content, "<u4", 6, place + 4))
+        place += HEADER
+        if len(content) - place < size * number or (kind == POLARITY and size != 8):
+            raise _cut(path, len(content) - place, f"{number} events of {size}")
+        if kind == POLARITY:
+            pairs = np.frombuffer(content, "<u4", 2 * number, place).reshape(-1, 2).astype(np.int64)
+            data.append(pairs[:, 0])
+            times.append(pairs[:, 1] + (overflow << 31))
+        place += size * number
+    if not data:
+        raise DataError(f"'{path}' holds no packet of polarity events.")
+    events, t = np.concatenate(data), np.concatenate(times)
+    valid = events & 1 == 1
+    events, t = events[valid], t[valid]
+    return _in_order(path, Recording(t, events >> 17 & 0x7FFF, events >> 2 & 0x7FFF, events >> 1 & 1))
+
+
+def read_dat(path: Path) -> Recording:
+    """Prophesee's format for N-Cars (Sironi et al., CVPR 2018, arXiv 1803.07913): header lines, then events.
+
+    Two bytes behind the header say the type and the size of an event. An event has its time in microseconds, and 14
+    bits of x, 14 of y and one of polarity, little-endian.
+
+    Raises:
+        DataError: see ``read_recording``.
+    """
+    body = _content(path)
+    if not body.startswith(b"%"):
+        raise DataError(f"'{path}' does not begin with a header in %: it is in another format.")
+    while body.startswith(b"%"):
+        end = body.find(b"\n")
+        body = body[end + 1 :] if end >= 0 else b""
+    if len(body) < 2 or body[1] != 8 or (len(body) - 2) % 8:
+        raise _cut(path, max(0, len(body) - 2), "eight per event")
+    t, packed = np.frombuffer(body, "<u4", offset=2).reshape(-1, 2).astype(np.int64).T
+    return _in_order(path, Recording(_unwrapped(t), packed & 0x3FFF, packed >> 14 & 0x3FFF, packed >> 28 & 1))
+
+
+def read_mat(path: Path) -> Recording:
+    """Arrays in a file of MATLAB up to version 7.
+
+    Raises:
+        DataError: see ``read_recording``.
+    """
+    from scipy.io import loadmat
+
+    return _of_arrays(path, lambda: loadmat(path))
+
+
+def read_arrays(path: Path) -> Recording:
+    """Arrays of numpy, in a ``.npz`` or as the fields of one array. Nothing in the file is unpickled.
+
+    Raises:
+        DataError: see ``read_recording``.
+    """
+
+    def load() -> Any:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return {name: found[name] for name in found.dtype.names or ()}
+            return dict(found)
+
+    return _of_arrays(path, load)
+
+
+def read_hdf5(path: Path) -> Recording:
+    """Arrays at the top of an HDF5 file, or in its group ``events``.
+
+    Raises:
+        DataError: see ``read_recording``; also if h5py is not installed.
+    """
+    try:
+        import h5py  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise DataError(f"'{path}' is an HDF5 file, which needs h5py: pip install h5py.") from error
+
+    def load() -> Any:
+        with h5py.File(path, "r") as file:
+            group = file.get("events", file)
+            return {name: group[name][()] for name in group}
+
+    return _of_arrays(path, load)
+
+
+def _of_arrays(path: Path, load: Callable[[], Mapping[str, Any]]) -> Recording:
+    """A recording of arrays with known names."""
+    try:
+        found = {name.lower(): value for name, value in load().items()}
+    except Exception as error:  # readers raise what they like on damaged files
+        raise DataError(f"'{path}' cannot be read ({error}): it is missing, cut or damaged.") from error
+    arrays = []
+    for name, known in NAMES.items():
+        values = next((found[one] for one in known if one in found), None)
+        if values is None:
+            there = ", ".join(found) or "none"
+            raise DataError(f"'{path}' has no array of {name}: it holds {there}, expected {' or '.join(known)}.")
+        arrays.append(np.asarray(values).reshape(-1))
+    if len({len(values) for values in arrays}) > 1:
+        lengths = ", ".join(str(len(values)) for values in arrays)
+        raise DataError(f"'{path}' has {lengths} values of t, x, y and p: expected one of each per event.")
+    return _in_order(path, Recording(*arrays))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error}.") from error
+
+
+def _cut(path: Path, have: int, expected: str) -> DataError:
+    return DataError(f"'{path}' is cut or damaged: {have} bytes are left, expected {expected}.")
+
+
+def _unwrapped(t: np.ndarray) -> np.ndarray:
+    """Times of 32 bits, which begin again at 0 after 71 minutes."""
+    return t + (np.cumsum(np.diff(t, prepend=t[:1]) < -(2**31)) << 32)
+
+
+def _in_order(path: Path, found: Recording) -> Recording:
+    """A recording whose times do not decrease by more than a clock is reset: sensors send some events a little late."""
+    if len(found.t) and (np.diff(found.t) < 0).any():
+        order = np.argsort(found.t, kind="stable")
+        return Recording(*(values[order] for values in (found.t, found.x, found.y, found.p)))
+    return found
+
+
+READERS: dict[str, Callable[[Path], Recording]] = {
+    ".bin": read_nmnist,
+    ".aedat": read_aedat,
+    ".dat": read_dat,
+    ".mat": read_mat,
+    ".npy": read_arrays,
+    ".npz": read_arrays,
+    ".h5": read_hdf5,
+    ".hdf5": read_hdf5,
+}
+"""Ending -> reader."""
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """How the recordings of a folder become frames.
+
+    Args:
+        timesteps: T, the number of frames.
+        binning: which events a frame holds; see ``to_frames``.
+        sensor: rows and columns; without it, those of the smallest known sensor that holds all events.
+        size: side in pixels that frames are reduced to. Each pixel then counts the events of several.
+    """
+
+    timesteps: int
+    binning: Binning = field(default_factory=Binning)
+    sensor: tuple[int, int] | None = None
+    size: int | None = None
+
+    def kind(self) -> Kind:
+        """Folders of recordings, for ``read_folder``."""
+        return Kind("recordings", tuple(READERS), "recording.bin", self._read)
+
+    def _read(self, path: Path, files: Sequence[Path], tally: Counter[str]) -> Tensor:
+        recordings = [read_recording(file) for file in files]
+        rows, columns = self.sensor or _sensor_of(path, recordings)
+        for file, one in zip(files, recordings):
+            if one.x.max() >= columns or one.y.max() >= rows:
+                raise DataError(
+                    f"'{file}' has events at x up to {one.x.max()} and y up to {one.y.max()}, outside of a sensor of"
+                    f" {rows} rows and {columns} columns: give --sensor ROWS COLUMNS."
+                )
+        if self.size is not None:
+            recordings = [
+                Recording(one.t, one.x * self.size // columns, one.y * self.size // rows, one.p) for one in recordings
+            ]
+            rows = columns = self.size
+        return to_frames(recordings, self.timesteps, rows, columns, self.binning)
+
+
+def _sensor_of(path: Path, recordings: Sequence[Recording]) -> tuple[int, int]:
+    """Rows and columns of the smallest known sensor that holds all events."""
+    rows, columns = (1 + max(int(getattr(one, axis).max()) for one in recordings) for axis in "yx")
+    known = [sensor for sensor in SENSORS if sensor[0] >= rows and sensor[1] >= columns]
+    if not known:
+        raise DataError(
+            f"The recordings in '{path}' have {rows} rows and {columns} columns, more than any known sensor: give"
+            " --sensor ROWS COLUMNS."
+        )
+    return known[0]
+
+
+def holds_recordings(path: Path) -> bool:
+    """Whether there are recordings of events below a folder, and no image among the first ``LOOKED_AT`` files."""
+    endings = [file.suffix.lower() for file in itertools.islice(path.rglob("*.*"), LOOKED_AT)]
+    return not any(ending in SUFFIXES for ending in endings) and any(ending in READERS for ending in endings)
