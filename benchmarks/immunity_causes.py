@@ -25,8 +25,9 @@ from spikedistill.evaluate.accuracy import predict
 from spikedistill.evaluate.immunity import Score
 from spikedistill.evaluate.paired import gaps, with_test
 from spikedistill.recipes.teach import teach
-from spikedistill.studies.kdsnn import Cell, kdsnn_pairs
+from spikedistill.studies.kdsnn import kdsnn_pairs
 from spikedistill.studies.reproduce import side_by_side
+from spikedistill.studies.study import Cell
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run, unless_done
 

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from spikedistill.compute.place import Place, choose_place
     from spikedistill.compute.winograd import use_winograd
     from spikedistill.data.augment import Augment
-    from spikedistill.data.events import Recording, read_nmnist, to_frames
+    from spikedistill.data.camera import EventCamera
+    from spikedistill.data.events import Binning, Recording, read_nmnist, to_frames
     from spikedistill.data.feed import Feed, Inputs, MemoryFeed, PairFeed
     from spikedistill.data.images import ImageSet, load_images, split
+    from spikedistill.data.recordings import read_recording
     from spikedistill.deliver.pretrained import PRETRAINED, pretrained
     from spikedistill.deliver.record import Record
     from spikedistill.errors import (
@@ -37,10 +39,14 @@ if TYPE_CHECKING:
     from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset
     from spikedistill.neuron.layer import Spiking
     from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid, Triangle
+    from spikedistill.objective.budget import Budget, Penalty
+    from spikedistill.objective.cross_kd import CrossKD
     from spikedistill.objective.direct import TET, Direct
     from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
     from spikedistill.objective.qcfs import QCFS
     from spikedistill.objective.schedule import Constant, Ramp, Schedule, Switch
+    from spikedistill.objective.spikes import DistillingSpikes
+    from spikedistill.objective.temperatures import HeterogeneousTemperatures
     from spikedistill.objective.terms import Batch, Needs, Objective, Sum
     from spikedistill.recipes.choices import StudentChoice, TeacherChoice
     from spikedistill.recipes.distill import Distill, distill
@@ -74,18 +80,24 @@ __all__ = [
     "Architecture",
     "Augment",
     "Batch",
+    "Binning",
+    "Budget",
     "ConfigError",
     "Constant",
     "Conversion",
     "ConversionError",
+    "CrossKD",
     "Data",
     "DataError",
     "Direct",
     "DirectCoding",
     "Distill",
+    "DistillingSpikes",
     "EarlyExit",
+    "EventCamera",
     "Feed",
     "Frames",
+    "HeterogeneousTemperatures",
     "ImageSet",
     "Inputs",
     "KDSNNFeature",
@@ -97,6 +109,7 @@ __all__ = [
     "Neuron",
     "Objective",
     "PairFeed",
+    "Penalty",
     "Place",
     "Ramp",
     "Rate",
@@ -139,6 +152,7 @@ __all__ = [
     "predict",
     "pretrained",
     "read_nmnist",
+    "read_recording",
     "run_in_substeps",
     "run_with_offsets",
     "save_student",
@@ -155,9 +169,11 @@ _NAMES = {
     "compute.place": "Place choose_place",
     "compute.winograd": "use_winograd",
     "data.augment": "Augment",
-    "data.events": "Recording read_nmnist to_frames",
+    "data.camera": "EventCamera",
+    "data.events": "Binning Recording read_nmnist to_frames",
     "data.feed": "Feed Inputs MemoryFeed PairFeed",
     "data.images": "ImageSet load_images split",
+    "data.recordings": "read_recording",
     "deliver.pretrained": "PRETRAINED pretrained",
     "deliver.record": "Record",
     "errors": "ConfigError ConversionError DataError RunError ShapeError SpikeDistillError WeightsError",
@@ -170,6 +186,10 @@ _NAMES = {
     "neuron.dynamics": "IF LIF PLIF Neuron Reset",
     "neuron.layer": "Spiking",
     "neuron.surrogate": "ATan Rectangle Sigmoid Triangle",
+    "objective.budget": "Budget Penalty",
+    "objective.cross_kd": "CrossKD",
+    "objective.spikes": "DistillingSpikes",
+    "objective.temperatures": "HeterogeneousTemperatures",
     "objective.direct": "TET Direct",
     "objective.kdsnn": "KDSNN KDSNNFeature KDSNNResponse",
     "objective.qcfs": "QCFS",

@@ -23,22 +23,32 @@ class Answer:
             layer's output divided by its threshold, so a learned threshold gets no gradient through a spike's height.
         potentials: membrane potentials by path of the layer, after charging and before the reset, ``[T, B, ...]`` each,
             in units of the threshold.
+        operations: synaptic operations of a student for each image and step, ``[T, B]``, with gradient.
 
-    A mapping is empty unless it was asked for.
+    A mapping is empty, and ``operations`` is None, unless it was asked for.
     """
 
     logits: Logits
     features: Mapping[str, Tensor] = field(default_factory=dict)
     spikes: Mapping[str, Tensor] = field(default_factory=dict)
     potentials: Mapping[str, Tensor] = field(default_factory=dict)
+    operations: Tensor | None = None
 
     def averaged(self) -> "Answer":
         """The same with every tensor averaged over time, T = 1. With T = 1 already, it is returned as it is."""
         if len(self.logits) == 1:
             return self
-        inner = (self.features, self.spikes, self.potentials)
-        means = ({path: over_time(value)[None] for path, value in values.items()} for values in inner)
-        return Answer(self.logits.mean(0, keepdim=True), *means)
+
+        def means(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {path: over_time(value)[None] for path, value in values.items()}
+
+        return Answer(
+            self.logits.mean(0, keepdim=True),
+            means(self.features),
+            means(self.spikes),
+            means(self.potentials),
+            None if self.operations is None else self.operations.mean(0, keepdim=True),
+        )
 
 
 @runtime_checkable

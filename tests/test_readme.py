@@ -17,8 +17,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": 1,
     "docs/benchmarks.md": 0,
+    "docs/cross-kd.md": 0,
     "docs/data-and-teachers.md": 1,
     "docs/demo.md": 0,
+    "docs/distilling-spikes.md": 0,
+    "docs/fewer-spikes.md": 0,
     "docs/glossary.md": 0,
     "docs/guide.md": 13,
     "docs/measuring.md": 3,
@@ -71,6 +74,7 @@ CALLED = {
     "recipes": ("cli.recipes.recipes", None),
     "reproduce": ("cli.reproduce.reproduce", None),
     "several": ("recipes.several.several", []),
+    "stages": ("recipes.stages.in_stages", [Path("runs/student")]),
     "teach": ("cli.teach.teach", {"test_accuracy": 0.0}),
 }
 """Command -> the function that does its work, and what stands for its result."""

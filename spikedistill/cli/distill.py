@@ -35,9 +35,11 @@ class Method:
 
     method: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("kdsnn",)
     """direct, tet: cross-entropy only. kdsnn-response, kdsnn-feature, kdsnn: with the teacher's logits, its features,
-    or both. conversion-qcfs: a quantised ANN is trained, then run with spiking neurons. conversion-max,
-    conversion-percentile, conversion-least-squares: no training, firing thresholds by that rule. FILE.py:CLASS: an
-    objective of your own. With several names one student is trained for each."""
+    or both. heterogeneous-temperatures: teacher and student with temperatures of their own, for fewer spikes. budget:
+    with a target for spikes or synaptic operations. distilling-spikes: with a spiking teacher's spikes. cross-kd:
+    events are learned from an image teacher. conversion-qcfs: a quantised ANN is trained, then run with spiking
+    neurons. conversion-max, conversion-percentile, conversion-least-squares: no training, firing thresholds by that
+    rule. FILE.py:CLASS: an objective of your own. With several names one student is trained for each."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Runs(Where):
     seeds: Annotated[int | None, arg(metavar="N")] = None
     """Train one student for each of N seeds, counted from --seed, and print mean and deviation. Finished runs are kept,
     so the same command goes on."""
+    assistants: Annotated[tuple[int, ...], arg(metavar="WIDTH ...")] = ()
+    """Widths of assistants, from large to small, between a spiking teacher and the student. They have the student's
+    network, and each is taught by the one before. Finished stages are kept, so the same command goes on."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,7 +62,9 @@ def main(arguments: Sequence[str]) -> None:
         base = base.with_method(asked[0])
     recipe, methods, where = _parse(base, asked, rest)
     called = name or Path(recipe.data.name).stem
-    if len(methods) > 1 or where.seeds is not None:
+    if where.assistants:
+        _train_in_stages(recipe, methods, where, called)
+    elif len(methods) > 1 or where.seeds is not None:
         _train_several(recipe, methods, where, called)
     else:
         _train(recipe, where, called)
@@ -123,6 +130,17 @@ def _train_several(recipe: Distill, methods: Sequence[str], where: Runs, called:
     runs = several(recipe, methods, seeds, out, where.resume, Progress.stderr, where.trust_code)
     print_table(runs)
     print(f"the students are in {out}")
+
+
+def _train_in_stages(recipe: Distill, methods: Sequence[str], where: Runs, called: str) -> None:
+    from spikedistill.recipes.stages import in_stages
+
+    if len(methods) > 1 or where.seeds is not None:
+        raise ConfigError("Stages (--assistants) are for one method and one seed: leave --seeds and other methods out.")
+    out = where.out or Path("runs") / f"{called}-stages"
+    runs = in_stages(recipe, where.assistants, out, Progress.stderr, where.trust_code)
+    print_table(runs)
+    print(f"the student is in {runs[-1]}, its assistants are beside it")
 
 
 def _check_shared(base: Distill, asked: Sequence[str], arguments: Sequence[str]) -> None:

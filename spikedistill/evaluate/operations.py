@@ -15,6 +15,7 @@ from spikedistill.evaluate.calls import Call, Listener, calls_of
 from spikedistill.student.graph import Charges
 from spikedistill.student.student import Student
 from spikedistill.student.substeps import SubSteps
+from spikedistill.student.synapses import fan_of
 
 MAPS: dict[str, Callable[..., Tensor]] = {
     "linear": F.linear,
@@ -298,35 +299,3 @@ class _CountedInSubSteps(SubSteps, _Counted):
         result = super().constant(call)
         self.quiet = False
         return result
-
-
-def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:
-    """``fan_of`` for a convolution or linear layer.
-
-    >>> fan_out(nn.Conv2d(1, 2, 3, padding=1), (1, 2, 3))[0].int().tolist()
-    [[8, 12, 8], [8, 12, 8]]
-    """
-    held = {name: value.detach().double() for name, value in layer.named_parameters()}
-
-    def function(inputs: Tensor, weight: Tensor) -> Any:
-        return torch.func.functional_call(layer, {**held, "weight": weight}, inputs)
-
-    return fan_of(function, held["weight"], shape)
-
-
-def fan_of(function: Callable[..., Tensor], weight: Tensor, shape: Sequence[int]) -> Tensor:
-    """The number of connections with a non-zero weight from each value of an input ``[...]``, as float64.
-
-    Args:
-        function: of input and weight, linear in the input.
-        weight: its weight.
-        shape: the shape of one input.
-
-    >>> fan_of(F.linear, torch.tensor([[0.5, 0.0], [0.1, 2.0]]), (2,)).tolist()
-    [2.0, 1.0]
-    """
-    there = (weight != 0).to("cpu", torch.float64)
-    with torch.enable_grad(), torch.inference_mode(False):
-        inputs = torch.ones(1, *shape, dtype=torch.float64, requires_grad=True)
-        (fan,) = torch.autograd.grad(function(inputs, there.clone()).sum(), inputs)
-    return fan[0]

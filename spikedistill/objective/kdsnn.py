@@ -12,7 +12,7 @@ weight pairs equally, and every constant.
 
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from spikedistill.answer import Learner
 from spikedistill.errors import ConfigError
@@ -28,6 +28,7 @@ from spikedistill.objective.terms import (
     check_positive,
     check_weight,
 )
+from spikedistill.shapes import ClassLogits
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,16 @@ class KDSNNResponse(Objective):
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
         """Two terms, ``labels`` and ``soft``; without labels ``soft`` only."""
-        hard = _weighted_labels(batch, 1 - self.alpha, self.label_smoothing)
-        teacher = batch.asked_teacher().logits.mean(0)
-        soft = soft_target_divergence(batch.student.logits.mean(0), teacher, self.temperature)
-        return {**hard, "soft": self.alpha * soft}
+        soft = self.divergence(batch.student.logits.mean(0), batch.asked_teacher().logits.mean(0))
+        return {**self.hard(batch), "soft": self.alpha * soft}
+
+    def hard(self, batch: Batch) -> Terms:
+        """The term ``labels``; no term for images without labels."""
+        return _weighted_labels(batch, 1 - self.alpha, self.label_smoothing)
+
+    def divergence(self, student: ClassLogits, teacher: ClassLogits) -> Tensor:
+        """The distance from the soft targets."""
+        return soft_target_divergence(student, teacher, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def _refuse_for_labels(method: KDSNNResponse | KDSNNFeature) -> None:
         ConfigError: if alpha is neither its default nor 1, or label_smoothing is not 0.
     """
     alpha = getattr(method, "alpha", 1.0)
-    if alpha not in (KDSNNResponse.alpha, 1.0):
+    if alpha not in (getattr(type(method), "alpha", 1.0), 1.0):
         raise ConfigError(f"alpha (={alpha}) weights labels, and the images have none: leave it out, it is then 1.")
     if method.label_smoothing:
         raise ConfigError(

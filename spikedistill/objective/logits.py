@@ -17,14 +17,20 @@ def cross_entropy_per_step(logits: Logits, labels: Labels, label_smoothing: floa
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat(steps), label_smoothing=label_smoothing)
 
 
-def soft_target_divergence(student: ClassLogits, teacher: ClassLogits, temperature: float) -> Tensor:
+def soft_target_divergence(
+    student: ClassLogits, teacher: ClassLogits, temperature: float, student_temperature: float | None = None
+) -> Tensor:
     """``tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau))``, averaged over the batch (Hinton et al., section 2).
+
+    With a temperature of its own for the student it is ``tau_T tau_S KL(softmax(z_T / tau_T) || softmax(z_S /
+    tau_S))``.
 
     >>> import torch
     >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
     >>> float(soft_target_divergence(logits, logits, temperature=4.0))
     0.0
     """
+    own = temperature if student_temperature is None else student_temperature
     target = F.log_softmax(teacher / temperature, dim=-1)
-    predicted = F.log_softmax(student / temperature, dim=-1)
-    return temperature**2 * F.kl_div(predicted, target, reduction="batchmean", log_target=True)
+    predicted = F.log_softmax(student / own, dim=-1)
+    return temperature * own * F.kl_div(predicted, target, reduction="batchmean", log_target=True)

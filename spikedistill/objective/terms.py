@@ -91,6 +91,9 @@ class Needs:
         potentials: paths of the student's layers whose membrane potentials are needed.
         every_step: the teacher's single time steps. Otherwise its outputs are averaged over its own T.
         source: the student's outputs for a second input stream.
+        operations: the student's synaptic operations.
+        replacement: sliding replacement of the second stream by the first: the power of the progress of training that
+            is the probability of each sample; 0 for none.
     """
 
     teacher: bool = False
@@ -100,6 +103,8 @@ class Needs:
     potentials: tuple[str, ...] = ()
     every_step: bool = False
     source: bool = False
+    operations: bool = False
+    replacement: float = 0.0
 
     @property
     def asks_teacher(self) -> bool:
@@ -116,6 +121,8 @@ class Needs:
             potentials=tuple(dict.fromkeys((*self.potentials, *other.potentials))),
             every_step=self.every_step or other.every_step,
             source=self.source or other.source,
+            operations=self.operations or other.operations,
+            replacement=self.replacement or other.replacement,
         )
 
 

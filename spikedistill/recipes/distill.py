@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spikedistill.compute.place import return_freed_memory
-from spikedistill.data.feed import calibration_inputs
+from spikedistill.data.feed import Feed, calibration_inputs
 from spikedistill.data.images import ImageSet
 from spikedistill.deliver.teachers import NO_TEACHER, find_teacher
 from spikedistill.errors import ConfigError
@@ -86,13 +86,20 @@ class Distill:
             raise ConfigError(f"'{name}' cannot be created ({error}): give each of its fields a default.") from error
 
     def settled(self) -> "Distill":
-        """The recipe with open values filled in: the student's that follow from the method, and the learning rate."""
+        """The recipe with open values filled in.
+
+        They are the student's that follow from the method or from events, the frames of these, and the learning rate.
+        """
         begins = self.student.inherits or self.student.start is not None
         lr = 0.02 if begins and self.training.lr is None else self.training.peak
         student = self.student
         if isinstance(self.method, QCFS):
             student = replace(student, gradient="quantised", learn_threshold=True)
-        return replace(self, student=student, training=replace(self.training, lr=lr))
+        data = self.data
+        if data.events == "simulated" or data.holds_recordings:
+            student = replace(student, coding="frames")
+            data = replace(data, event_frames=data.event_frames or student.timesteps)
+        return replace(self, student=student, data=data, training=replace(self.training, lr=lr))
 
     def written(self) -> dict[str, Any]:
         """The content of recipe.json."""
@@ -131,6 +138,8 @@ class Distill:
                 "compile is for ANNs, students of one time step and gradient=quantised, not for timesteps"
                 f" (={self.student.timesteps}): omit it, a student's neurons are compiled without it"
             )
+        if self.training.compile and needs.operations:
+            faults.append("compile is not for methods that count synaptic operations: omit it")
         return faults
 
 
@@ -168,7 +177,7 @@ def distill(
         return_freed_memory()
     with processes.first_before_others():
         made = prepare(recipe, trust_code, progress)
-        feed = None if made.method is None else recipe.data.feed(made.images, recipe.training, made.source)
+        feed = None if made.method is None else made.feed(recipe)
         feed = feed and feed.shared(processes.rank, processes.count)
     run = Run(out)
     with progress:
@@ -190,6 +199,11 @@ class Made:
     network: Architecture
     method: Objective | None
     class_names: str | None
+
+    def feed(self, recipe: Distill) -> Feed:
+        """The feed of the recipe, with what its method needs."""
+        needs = Needs() if self.method is None else self.method.needs
+        return recipe.data.feed(self.images, recipe.training, self.source, needs.replacement)
 
     @property
     def compared(self) -> nn.Module | None:

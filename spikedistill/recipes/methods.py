@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from spikedistill.errors import ConfigError, unknown
+from spikedistill.objective.budget import Budget, Penalty
+from spikedistill.objective.cross_kd import CrossKD
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
 from spikedistill.objective.qcfs import QCFS
 from spikedistill.objective.schedule import Constant, Ramp, Schedule, Switch
+from spikedistill.objective.spikes import DistillingSpikes
+from spikedistill.objective.temperatures import HeterogeneousTemperatures
 from spikedistill.objective.terms import Objective, Sum
 from spikedistill.student.calibrate import Rule
 from spikedistill.teacher.load import import_object
@@ -23,6 +27,10 @@ METHODS: dict[str, type[Objective]] = {
     "kdsnn-response": KDSNNResponse,
     "kdsnn-feature": KDSNNFeature,
     "kdsnn": KDSNN,
+    "heterogeneous-temperatures": HeterogeneousTemperatures,
+    "budget": Budget,
+    "distilling-spikes": DistillingSpikes,
+    "cross-kd": CrossKD,
     "conversion-qcfs": QCFS,
 }
 """Methods that train."""
@@ -105,7 +113,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
-NAMED: dict[str, type] = {**METHODS, **{kind.__name__: kind for kind in (Sum, Constant, Ramp, Switch)}}
+NAMED: dict[str, type] = {**METHODS, **{kind.__name__: kind for kind in (Sum, Penalty, Constant, Ramp, Switch)}}
 """The names in a written objective and its parts, besides ``FILE.py:CLASS``."""
 
 

@@ -20,7 +20,8 @@ Makes = Callable[[str], Progress]
 """A function that makes the progress display of a run from its label."""
 
 
-def _silent(label: str) -> Progress:
+def silent(label: str) -> Progress:
+    """A display that shows nothing."""
     return Progress.silent()
 
 
@@ -30,7 +31,7 @@ def several(
     seeds: int,
     out: Path,
     resume: bool = False,
-    progress: Makes = _silent,
+    progress: Makes = silent,
     trust_code: bool = False,
 ) -> list[Path]:
     """Train a student by each method with each seed, every run in a directory of its own below ``out``.
@@ -58,12 +59,12 @@ def several(
         SpikeDistillError: other errors of ``distill``.
     """
     processes = join()
-    progress = progress if processes.first else _silent
+    progress = progress if processes.first else silent
     with processes.first_before_others():
         runs = {out / name: made for name, made in variants(recipe, methods, seeds).items()}
         if (out / "recipe.json").exists():
             raise RunError(f"'{out}' is the directory of a run: give another --out, below which each run gets its own.")
-        missing = [path for path, made in runs.items() if _is_missing(path, made, resume)]
+        missing = [path for path, made in runs.items() if is_missing(path, made, resume)]
         if len(missing) < len(runs):
             progress(out.name).say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished and kept")
         _rehearse([runs[path] for path in missing], trust_code)
@@ -104,7 +105,7 @@ def variants(recipe: Distill, methods: Sequence[str], seeds: int) -> dict[str, D
     return found
 
 
-def _is_missing(path: Path, recipe: Distill, resume: bool) -> bool:
+def is_missing(path: Path, recipe: Distill, resume: bool) -> bool:
     """Whether a run still has to be trained or extended.
 
     Raises:
@@ -130,7 +131,7 @@ def _rehearse(recipes: Sequence[Distill], trust_code: bool) -> None:
         check(made, made.student, made.data, made.training)
     for made in by_method.values():
         prepared = prepare(made, trust_code, Progress.silent())
-        feed = made.data.feed(prepared.images, made.training, prepared.source)
+        feed = prepared.feed(made)
         if prepared.method is not None:
             _try_objective(prepared.method, prepared, next(feed.batches(1)), made.training.place())
 

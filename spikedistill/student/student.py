@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from spikedistill.student.conversion import Conversion
 from spikedistill.student.graph import Charges, OneStep, first_convolution, spike_nodes, tap
 from spikedistill.student.rate import rate_run
 from spikedistill.student.recompute import Recompute, recomputed_run
+from spikedistill.student.synapses import Fans, Synapses
 
 Gradient = Literal["exact", "rate", "quantised"]
 """How a student computes gradients in training: through every time step and its state (exact), through firing rates
@@ -68,6 +70,7 @@ class Student(nn.Module):
         self.gradient: Gradient = "exact"
         self.recompute: Recompute = "nothing"
         self._taps: dict[frozenset[str], tuple[fx.GraphModule, list[nn.Module]]] = {}
+        self._fans: Fans = {}
         self.walk: Callable[[fx.GraphModule, Collection[str], Collection[str]], Charges] = Charges
         self.ends = dict(ends)
         self._group: str = core.meta["neurons"]
@@ -122,7 +125,13 @@ class Student(nn.Module):
         return self._run(images)[0]
 
     def observe(
-        self, inputs: Tensor, paths: Sequence[str] = (), *, spikes: Sequence[str] = (), potentials: Sequence[str] = ()
+        self,
+        inputs: Tensor,
+        paths: Sequence[str] = (),
+        *,
+        spikes: Sequence[str] = (),
+        potentials: Sequence[str] = (),
+        operations: bool = False,
     ) -> Answer:
         """Logits ``[T, B, K]``, with the features, spikes and potentials at these paths. The student is not changed.
 
@@ -135,26 +144,32 @@ class Student(nn.Module):
             spikes: paths from ``layers`` whose spike counts ``[T, B, ...]`` are wanted: output divided by threshold.
             potentials: paths from ``layers`` whose potentials ``[T, B, ...]`` are wanted, after the charge and before
                 the reset, in units of the threshold. These layers run the reference implementation.
+            operations: whether synaptic operations ``[T, B]`` are wanted, with gradient (``student/synapses.py``).
 
         Raises:
             ShapeError: if the images have another shape.
             ConfigError: if a path does not exist, or the gradient does not compute what is wanted.
         """
-        self._check_asked(paths, spikes, potentials)
-        if not (paths or spikes or potentials):
+        self._check_asked(paths, spikes, potentials, operations)
+        if not (paths or spikes or potentials or operations):
             return Answer(self.forward(inputs))
         fired = spike_nodes(self.core) if spikes else {}
         nodes = {path: fired[self._module(path)] for path in spikes}
         keep = {*(self.ends[path] for path in paths), *nodes.values()}
-        logits, kept, charged = self._run(inputs, keep, [self._module(path) for path in potentials])
+        done: list[Tensor] = []
+        walk = partial(Synapses, fans=self._fans, done=done) if operations else self.walk
+        logits, kept, charged = self._run(inputs, keep, [self._module(path) for path in potentials], walk)
         return Answer(
             logits,
             {path: _over_time(kept[self.ends[path]], logits) for path in paths},
             {path: _over_time(self._counts(path, kept[node]), logits) for path, node in nodes.items()},
             {path: _over_time(charged[self._module(path)], logits) for path in potentials},
+            done[0] if operations else None,
         )
 
-    def refusal(self, *, every_step: bool, spikes: bool, features: bool, potentials: bool) -> str:
+    def refusal(
+        self, *, every_step: bool, spikes: bool, features: bool, potentials: bool, operations: bool = False
+    ) -> str:
         """Why training with this gradient cannot give what an objective needs; empty if it can.
 
         Args:
@@ -162,16 +177,19 @@ class Student(nn.Module):
             spikes: whether it needs spike counts.
             features: whether it needs outputs of modules.
             potentials: whether it needs potentials before the reset.
+            operations: whether it needs synaptic operations.
         """
         exact = "use gradient='exact', or an objective that needs less."
+        if self.gradient != "exact" and operations:
+            return f"gradient (={self.gradient!r}) does not compute single spikes, so no operations: {exact}"
         if self.gradient == "quantised" and (every_step or spikes or potentials):
             return f"gradient (='quantised') trains all steps as one, so no spikes, potentials, steps: {exact}"
         if self.gradient == "rate" and potentials:
             return f"gradient (='rate') computes firing rates only, no potentials: {exact}"
         if self.gradient == "rate" and every_step and (spikes or features):
             return f"gradient (='rate') gives the mean of spikes and features over time, not every step: {exact}"
-        if self.gradient == "exact" and potentials and self.recompute != "nothing":
-            return f"recompute (={self.recompute!r}) keeps no potentials: use recompute='nothing'."
+        if self.gradient == "exact" and (potentials or operations) and self.recompute != "nothing":
+            return f"recompute (={self.recompute!r}) keeps no potentials and no operations: use recompute='nothing'."
         return ""
 
     def step(self, images: Tensor, state: State | None = None) -> tuple[ClassLogits, State]:
@@ -193,7 +211,7 @@ class Student(nn.Module):
                 " of one student."
             )
         before = (None,) * self.states if state is None else state
-        result, _, _ = self._through((), (), self._normalised(images), 1, 1, before, True)
+        result, _, _ = self._through((), (), self.walk, self._normalised(images), 1, 1, before, True)
         return result
 
     def extra_repr(self) -> str:
@@ -201,13 +219,16 @@ class Student(nn.Module):
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
         return f"timesteps={self.timesteps}, {self.conversion}, mean={mean}, std={std}"
 
-    def _check_asked(self, paths: Sequence[str], spikes: Sequence[str], potentials: Sequence[str]) -> None:
+    def _check_asked(
+        self, paths: Sequence[str], spikes: Sequence[str], potentials: Sequence[str], operations: bool
+    ) -> None:
         for path in paths:
             one_of("module with a feature", path, self.ends)
         for path in (*spikes, *potentials):
             one_of("layer of neurons", path, self._keys)
         if self._learns():
-            refused = self.refusal(every_step=False, spikes=bool(spikes), features=False, potentials=bool(potentials))
+            asked = {"spikes": bool(spikes), "potentials": bool(potentials), "operations": operations}
+            refused = self.refusal(every_step=False, features=False, **asked)
             if refused:
                 raise ConfigError(refused)
 
@@ -225,7 +246,11 @@ class Student(nn.Module):
         return emitted / (heights.detach() if self._learns() and self.gradient == "rate" else heights)
 
     def _run(
-        self, images: Tensor, keep: Collection[str] = (), charges: Collection[str] = ()
+        self,
+        images: Tensor,
+        keep: Collection[str] = (),
+        charges: Collection[str] = (),
+        walk: Callable[..., Charges] | None = None,
     ) -> tuple[Logits, dict[str, Tensor], dict[str, Tensor]]:
         """Logits ``[T, B, K]``; outputs of nodes and potentials of layers by name, ``[B, ...]`` or ``[T*B, ...]``."""
         one_of("gradient", self.gradient, get_args(Gradient))
@@ -236,28 +261,30 @@ class Student(nn.Module):
                 raise ConfigError(
                     "gradient (='quantised') trains all time steps as one: give images (no frames), direct coding."
                 )
-            walk = OneStep(self.core, timesteps, keep)
-            logits, _ = walk.run(self._normalised(rows), 1, 1, (None,) * layers, False)
-            return logits[None], walk.kept, {}
+            once = OneStep(self.core, timesteps, keep)
+            logits, _ = once.run(self._normalised(rows), 1, 1, (None,) * layers, False)
+            return logits[None], once.kept, {}
         if self.gradient == "rate" and self._learns():
             logits, kept = rate_run(self.core, self._normalised(rows), timesteps, repeats, layers, keep)
             return logits.unflatten(0, (timesteps, -1)), kept, {}
         given = (self._normalised(rows), timesteps, repeats, (None,) * layers, False)
-        (logits, _), kept, charged = self._through(keep, charges, *given)
+        (logits, _), kept, charged = self._through(keep, charges, walk or self.walk, *given)
         return logits.unflatten(0, (timesteps, -1)), kept, charged
 
-    def _through(self, keep: Collection[str], charges: Collection[str], *given: Any) -> Any:
+    def _through(
+        self, keep: Collection[str], charges: Collection[str], walk: Callable[..., Charges], *given: Any
+    ) -> Any:
         """The graph's results, computed as ``recompute`` says; outputs of nodes; potentials of layers."""
         one_of("recompute", self.recompute, get_args(Recompute))
-        counted = self.walk is not Charges
+        counted = walk is not Charges
         if self.recompute != "nothing" and torch.is_grad_enabled() and not charges and not counted:
             return *recomputed_run(self.core, self.recompute == "stages", keep, *given), {}
         if not keep and not charges and not counted:
             return self.core(*given), {}, {}
         if not charges and not counted:
             return *self._tapped(frozenset(keep))(*given), {}
-        walk = self.walk(self.core, keep, charges)
-        return walk.run(*given), walk.kept, walk.potentials
+        run = walk(self.core, keep, charges)
+        return run.run(*given), run.kept, run.potentials
 
     def _tapped(self, keep: frozenset[str]) -> fx.GraphModule:
         """The graph that also returns these nodes, made anew where a layer has been exchanged since."""
@@ -271,8 +298,8 @@ class Student(nn.Module):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the graphs that return single nodes: a copy makes its own."""
-        return {**self.__dict__, "_taps": {}}
+        """Without the graphs that return single nodes, and without connections: a copy makes its own."""
+        return {**self.__dict__, "_taps": {}, "_fans": {}}
 
     def _normalised(self, images: Tensor) -> Tensor:
         dims, channels = self._takes

@@ -14,47 +14,18 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from spikedistill.recipes import cifar10, mnist
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.methods import CONVERSIONS, METHODS
 from spikedistill.recipes.teach import Teach
+from spikedistill.studies.study import Budget, Cell, Kind, Made, Study
 from spikedistill.train.recipe import Data, Training
 
-Budget = Literal["full", "small"]
-Kind = Literal["pairs", "timesteps", "noise", "energy"]
-"""What a study measures on its finished runs, and how it draws the results."""
 COMPARED = ("direct", "kdsnn-response", "kdsnn-feature", "kdsnn")
 FOLLOWED = tuple(2**power for power in range(9))
 """Time steps at which conversions are measured: 1 to 256."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One student of a study: its teacher, network, method and seed, with its recipe and run directory."""
-
-    teacher: str
-    student: str
-    method: str
-    seed: int
-    recipe: Distill
-    path: Path
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study: what is trained, and what is measured."""
-
-    name: str
-    title: str
-    claim: str
-    kind: Kind
-    budget: Budget
-    teachers: dict[str, tuple[Teach, Path]]
-    cells: tuple[Cell, ...]
-    seeds: int
 
 
 @dataclass(frozen=True)
@@ -168,7 +139,7 @@ class _Base:
     def __init__(self, budget: Budget, data_dir: str | None, runs: Path, data: Data = cifar10.DATA) -> None:
         self.budget, self.runs, self.scale = budget, runs / budget, SCALES[budget]
         self.data = dataclasses.replace(data, data_dir=data_dir)
-        self.teachers: dict[str, tuple[Teach, Path]] = {}
+        self.teachers: dict[str, tuple[Made, Path]] = {}
 
     def cell(self, teacher: str, student: str, method: str, seed: int, timesteps: int = 4) -> Cell:
         """The cell of a student; adds its teacher to the study if it is new."""

@@ -9,9 +9,11 @@ from spikedistill.deliver.immunity import measure_immunity
 from spikedistill.deliver.record import evaluate
 from spikedistill.deliver.tables import markdown
 from spikedistill.evaluate.immunity import Score
+from spikedistill.recipes.distill import Distill
 from spikedistill.studies import reports
-from spikedistill.studies.kdsnn import FOLLOWED, Cell, Study
+from spikedistill.studies.kdsnn import FOLLOWED
 from spikedistill.studies.reports import ENERGY, ENERGY_COLUMNS, NOISE_KINDS, Row
+from spikedistill.studies.study import Cell, Study
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
 
@@ -38,7 +40,8 @@ def _row(study: Study, cell: Cell, metric: str, value: float, setting: str = "",
 
 def _teacher_row(study: Study, name: str, metric: str, value: float, setting: str = "") -> Row:
     made, _ = study.teachers[name]
-    return Row(study.name, name, name, "teacher", setting, made.training.seed, 1, metric, value)
+    steps = made.student.timesteps if isinstance(made, Distill) else 1
+    return Row(study.name, name, name, "teacher", setting, made.training.seed, steps, metric, value)
 
 
 def paths_of(study: Study, cells: Sequence[Cell]) -> list[Path]:
@@ -144,10 +147,25 @@ def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: P
     return rows, shown + f"\n![{study.title}]({study.name}.png)\n"
 
 
+def measure_front(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
+    """Accuracy, and spikes per image on the whole test set, of every method at every setting."""
+    rows = [
+        _teacher_row(study, name, "accuracy", _result(path, "test_accuracy"))
+        for name, (_, path) in study.teachers.items()
+    ]
+    bills = measure_energy([cell.path for cell in cells], None, cells[0].recipe.data.data_dir, progress)
+    for cell, bill in zip(cells, bills):
+        rows.append(_row(study, cell, "accuracy", _result(cell.path, "test_accuracy"), cell.setting))
+        rows.append(_row(study, cell, "spikes", bill.cost.spikes, cell.setting))
+    reports.draw_front(study.name, study.title, rows, out, _test_images(cells))
+    return rows, reports.report_front(rows) + f"\n![{study.title}]({study.name}.png)\n"
+
+
 Measure = Callable[[Study, Sequence[Cell], Path, Progress], tuple[list[Row], str]]
 MEASURES: dict[str, Measure] = {
     "pairs": measure_pairs,
     "timesteps": measure_timesteps,
     "noise": measure_noise,
     "energy": measure_energies,
+    "front": measure_front,
 }

@@ -42,6 +42,11 @@ is zero at every step do not count. Student / ANN: the student's energy divided 
 the student takes less.
 
 """
+FRONT_COLUMNS = """Accuracies are in percent, spikes per image over all neurons and time steps: mean ± sample standard
+deviation over seeds. Gains in accuracy are in points over the usual distillation, which is the first row, paired by
+seed, with the p value of a paired t-test. Fewer spikes are in percent of its spikes.
+
+"""
 """What the columns of the tables mean, above each table."""
 ENERGY = "energy_uJ_"
 """The names of energies in microjoules in the CSV file begin with this; the name of the cost model follows."""
@@ -163,6 +168,56 @@ def draw_energy(name: str, title: str, rows: Sequence[Row], out: Path, images: i
             group["teacher (ANN, 8 bits)" if ann else kinds[row.setting]] = (row.value, 0.0)
     title = f"{title}: estimates for 45 nm, not measurements"
     bars(out / f"{name}.png", panels, "energy (µJ per image)", title=title, note=_note(rows, images))
+
+
+def _fronts(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+    """Method and setting -> metric -> seed -> value, in the order of the study."""
+    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if row.method != "teacher":
+            found.setdefault((row.method, row.setting), {}).setdefault(row.metric, {})[row.seed] = row.value
+    return found
+
+
+def draw_front(name: str, title: str, rows: Sequence[Row], out: Path, images: int | None = None) -> None:
+    """Accuracy over spikes per image: a curve for each method, a point for each setting."""
+    drawn: dict[str, list[tuple[float, float]]] = {}
+    for (method, _), found in _fronts(rows).items():
+        means = (statistics.fmean(found[metric].values()) for metric in ("spikes", "accuracy"))
+        drawn.setdefault(_label(method), []).append(tuple(means))  # type: ignore[arg-type]
+    curves(
+        out / f"{name}.png",
+        {"": {method: sorted(points) for method, points in drawn.items()}},
+        "spikes per image",
+        "test accuracy (%)",
+        title=title,
+        note=_note(rows, images),
+    )
+
+
+def report_front(rows: Sequence[Row]) -> str:
+    """Accuracy and spikes of every setting beside those of the first, and who has the fewest spikes at no loss."""
+    found = _fronts(rows)
+    usual, *_ = found.values()
+    lines, free = [], {}
+    for (method, setting), each in found.items():
+        gains = [] if each is usual else gaps(each["accuracy"], usual["accuracy"])
+        fewer = {seed: 100 * (1 - count / usual["spikes"][seed]) for seed, count in each["spikes"].items()}
+        accuracy = with_deviation([*each["accuracy"].values()])
+        spikes = f"{statistics.fmean(each['spikes'].values()):.0f}"
+        lines.append([method, setting, accuracy, spikes, with_test(gains), with_deviation([*fewer.values()])])
+        if gains and statistics.fmean(gains) >= 0:
+            free[f"{method} {setting}".strip()] = (statistics.fmean(fewer.values()), gains)
+    columns = ["method", "setting", "accuracy", "spikes", "gain in accuracy", "fewer spikes (%)"]
+    return FRONT_COLUMNS + markdown(columns, lines) + _fewest(free)
+
+
+def _fewest(free: Mapping[str, tuple[float, Sequence[float]]]) -> str:
+    """Which setting has the fewest spikes without a loss of accuracy."""
+    if not free:
+        return "\nEvery setting loses accuracy against the usual distillation.\n"
+    name, (fewer, gains) = max(free.items(), key=lambda one: one[1][0])
+    return f"\nFewest spikes at no loss of mean accuracy: {name}, {fewer:.1f} % fewer, {with_test(gains)} points.\n"
 
 
 def _steps(rows: Sequence[Row]) -> dict[str, dict[int, float]]:

@@ -15,9 +15,9 @@ from spikedistill.errors import ConfigError, RunError
 from spikedistill.files import check_replaceable, has_mark, write_csv, write_text
 from spikedistill.recipes.distill import Distill, distill
 from spikedistill.recipes.teach import Teach, teach
-from spikedistill.studies.kdsnn import Cell, Study
 from spikedistill.studies.measures import MEASURES, paths_of
 from spikedistill.studies.reports import Row
+from spikedistill.studies.study import Cell, Study, width_of
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run, unless_done
 
@@ -75,7 +75,8 @@ def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -
     for cell in cells:
         _check_recipe(cell.path, cell.recipe)
     for made, path in study.teachers.values():
-        job = partial(teach, made, path, progress=Progress.stderr(path.name))
+        trained: Any = teach if isinstance(made, Teach) else distill
+        job = partial(trained, made, path, progress=Progress.stderr(path.name))
         if _needed_again(path, cells):
             progress.say(f"{path.name}, whose weights are gone")
             job(resume=True)
@@ -162,7 +163,7 @@ def _report(study: Study, cells: Sequence[Cell], shown: str) -> str:
     today = datetime.date.today().isoformat()
     dates = f"runs begun {' to '.join(dict.fromkeys((began[0], began[-1])))}, report of {today}" if began else today
     epochs = {
-        f"{made.training.epochs} ({_sized(name, made.width)}, teacher)": None
+        f"{made.training.epochs} ({_sized(name, width_of(made))}, teacher)": None
         for name, (made, _) in study.teachers.items()
     }
     for cell in cells:

@@ -161,7 +161,7 @@ class Cache:
         for name, tensor in kept.items():
             kind, _, path = name.partition(".")
             found[kind][unquote(path)] = tensor
-        return Answer(logits, **found)
+        return Answer(logits, found["features"], found["spikes"])
 
     def flush(self) -> None:
         """Mark the batches that were filled since the last call. Their rows reach the disk first, then the marks.

@@ -67,7 +67,8 @@ class Lesson(nn.Module):
 def observe(student: Any, inputs: Tensor, needs: Needs) -> Answer:
     """The student's logits, with the features, spikes and potentials that the objective needs."""
     paths = tuple(path for _, path in needs.pairs)
-    return student.observe(inputs, paths, spikes=needs.student_spikes, potentials=needs.potentials)
+    more = {"operations": True} if needs.operations else {}
+    return student.observe(inputs, paths, spikes=needs.student_spikes, potentials=needs.potentials, **more)
 
 
 def in_float32(answer: Answer) -> Answer:
@@ -80,7 +81,7 @@ def is_finite(held: Any) -> bool:
     if isinstance(held, Tensor):
         return not held.is_floating_point() or bool(torch.isfinite(held).all())
     if isinstance(held, Answer):
-        return all(map(is_finite, (held.logits, held.features, held.spikes, held.potentials)))
+        return all(map(is_finite, (held.logits, held.features, held.spikes, held.potentials, held.operations)))
     if isinstance(held, Mapping):
         return all(map(is_finite, held.values()))
     return all(map(is_finite, held)) if isinstance(held, list | tuple) else True
@@ -103,7 +104,7 @@ def settle_objective(objective: Objective, student: nn.Module, teacher: nn.Modul
         asked = f"The method needs spikes of {', '.join(needs.teacher_spikes)}; the teacher's layers of neurons are: "
         raise ConfigError(f"{asked}{layers}. Use a spiking teacher, a run of 'distill', and paths of its layers.")
     looked_at = {"spikes": needs.student_spikes, "features": needs.pairs, "potentials": needs.potentials}
-    flags = {name: bool(value) for name, value in looked_at.items()}
+    flags = {name: bool(value) for name, value in looked_at.items()} | {"operations": needs.operations}
     refusal = student.refusal(every_step=needs.every_step, **flags) if isinstance(student, Student) else ""
     if refusal:
         raise ConfigError(refusal)
@@ -134,6 +135,7 @@ def make_lesson(
     if needs.source and inputs.source is None:
         raise ConfigError(NO_SOURCE)
     inner = needs.pairs or needs.student_spikes or needs.teacher_spikes or needs.potentials or needs.source
+    inner = inner or needs.operations
     if not inner and not objective.has_modules:
         empty = Answer(torch.zeros(1, len(inputs.samples), 0))
         modules = objective.modules(Batch(labels=inputs.labels, student=empty), None)

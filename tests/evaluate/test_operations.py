@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from spikedistill.compute.winograd import WinogradConv2d, use_winograd
 from spikedistill.errors import ConfigError, ShapeError
 from spikedistill.evaluate.firing import firing_rates
-from spikedistill.evaluate.operations import fan_out, operations
+from spikedistill.evaluate.operations import operations
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
 from spikedistill.student.conversion import Conversion
+from spikedistill.student.synapses import fan_out
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Event frames, [N, T, 2, H, W] in an .npz file, from the command line to a measured student."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -73,7 +75,7 @@ def test_it_teaches_a_smaller_one(home, tmp_path, call):
         (("--coding", "direct", "--timesteps", 4), "events", "holds event frames, T=4: give --coding frames"),
         (("--coding", "rate", "--timesteps", 4), "events", "holds event frames, T=4: give --coding frames"),
         (FRAMES, "blobs", "'blobs' holds images: give --coding direct"),
-        ((*FRAMES, "--flip"), "events", "augmentation is for images"),
+        ((*FRAMES, "--cutout", "2"), "events", "which are for images"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, data, message, home, tmp_path, call, capsys):
@@ -98,3 +100,46 @@ def test_an_ann_is_no_teacher_of_frames_and_its_images_come_by_source(home, tmp_
     assert call(*known, *response, "--source", home / "blobs.npz") == 0
     assert call(*known, "--teacher", "none", "--method", "direct", "--source", home / "blobs.npz") == 2
     assert "is not used by method direct: omit source" in capsys.readouterr().err
+
+
+def test_cross_kd_learns_events_from_an_image_teacher(home, tmp_path, call):
+    ann = ("teach", "--network", "vgg9", "--width", 4, "--data", home / "blobs.npz", *QUICK, "--out", tmp_path / "ann")
+    assert call(*ann) == 0
+    pair = ("--source", home / "blobs.npz", "--teacher", tmp_path / "ann", "--method", "cross-kd")
+    student = ("--student", "vgg9", "--student-width", 4)
+    recorded = ("distill", "--data", home / "events.npz", *QUICK, *FRAMES, *student, "--crop", 1, "--flip")
+    assert call(*recorded, *pair, "--out", tmp_path / "recorded") == 0
+    simulated = ("distill", "--data", home / "blobs.npz", *QUICK, "--events", "simulated", "--timesteps", 3, *student)
+    assert call(*simulated, *pair, "--paired", "--out", tmp_path / "simulated") == 0
+    for name, steps in (("recorded", 4), ("simulated", 3)):
+        results, (line, *_) = Run(tmp_path / name).read("results"), Run(tmp_path / name).lines("metrics")
+        assert len(results["accuracy_by_step"]) == steps
+        assert {"events", "images", "soft", "dissimilarity"} <= line.keys()
+    recipe = Run(tmp_path / "simulated").recipe()
+    assert (recipe["data"]["event_frames"], recipe["student"]["coding"]) == (3, "frames")
+    assert call("evaluate", tmp_path / "simulated") == 0
+
+
+def test_a_folder_of_recordings_needs_no_other_word(home, tmp_path, call, capsys):
+    random = np.random.default_rng(0)
+    for part, label, number in itertools.product(("train", "test"), ("0", "1", "2"), range(8)):
+        (tmp_path / "events" / part / label).mkdir(parents=True, exist_ok=True)
+        t, p = np.sort(random.integers(0, 9000, 50)), random.integers(0, 2, 50)
+        x, y = random.integers(0, 11, (2, 50)) + 11 * int(label)
+        np.savez(tmp_path / "events" / part / label / f"{number}.npz", t=t, x=x, y=y, p=p)
+    ann = ("teach", "--network", "vgg9", "--width", 4, "--data", home / "blobs.npz", *QUICK, "--out", tmp_path / "ann")
+    assert call(*ann) == 0
+    known = ("--source", home / "blobs.npz", "--teacher", tmp_path / "ann", "--method", "cross-kd", "--batch-size", 8)
+    student = ("--student", "vgg9", "--student-width", 4, "--timesteps", 3, "--image-size", 16)
+    given = ("distill", "--data", tmp_path / "events", *QUICK, *student, *known, "--event-binning", "number")
+    assert call(*given, "--out", tmp_path / "run") == 0
+    assert Run(tmp_path / "run").recipe()["data"]["event_frames"] == 3
+    assert load_student(tmp_path / "run").timesteps == 3
+    assert call("evaluate", tmp_path / "run") == 0
+    assert call(*given, "--event-duration", 5, "--out", tmp_path / "other") == 2
+    assert "event_duration (=5.0) must be above 0, with event_binning=time" in capsys.readouterr().err
+
+
+def test_events_are_not_simulated_from_events(home, tmp_path, call, capsys):
+    assert call(*distill(home, *FRAMES, "--events", "simulated"), "--out", tmp_path / "out") == 2
+    assert "'events' holds event frames already: leave out --events" in capsys.readouterr().err

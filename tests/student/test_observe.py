@@ -236,7 +236,7 @@ class TestRefusals:
     def test_what_is_computed_again_has_no_potentials(self):
         student, _ = convert()
         student.recompute = "stages"
-        with pytest.raises(ConfigError, match=r"recompute \(='stages'\) keeps no potentials: use recompute='nothing'"):
+        with pytest.raises(ConfigError, match=r"recompute \(='stages'\) keeps no potentials and no operations: use"):
             student.train().observe(images, potentials=["act"])
         assert student.eval().observe(images, potentials=["act"]).potentials["act"].shape == (4, 3, 4, 4, 4)
 

@@ -1,5 +1,6 @@
 """What a report says is computed from the rows of the study's CSV file: closed forms, and the published files."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import pytest
 
 from spikedistill.evaluate.energy import micro
 from spikedistill.evaluate.immunity import perturbations
-from spikedistill.studies.reports import NOISE_KINDS, Row, read_rows, report_noise, report_pairs, report_timesteps
+from spikedistill.studies.reports import (
+    NOISE_KINDS,
+    Row,
+    read_rows,
+    report_front,
+    report_noise,
+    report_pairs,
+    report_timesteps,
+)
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 MADE_BEFORE = " †"
@@ -193,3 +202,27 @@ def test_every_figure_of_the_benchmarks_has_a_record():
     )
     told = re.findall(r"(?<![\d.])\d+\.\d\d+(?![\d.])", PAGE)
     assert [found for found in told if found not in records] == [] and len(told) > 100
+
+
+def front(method, setting, accuracies, spikes):
+    """Rows of a method at a setting, with one accuracy and count of spikes for each seed."""
+    rows = [row(method, value, seed, setting) for seed, value in enumerate(accuracies)]
+    return rows + [dataclasses.replace(one, metric="spikes", value=count) for one, count in zip(rows, spikes)]
+
+
+class TestFront:
+    USUAL = front("homogeneous", "4", (90.0, 91.0), (1000.0, 2000.0))
+
+    def test_spikes_and_gains_are_beside_those_of_the_first_row_seed_by_seed(self):
+        other = front("budget", "500", (91.0, 92.5), (500.0, 500.0))
+        report = report_front([row("teacher", 95.0), *self.USUAL, *other])
+        assert cells(report, "homogeneous")[1:] == ["4", "90.50 ± 0.71", "1500", "", "0.00 ± 0.00"]
+        gain = "+1.25 ± 0.35 (p = 0.126)"
+        assert cells(report, "budget")[1:] == ["500", "91.75 ± 1.06", "500", gain, "62.50 ± 17.68"]
+        assert f"no loss of mean accuracy: budget 500, 62.5 % fewer, {gain} points." in report
+
+    def test_what_loses_accuracy_is_not_the_best_however_few_its_spikes(self):
+        silent = front("budget", "1", (10.0, 10.0), (1.0, 1.0))
+        fewer = front("budget", "900", (90.0, 91.0), (900.0, 1800.0))
+        assert "budget 900, 10.0 % fewer" in report_front([*self.USUAL, *silent, *fewer])
+        assert "Every setting loses accuracy" in report_front([*self.USUAL, *silent])

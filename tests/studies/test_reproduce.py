@@ -15,8 +15,9 @@ from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.methods import CONVERSIONS, METHODS
 from spikedistill.recipes.teach import Teach
 from spikedistill.studies import reproduce as module
-from spikedistill.studies.kdsnn import STUDIES, Cell, Study
+from spikedistill.studies.kdsnn import STUDIES
 from spikedistill.studies.reproduce import reproduce
+from spikedistill.studies.study import Cell, Study
 from spikedistill.train.recipe import Data, Training, check
 from spikedistill.train.run import Run
 
@@ -104,6 +105,27 @@ def test_a_report_says_the_seeds_it_was_asked_for_and_when_its_runs_began(folder
     report = reproduce(whole, folder / "dates")
     assert f"kdsnn-test --budget small`, runs begun 2020-01-01 to {today}, report of " in report
     assert "kdsnn-test --budget small --seeds 1`" in reproduce(whole, folder / "dates", seeds=1)
+
+
+def test_a_spiking_network_may_teach(folder):
+    usual = study(folder, "pairs", ("direct", "distilling-spikes"))
+    snn, (first, *_) = folder / "runs" / "snn", usual.cells
+    made = dataclasses.replace(first.recipe, student=StudentChoice(timesteps=3), method=METHODS["kdsnn-response"]())
+    teachers = {"ann": usual.teachers["vgg9"], "vgg9": (made, snn)}
+    student = StudentChoice("vgg9", width=2, timesteps=2)
+    cells = [
+        dataclasses.replace(
+            cell,
+            recipe=dataclasses.replace(cell.recipe, teacher=TeacherChoice(str(snn)), student=student),
+            path=folder / "runs" / f"small-{cell.method}",
+        )
+        for cell in usual.cells
+    ]
+    reproduce(dataclasses.replace(usual, teachers=teachers, cells=tuple(cells)), folder / "spiking")
+    rows = {(line["teacher"], line["method"]): line for line in read(folder / "spiking")}
+    assert rows["vgg9", "teacher"]["timesteps"] == "3" and rows["ann", "teacher"]["timesteps"] == "1"
+    assert "distance" in Run(cells[1].path).lines("metrics")[-1]
+    assert rows["vgg9", "distilling-spikes"]["value"] == str(Run(cells[1].path).read("results")["test_accuracy"])
 
 
 def test_what_is_finished_is_not_trained_again(folder, monkeypatch):

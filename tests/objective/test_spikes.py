@@ -1,0 +1,113 @@
+"""Windows over spike trains against counting by hand, and the objective on top of them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from spikedistill.answer import Answer
+from spikedistill.errors import ConfigError
+from spikedistill.objective.direct import Direct
+from spikedistill.objective.spikes import DistillingSpikes, layers_at_ends, relative_distance, window_rates, windows_of
+from spikedistill.objective.terms import Batch, total
+from spikedistill.student.build import to_spiking
+from spikedistill.student.conversion import Conversion
+from spikedistill.teacher.load import Architecture, Normalised
+from spikedistill.train.lesson import settle_objective
+
+pytestmark = pytest.mark.usefixtures("without_compiler")
+
+
+@given(steps=st.integers(1, 8), window=st.integers(1, 8), stride=st.integers(1, 4), times=st.integers(1, 3))
+def test_windows_count_what_a_loop_counts(steps, window, stride, times):
+    if window > steps:
+        return
+    train = torch.randint(0, 5, (steps * times, 2, 3), generator=torch.Generator().manual_seed(0)).float()
+    windows = windows_of(steps, window, stride)
+    assert windows[0][0] == 0 and windows[-1][1] <= steps < windows[-1][1] + stride
+    found = window_rates(train, windows, steps)
+    for rates, (first, after) in zip(found, windows, strict=True):
+        by_hand = sum(train[step] for step in range(first * times, after * times)) / (window * times)
+        torch.testing.assert_close(rates, by_hand)
+
+
+@given(theirs=st.integers(1, 7), ours=st.integers(1, 7))
+def test_windows_side_by_side_hold_every_spike_once_whatever_the_teachers_steps(theirs, ours):
+    train = torch.rand(theirs, 4, generator=torch.Generator().manual_seed(1))
+    found = window_rates(train, windows_of(ours, 1, 1), ours)
+    torch.testing.assert_close(found.mean(0), train.mean(0))
+
+
+def test_the_whole_train_is_a_window():
+    train = torch.rand(5, 2, 3)
+    torch.testing.assert_close(window_rates(train, windows_of(4, 0, 1), 4), train.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("kind, expected", [("l2", (1 + 4) / (4 + 16)), ("l1", (1 + 2) / (2 + 4))])
+def test_distances_are_relative_to_the_teacher(kind, expected):
+    student, teacher = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0])
+    assert float(relative_distance(student, teacher, kind)) == pytest.approx(expected)
+    assert float(relative_distance(0 * teacher, teacher, kind)) == pytest.approx(1)
+
+
+def batch(theirs, ours):
+    return Batch(
+        labels=torch.tensor([0, 2]),
+        student=Answer(torch.randn(len(ours), 2, 3), spikes={"b": ours}),
+        teacher=Answer(torch.randn(len(theirs), 2, 3), spikes={"a": theirs}),
+    )
+
+
+def test_equal_trains_leave_cross_entropy_only():
+    train = torch.randint(0, 2, (4, 2, 3, 4, 4)).float()
+    made = DistillingSpikes(spike_pairs=(("a", "b"),), adapt=False, window=2)
+    given = batch(train, train)
+    terms = made(given, made.modules(given, None))
+    assert terms.keys() == {"labels", "distance"} and terms["distance"] == 0
+    torch.testing.assert_close(total(terms), total(Direct()(given, nn.ModuleDict())))
+
+
+def test_the_same_counts_at_other_steps_differ_only_in_windows():
+    early, late = torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 0, 1, 1])
+    given = batch(*(train.view(4, 1, 1).expand(4, 2, 3) for train in (early, late)))
+    for window, expected in ((0, 0.0), (2, (1 + 0 + 1) / (1 + 0.25 + 0)), (1, 4 / 2)):
+        made = DistillingSpikes(spike_pairs=(("a", "b"),), adapt=False, window=window, weight=3.0)
+        assert float(made(given, made.modules(given, None))["distance"]) == pytest.approx(3 * expected)
+
+
+def test_other_channels_and_sizes_are_adapted():
+    given = batch(torch.rand(2, 2, 3, 8, 8), torch.rand(4, 2, 5, 4, 4))
+    made = DistillingSpikes(spike_pairs=(("a", "b"),), adapt=False, alpha=0.5)
+    adapters = made.modules(given, None)
+    assert adapters["0"].weight.shape == (3, 5, 1, 1)
+    assert made(given, adapters).keys() == {"labels", "soft", "distance"}
+
+
+def student(name, timesteps=2, width=4):
+    return to_spiking(
+        Architecture(name, 5, 3, width).build(), Conversion(timesteps), calibrate=torch.rand(4, 3, 16, 16)
+    )[0]
+
+
+class TestSettled:
+    def test_pairs_the_last_layers_of_stages(self):
+        made = settle_objective(DistillingSpikes(), student("wrn16-2"), student("resnet18"), False)
+        assert made.adapt and made.needs.teacher_spikes == ("layer2.1.relu2", "layer3.1.relu2", "layer4.1.relu2")
+        assert made.needs.student_spikes == ("layer1.1.relu2", "layer2.1.relu2", "layer3.1.relu2")
+
+    def test_pairs_depths_where_there_are_no_stages(self):
+        assert layers_at_ends("abcdef", "ABC") == (("b", "A"), ("d", "B"), ("f", "C"))
+
+    def test_refuses_an_ann(self):
+        with pytest.raises(ConfigError, match=r"spiking teacher.*distill.*kdsnn"):
+            DistillingSpikes().settled(Normalised(nn.Flatten(), [0.5], [0.5]), student("vgg9"), False)
+
+    def test_refuses_a_window_longer_than_the_train(self):
+        with pytest.raises(ConfigError, match=r"window \(=3\).*at most 2"):
+            DistillingSpikes(window=3).settled(student("vgg9"), student("vgg9"), True)
+
+    @pytest.mark.parametrize("fields", [{"window": -1}, {"stride": 0}, {"weight": -1.0}, {"alpha": 2.0}])
+    def test_refuses_values_outside_their_range(self, fields):
+        with pytest.raises(ConfigError, match=next(iter(fields))):
+            DistillingSpikes(**fields)
