@@ -124,6 +124,14 @@ class Data:
             faults.append(f"event_duration (={self.event_duration}) must be above 0, with event_binning=time")
         if self.sensor is not None and min(self.sensor) < 1:
             faults.append(f"sensor (={self.sensor}), rows and columns, must be 1 or more")
+        given = {"event_binning": self.event_binning != "time"}
+        given |= {name: getattr(self, name) is not None for name in ("event_duration", "sensor", "event_frames")}
+        if self.events == "simulated" and not self.holds_recordings:
+            given["event_frames"] = False  # simulated events have frames too
+        if not self.holds_recordings and (unused := [name for name, said in given.items() if said]):
+            faults.append(f"{', '.join(unused)} of '{self.name}' is for folders of event recordings: omit it")
+        if self.events == "simulated" and self.holds_recordings:
+            faults.append(f"'{self.name}' holds event recordings already: omit events")
         if self.paired and self.source is None:
             faults.append("paired needs a source, the images of the recordings: give --source")
         return faults

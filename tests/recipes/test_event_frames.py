@@ -75,6 +75,9 @@ def test_it_teaches_a_smaller_one(home, tmp_path, call):
         (("--coding", "direct", "--timesteps", 4), "events", "holds event frames, T=4: give --coding frames"),
         (("--coding", "rate", "--timesteps", 4), "events", "holds event frames, T=4: give --coding frames"),
         (FRAMES, "blobs", "'blobs' holds images: give --coding direct"),
+        ((*FRAMES, "--event-binning", "number"), "events", "event_binning of"),
+        ((*FRAMES, "--sensor", 34, 34), "events", "is for folders of event recordings: omit it"),
+        (("--event-frames", 3), "blobs", "event_frames of"),
         ((*FRAMES, "--cutout", "2"), "events", "which are for images"),
     ],
 )
@@ -136,6 +139,8 @@ def test_a_folder_of_recordings_needs_no_other_word(home, tmp_path, call, capsys
     assert Run(tmp_path / "run").recipe()["data"]["event_frames"] == 3
     assert load_student(tmp_path / "run").timesteps == 3
     assert call("evaluate", tmp_path / "run") == 0
+    assert call(*given, "--events", "simulated", "--out", tmp_path / "other") == 2
+    assert "holds event recordings already: omit events" in capsys.readouterr().err
     assert call(*given, "--event-duration", 5, "--out", tmp_path / "other") == 2
     assert "event_duration (=5.0) must be above 0, with event_binning=time" in capsys.readouterr().err
 
