@@ -100,7 +100,9 @@ def to_spiking(
     levels = conversion.model.levels
     made = {one.node: (layer.threshold.detach(), rate) for (one, layer), rate in zip(neurons, rates)}
     sites = sites_of(activations, made, silent, levels)
-    return student, Report(sites, conversion.timesteps, conversion.inherit, notes, levels, corrected)
+    neuron = conversion.model
+    down = conversion.inherit and neuron.leak == 1 and neuron.initial == 0 and not neuron.learn_initial
+    return student, Report(sites, conversion.timesteps, conversion.inherit, notes, levels, corrected, down)
 
 
 def _correct_layers(

@@ -82,13 +82,15 @@ class Report:
     pools: tuple[PoolSite, ...] = ()
     levels: int = 1
     corrected: tuple[Corrected, ...] = ()
+    rounds_down: bool = False
+    """Whether neurons that do not leak begin at 0 and take the ANN's weights: rates are then too low throughout."""
 
     def __str__(self) -> str:
         """A table for people."""
         kind = "inherited" if self.inherited else "fresh"
         steps = steps_and_levels(self.timesteps, self.levels)
         head = f"{len(self.sites)} layers of neurons, {kind} weights, {steps}"
-        lines = [head + self._said_of_corrected() + self._said_of_silent()]
+        lines = [head + self._said_of_corrected() + self._said_of_silent() + self._said_of_rounding()]
         width = max(len(name) for name in [*(s.name for s in self.sites), *(p.name for p in self.pools)])
         for site in self.sites:
             rate = "" if site.expected_rate is None else f"  rate {site.expected_rate:.3f}"
@@ -106,6 +108,14 @@ class Report:
         last = self.corrected[-1]
         change = f"error of '{last.name}' {last.before:.3f} -> {last.after:.3f} of its variance"
         return f"; {len(self.corrected)} layers corrected, {change}"
+
+    def _said_of_rounding(self) -> str:
+        """That spikes round activations down, and what to do; empty if they do not."""
+        if not self.rounds_down:
+            return ""
+        return (
+            "; the initial potential is 0, so spikes round activations down: give initial=0.5 to round to the nearest"
+        )
 
     def _said_of_silent(self) -> str:
         """Which layers never fire on the calibration images, and what to do; empty if all fire."""

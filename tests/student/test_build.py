@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from spikedistill.errors import ConfigError, ConversionError, ShapeError
-from spikedistill.neuron.dynamics import IF, LIF, PLIF
+from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron
 from spikedistill.student.build import to_spiking
 from spikedistill.student.calibrate import SMALLEST_SHARE
 from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
@@ -466,3 +466,11 @@ class TestAsAnyModule:
         for found, expected in zip(student.parameters(), twin.parameters()):
             torch.testing.assert_close(found.grad, expected.grad)
             assert found.grad is not None
+
+
+@pytest.mark.parametrize("initial, inherits, said", [(0.0, True, True), (0.5, True, False), (0.0, False, False)])
+def test_the_report_says_when_spikes_round_down(initial, inherits, said):
+    ann = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 2))
+    conversion = Conversion(timesteps=2, neuron=Neuron(initial=initial), inherit=inherits)
+    _, report = to_spiking(ann, conversion, calibrate=torch.rand(8, 1, 4, 4))
+    assert report.rounds_down == said == ("give initial=0.5 to round" in str(report))
