@@ -35,6 +35,14 @@ class Recording:
     y: np.ndarray
     p: np.ndarray
 
+    def of(self, events: np.ndarray) -> "Recording":
+        """The same with these events only, in this order: their numbers, or a truth value for each event."""
+        return Recording(self.t[events], self.x[events], self.y[events], self.p[events])
+
+    def reduced(self, rows: int, columns: int, side: int) -> "Recording":
+        """The same on a sensor of ``side`` rows and columns, in place of one of ``rows`` and ``columns``."""
+        return Recording(self.t, self.x * side // columns, self.y * side // rows, self.p)
+
 
 OVERFLOW = 240
 """In files of N-MNIST's format, an entry with this row is not an event. It marks an overflow of the sensor's clock."""

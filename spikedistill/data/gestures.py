@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikedistill.data.events import Recording, to_frames
+from spikedistill.data.events import to_frames
 from spikedistill.data.parts import Parts
 from spikedistill.data.recordings import Recordings, read_recording
 from spikedistill.errors import DataError
@@ -52,12 +52,12 @@ def _read_part(path: Path, name: str, recordings: Recordings) -> tuple[Tensor, T
             inside = (events.t >= begin) & (events.t < end)
             if not inside.any():
                 raise DataError(f"'{file}' has no event of gesture {label + 1} from {begin} to {end}: it is cut.")
-            found.append(Recording(*(values[inside] for values in (events.t, events.x, events.y, events.p))))
+            found.append(events.of(inside))
             labels.append(label)
     if not found:
         raise DataError(f"'{path / name}' names no trial with a gesture.")
     size = recordings.size or SENSOR[0]
-    reduced = [Recording(one.t, one.x * size // SENSOR[1], one.y * size // SENSOR[0], one.p) for one in found]
+    reduced = [one.reduced(*SENSOR, size) for one in found]
     return to_frames(reduced, recordings.timesteps, size, size, recordings.binning), torch.tensor(labels)
 
 

@@ -90,7 +90,7 @@ def read_aedat(path: Path) -> Recording:
             " of another camera."
         )
     x, y = SIDE - 1 - (address >> 8 & 127), SIDE - 1 - (address >> 1 & 127)
-    return _in_order(path, Recording(_unwrapped(t), x, y, 1 - (address & 1)))
+    return _in_order(Recording(_unwrapped(t), x, y, 1 - (address & 1)))
 
 
 def _read_aedat_3(path: Path, content: bytes) -> Recording:
@@ -118,7 +118,7 @@ def _read_aedat_3(path: Path, content: bytes) -> Recording:
     events, t = np.concatenate(data), np.concatenate(times)
     valid = events & 1 == 1
     events, t = events[valid], t[valid]
-    return _in_order(path, Recording(t, events >> 17 & 0x7FFF, events >> 2 & 0x7FFF, events >> 1 & 1))
+    return _in_order(Recording(t, events >> 17 & 0x7FFF, events >> 2 & 0x7FFF, events >> 1 & 1))
 
 
 def read_dat(path: Path) -> Recording:
@@ -139,7 +139,7 @@ def read_dat(path: Path) -> Recording:
     if len(body) < 2 or body[1] != 8 or (len(body) - 2) % 8:
         raise _cut(path, max(0, len(body) - 2), "eight per event")
     t, packed = np.frombuffer(body, "<u4", offset=2).reshape(-1, 2).astype(np.int64).T
-    return _in_order(path, Recording(_unwrapped(t), packed & 0x3FFF, packed >> 14 & 0x3FFF, packed >> 28 & 1))
+    return _in_order(Recording(_unwrapped(t), packed & 0x3FFF, packed >> 14 & 0x3FFF, packed >> 28 & 1))
 
 
 def read_mat(path: Path) -> Recording:
@@ -205,7 +205,7 @@ def _of_arrays(path: Path, load: Callable[[], Mapping[str, Any]]) -> Recording:
     if len({len(values) for values in arrays}) > 1:
         lengths = ", ".join(str(len(values)) for values in arrays)
         raise DataError(f"'{path}' has {lengths} values of t, x, y and p: expected one of each per event.")
-    return _in_order(path, Recording(*arrays))
+    return _in_order(Recording(*arrays))
 
 
 def _content(path: Path) -> bytes:
@@ -224,12 +224,10 @@ def _unwrapped(t: np.ndarray) -> np.ndarray:
     return t + (np.cumsum(np.diff(t, prepend=t[:1]) < -(2**31)) << 32)
 
 
-def _in_order(path: Path, found: Recording) -> Recording:
-    """A recording whose times do not decrease by more than a clock is reset: sensors send some events a little late."""
-    if len(found.t) and (np.diff(found.t) < 0).any():
-        order = np.argsort(found.t, kind="stable")
-        return Recording(*(values[order] for values in (found.t, found.x, found.y, found.p)))
-    return found
+def _in_order(found: Recording) -> Recording:
+    """The recording in order of time: sensors send some events a little late."""
+    late = len(found.t) and (np.diff(found.t) < 0).any()
+    return found.of(np.argsort(found.t, kind="stable")) if late else found
 
 
 READERS: dict[str, Callable[[Path], Recording]] = {
@@ -275,9 +273,7 @@ class Recordings:
                     f" {rows} rows and {columns} columns: give --sensor ROWS COLUMNS."
                 )
         if self.size is not None:
-            recordings = [
-                Recording(one.t, one.x * self.size // columns, one.y * self.size // rows, one.p) for one in recordings
-            ]
+            recordings = [one.reduced(rows, columns, self.size) for one in recordings]
             rows = columns = self.size
         return to_frames(recordings, self.timesteps, rows, columns, self.binning)
 
