@@ -5,6 +5,7 @@ The test part is used once, at the end of a run. ``split`` cuts a validation par
 knows the mean and standard deviation of its training pixels, by which networks normalise.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spikedistill.data.arrays import read_npz, to_pixels
 from spikedistill.data.folders import read_folder
 from spikedistill.data.gestures import is_gestures, read_gestures
+from spikedistill.data.kept import kept
 from spikedistill.data.parts import UNKNOWN, Parts, check_classes, class_order, copies
 from spikedistill.data.pictures import images_of
 from spikedistill.data.recordings import Recordings
@@ -26,6 +29,7 @@ from spikedistill.files import home
 from spikedistill.shapes import Labels
 
 ENVIRONMENT = "SPIKEDISTILL_DATA"
+DIGITS = Path(__file__).with_name("digits.npz")
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,8 @@ def load_images(
 def load_recordings(name: str, recordings: Recordings, labelled: bool = True) -> ImageSet:
     """Read a folder of event recordings as frames.
 
-    Folders lie as for images (see ``read_folder``), or as DVS128 Gesture is published (``gestures.py``).
+    Folders lie as for images (see ``read_folder``), or as DVS128 Gesture is published (``gestures.py``). Frames of a
+    thousand recordings or more are kept on disk (``kept.py``).
 
     Args:
         name: the folder.
@@ -220,9 +225,11 @@ def load_recordings(name: str, recordings: Recordings, labelled: bool = True) ->
         DataError: if the folders are neither parts nor classes, or a recording cannot be read.
     """
     path = home(name)
-    if is_gestures(path):
-        return _checked(path.name, read_gestures(path, recordings), labelled)
-    return _checked(path.name, read_folder(path, recordings.kind(), labelled), labelled)
+
+    def read() -> Parts:
+        return read_gestures(path, recordings) if is_gestures(path) else read_folder(path, recordings.kind(), labelled)
+
+    return _checked(path.name, kept(path, f"{recordings} {labelled}", read), labelled)
 
 
 def _checked(name: str, parts: Parts, labelled: bool) -> ImageSet:
@@ -265,18 +272,37 @@ def split(labels: Labels, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     everything = torch.arange(len(labels))
     if fraction == 0:
         return everything, everything[:0]
-    from sklearn.model_selection import train_test_split
-
-    try:
-        train, held = train_test_split(
-            everything.numpy(), test_size=fraction, random_state=seed, stratify=labels.numpy()
-        )
-    except ValueError as error:
+    present, held = np.unique(labels.numpy(), return_counts=True)[1], math.ceil(fraction * len(labels))
+    if min(present) < 2 or min(held, len(labels) - held) < len(present):
         raise DataError(
-            f"A validation share of {fraction} cannot be cut from {len(labels)} samples of {len(labels.unique())}"
-            f" classes ({error}): give more images, or validation=0."
-        ) from error
-    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(held))
+            f"A validation share of {fraction} cannot be cut from {len(labels)} samples of {len(present)} classes, the"
+            f" smallest of {min(present)}: a class needs 2 samples or more, and both parts at least as many samples as"
+            " there are classes. Give more images, or validation=0."
+        )
+    draw = np.random.RandomState(seed)
+    kept = _shares(present, len(labels) - held, draw)
+    left = _shares(present - kept, held, draw)
+    parts = np.split(np.argsort(labels.numpy(), kind="stable"), np.cumsum(present)[:-1])
+    mixed = [part[draw.permutation(len(part))] for part in parts]
+    train = np.sort(np.concatenate([part[:count] for part, count in zip(mixed, kept)]))
+    ends = zip(mixed, kept, left)
+    return torch.from_numpy(train), torch.from_numpy(np.sort(np.concatenate([x[k : k + n] for x, k, n in ends])))
+
+
+def _shares(counts: NDArray[Any], total: int, draw: np.random.RandomState) -> NDArray[Any]:
+    """How many samples of each class, in proportion to its size; which of equal remainders round up is drawn.
+
+    The numbers, and what is drawn, are those of scikit-learn 1.4 to 1.8, so that its splits stay as they were.
+    """
+    exact = counts / counts.sum() * total
+    shares = np.floor(exact)
+    rest = exact - shares
+    for value in np.unique(rest)[::-1]:
+        if (missing := int(total - shares.sum())) <= 0:
+            break
+        equal = np.flatnonzero(rest == value)
+        shares[draw.choice(equal, min(missing, len(equal)), replace=False)] += 1
+    return shares.astype(np.int64)
 
 
 # --- named sets -------------------------------------------------------------------------------------------------------
@@ -287,12 +313,10 @@ def _directory(given: str | Path | None) -> Path:
 
 
 def read_digits() -> Parts:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels in their original order, without a test part."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
-    labels = torch.from_numpy(digits.target.astype(np.int64))
+    """The 1,797 digits of 8 x 8 pixels that come with the package, without a test part (``LICENSE.digits``)."""
+    with np.load(DIGITS, allow_pickle=False) as digits:
+        images = torch.from_numpy((digits["images"] * (255 / 16)).round().astype(np.uint8))[:, None]
+        labels = torch.from_numpy(digits["labels"].astype(np.int64))
     return Parts((images, labels), None, tuple("0123456789"))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from spikedistill.data.events import Binning, Recording, read_nmnist, to_frames
@@ -33,6 +34,8 @@ HEADER = 28
 """Bytes of the header of a packet in AEDAT 3.1."""
 SENSORS = ((34, 34), (100, 120), (128, 128), (180, 240), (240, 304), (260, 346), (480, 640), (720, 1280))
 """Rows and columns of known sensors: N-MNIST, N-Cars, DVS128, DAVIS240, ATIS, DAVIS346, VGA, HD."""
+AT_ONCE = 256
+"""Recordings in memory at a time."""
 LOOKED_AT = 1000
 """Files at which it is seen what a folder holds."""
 POLARITY = 1
@@ -146,9 +149,14 @@ def read_mat(path: Path) -> Recording:
     """Arrays in a file of MATLAB up to version 7.
 
     Raises:
-        DataError: see ``read_recording``.
+        DataError: see ``read_recording``; also if scipy is not installed.
     """
-    from scipy.io import loadmat
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise DataError(
+            f"'{path}' is a file of MATLAB, which needs scipy: pip install 'spikedistill[events]'."
+        ) from error
 
     return _of_arrays(path, lambda: loadmat(path))
 
@@ -179,7 +187,7 @@ def read_hdf5(path: Path) -> Recording:
     try:
         import h5py  # type: ignore[import-not-found]
     except ImportError as error:
-        raise DataError(f"'{path}' is an HDF5 file, which needs h5py: pip install h5py.") from error
+        raise DataError(f"'{path}' is an HDF5 file, which needs h5py: pip install 'spikedistill[events]'.") from error
 
     def load() -> Any:
         with h5py.File(path, "r") as file:
@@ -263,24 +271,48 @@ class Recordings:
         """Folders of recordings, for ``read_folder``."""
         return Kind("recordings", tuple(READERS), "recording.bin", self._read)
 
-    def _read(self, path: Path, files: Sequence[Path], tally: Counter[str]) -> Tensor:
-        recordings = [read_recording(file) for file in files]
-        rows, columns = self.sensor or _sensor_of(path, recordings)
-        for file, one in zip(files, recordings):
-            if one.x.max() >= columns or one.y.max() >= rows:
-                raise DataError(
-                    f"'{file}' has events at x up to {one.x.max()} and y up to {one.y.max()}, outside of a sensor of"
-                    f" {rows} rows and {columns} columns: give --sensor ROWS COLUMNS."
-                )
+    def _read(self, path: Path, files: Sequence[Path], tally: Counter[str], extent: tuple[int, int] = (0, 0)) -> Tensor:
+        frames: list[Tensor] = []
+        sensor = self.sensor
+        for first in range(0, len(files), AT_ONCE):
+            some = files[first : first + AT_ONCE]
+            recordings = [read_recording(file) for file in some]
+            extent = _extent(recordings, extent)
+            needed = self.sensor or _sensor_of(path, extent)
+            if frames and needed != sensor:  # those read so far are too small
+                return self._read(path, files, tally, extent)
+            sensor = needed
+            _check_inside(some, recordings, sensor)
+            frames.append(self._frames(recordings, *sensor))
+        return torch.cat(frames)
+
+    def _frames(self, recordings: Sequence[Recording], rows: int, columns: int) -> Tensor:
         if self.size is not None:
             recordings = [one.reduced(rows, columns, self.size) for one in recordings]
             rows = columns = self.size
         return to_frames(recordings, self.timesteps, rows, columns, self.binning)
 
 
-def _sensor_of(path: Path, recordings: Sequence[Recording]) -> tuple[int, int]:
-    """Rows and columns of the smallest known sensor that holds all events."""
+def _check_inside(files: Sequence[Path], recordings: Sequence[Recording], sensor: tuple[int, int]) -> None:
+    """Refuse events outside of the sensor."""
+    rows, columns = sensor
+    for file, one in zip(files, recordings):
+        if one.x.max() >= columns or one.y.max() >= rows:
+            raise DataError(
+                f"'{file}' has events at x up to {one.x.max()} and y up to {one.y.max()}, outside of a sensor of"
+                f" {rows} rows and {columns} columns: give --sensor ROWS COLUMNS."
+            )
+
+
+def _extent(recordings: Sequence[Recording], seen: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that events need, those seen before included."""
     rows, columns = (1 + max(int(getattr(one, axis).max()) for one in recordings) for axis in "yx")
+    return max(rows, seen[0]), max(columns, seen[1])
+
+
+def _sensor_of(path: Path, extent: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the smallest known sensor that holds all events."""
+    rows, columns = extent
     known = [sensor for sensor in SENSORS if sensor[0] >= rows and sensor[1] >= columns]
     if not known:
         raise DataError(

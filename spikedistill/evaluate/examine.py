@@ -126,13 +126,11 @@ def _thinned(pixels: Tensor) -> Tensor:
 
 def _in_another_order(logits: ClassLogits, labels: Labels, names: Sequence[str]) -> list[str]:
     """A doubt if outputs and classes are in another order: matched on half of the images, tested on the other half."""
-    from scipy.optimize import linear_sum_assignment
-
     answers = logits.argmax(1)
     order = torch.arange(len(labels)) % 2 == 0
     table = 0.5 * torch.eye(logits.shape[1])  # in a tie an output keeps its own class
     table.index_put_((answers[order], labels[order]), torch.ones(()), accumulate=True)
-    matched = torch.from_numpy(linear_sum_assignment(table.numpy(), maximize=True)[1])
+    matched = _matched(table)
     found, right = matched[answers[~order]] == labels[~order], (answers == labels)[~order]
     if not _better(found, right):
         return []
@@ -142,6 +140,19 @@ def _in_another_order(logits: ClassLogits, labels: Labels, names: Sequence[str])
         f"with its classes in another order it has {100 * float(found.double().mean()):.2f} %, for instance {shown}:"
         " name the classes of the data as it was trained on them"
     ]
+
+
+def _matched(table: Tensor) -> Tensor:
+    """For each output a class of its own, the pairs with the most images first; outputs without images keep theirs."""
+    outputs, classes = table.nonzero(as_tuple=True)
+    matched, free = torch.arange(len(table)), ({*range(len(table))}, {*range(len(table))})
+    for place in table[outputs, classes].argsort(descending=True, stable=True).tolist():
+        output, label = int(outputs[place]), int(classes[place])
+        if output in free[0] and label in free[1]:
+            matched[output] = label
+            free[0].remove(output)
+            free[1].remove(label)
+    return matched
 
 
 def _within_one(logits: ClassLogits) -> list[str]:

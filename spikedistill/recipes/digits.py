@@ -1,4 +1,4 @@
-"""The embedded example: scikit-learn's digits, 8 x 8 pixels, no download."""
+"""The embedded example: digits of 8 x 8 pixels, no download."""
 
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill

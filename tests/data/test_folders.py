@@ -115,7 +115,7 @@ class TestFolder:
 
     def test_a_class_too_small_to_be_split_is_refused(self, tmp_path):
         write_classes(tmp_path, {"cat": 9, "dog": 1})
-        with pytest.raises(DataError, match="give more images"):
+        with pytest.raises(DataError, match="Give more images"):
             load_images(str(tmp_path))
 
     def test_a_truncated_image_is_named(self, tmp_path):

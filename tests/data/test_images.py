@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torchvision import datasets
 
 from spikedistill.data.images import ImageSet, evenly, load_images, split
@@ -347,6 +348,28 @@ class TestSplit:
         assert held.tolist() == sorted(held.tolist())
         for number, count in enumerate(counts):
             assert abs(int((labels[held] == number).sum()) - fraction * count) < 2
+
+    @given(
+        labels=st.lists(st.integers(-1, 4), min_size=2, max_size=80),
+        fraction=st.floats(0.02, 0.9),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def test_parts_are_those_of_scikit_learn(self, labels, fraction, seed):
+        """Numbers and refusals: so what was trained and measured with its splits stays."""
+        given_labels = torch.tensor(labels)
+        try:
+            expected = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels)
+        except ValueError:
+            with pytest.raises(DataError, match="cannot be cut from"):
+                split(given_labels, fraction, seed)
+            return
+        assert all(map(np.array_equal, split(given_labels, fraction, seed), map(np.sort, expected)))
+
+    @pytest.mark.parametrize("samples, classes, fraction", [(60_000, 10, 0.05), (50_000, 10, 0.02), (50_000, 100, 0.1)])
+    def test_large_sets_are_split_as_by_scikit_learn(self, samples, classes, fraction):
+        labels = np.random.default_rng(samples).integers(0, classes, samples)
+        expected = train_test_split(np.arange(samples), test_size=fraction, random_state=0, stratify=labels)
+        assert all(map(np.array_equal, split(torch.from_numpy(labels), fraction, 0), map(np.sort, expected)))
 
     def test_a_seed_gives_one_split_and_another_seed_another(self):
         labels = torch.arange(60) % 3

@@ -169,10 +169,11 @@ class TestDetails:
         with pytest.raises(DataError, match=r"expected a file ending with \.bin"):
             read_recording(tmp_path / "a.txt")
 
-    def test_hdf5_without_h5py_says_what_to_install(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "h5py", None)
-        with pytest.raises(DataError, match="pip install h5py"):
-            read_recording(tmp_path / "a.h5")
+    @pytest.mark.parametrize("ending, package", [("h5", "h5py"), ("mat", "scipy.io")])
+    def test_a_format_whose_package_is_missing_says_what_to_install(self, ending, package, tmp_path, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, package, None)
+        with pytest.raises(DataError, match=r"pip install 'spikedistill\[events\]'"):
+            read_recording(tmp_path / f"a.{ending}")
 
 
 class TestBinning:
