@@ -11,7 +11,8 @@ the paper's abstract and figure:
 What the paper does not tell us follows its ancestor's code as far as it is known (He et al., AAAI 2024, arXiv
 2303.13077): replacement with the third power of progress, linear CKA with a learned weight per time step, which the
 cross-entropy of the events shares, and cross-entropy at every step of both streams. These are this project's choices:
-to take the potentials of the last layer of neurons, the temperature, when the phases change, and all other constants.
+that the learned weights are relative to their mean, to take the potentials of the last layer of neurons, the
+temperature, when the phases change, and all other constants.
 """
 
 from dataclasses import dataclass, replace
@@ -112,6 +113,9 @@ class CrossKD(Objective):
 class StepWeights(nn.Module):
     """A learned weight between 0 and 1 for each time step, at first 1/2.
 
+    The logits of the weights have the mean 0, which is this project's choice. Without it all weights go to 1, where the
+    cross-entropy of the events has no weight left, and events are not learned (LOG.md).
+
     Args:
         timesteps: T.
     """
@@ -122,7 +126,7 @@ class StepWeights(nn.Module):
 
     def forward(self) -> Tensor:
         """The weights ``[T]``."""
-        return torch.sigmoid(self.logits)
+        return torch.sigmoid(self.logits - self.logits.mean())
 
 
 def cross_entropies(logits: Logits, labels: Labels, label_smoothing: float = 0.0) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from spikedistill.answer import Answer
 from spikedistill.errors import ConfigError
-from spikedistill.objective.cross_kd import CrossKD, cross_entropies, linear_cka
+from spikedistill.objective.cross_kd import CrossKD, StepWeights, cross_entropies, linear_cka
 from spikedistill.objective.logits import cross_entropy_per_step, soft_target_divergence
 from spikedistill.objective.terms import Batch
 from spikedistill.student.build import to_spiking
@@ -61,13 +61,26 @@ def at(batch, progress):
     return Batch(**{name: getattr(batch, name) for name in fields}, progress=torch.tensor(progress))
 
 
+def test_learned_weights_never_take_the_events_away():
+    """Where similarity costs less than cross-entropy, weights would all go to 1; relative ones cannot."""
+    weights = StepWeights(4)
+    optimiser = torch.optim.SGD(weights.parameters(), lr=1.0)
+    for _ in range(200):
+        optimiser.zero_grad()
+        found = weights()
+        ((1 - found) * torch.tensor([2.0, 1.0, 1.0, 1.0]) + found * 0.1).mean().backward()
+        optimiser.step()
+    assert weights.logits.std() > 0.1 and float(1 - weights().detach().mean()) > 0.3
+    assert weights()[0] > 0.5 > weights()[1]
+
+
 def test_its_terms_are_those_of_the_docstring(batch):
     made = CrossKD(layer="last", temperature=3.0, alpha=0.7, similarity=0.4)
     modules = made.modules(batch, None)
     with torch.no_grad():
         modules["steps"].logits.copy_(torch.tensor([0.0, 1.0, -2.0]))
     terms = made(batch, modules)
-    share = torch.tensor([0.0, 1.0, -2.0]).sigmoid()
+    share = torch.tensor([1 / 3, 4 / 3, -5 / 3]).sigmoid()  # around their mean
     pairs = zip(batch.student.potentials["last"], batch.source.potentials["last"])
     apart = torch.stack([1 - linear_cka(ours, theirs) for ours, theirs in pairs])
     soft = soft_target_divergence(batch.source.logits.mean(0), batch.teacher.logits[0], 3.0)
