@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from spikedistill.errors import one_of
-from spikedistill.studies.kdsnn import STUDIES
+from spikedistill.studies import STUDIES
 from spikedistill.studies.reproduce import reproduce as run_study
 from spikedistill.train.progress import Progress
 
@@ -23,9 +23,10 @@ def reproduce(
     """Measure a published comparison here: table, figure and CSV.
 
     Args:
-        study: kdsnn-pairs, kdsnn-timesteps, kdsnn-mnist, kdsnn-noise or kdsnn-energy.
-        budget: of the paper's size, for a GPU (full), or for two cores and some hours (small). For kdsnn-mnist both are
-            the same.
+        study: kdsnn-pairs, kdsnn-timesteps, kdsnn-mnist, kdsnn-noise, kdsnn-energy; heterogeneous-temperature,
+            distilling-spikes (both also with -mnist, the second with -fashion-mnist) or cross-kd (also with -cifar10).
+        budget: of the paper's size, for a GPU (full), or for two cores and some hours (small). On MNIST both are the
+            same.
         data_dir: folder of the named data sets (default: $SPIKEDISTILL_DATA, else ./data).
         runs: where run directories go; the same command goes on with what lies there.
         out: where STUDY.csv, STUDY.md and pictures go; a page of all studies is written beside it, as OUT.md.

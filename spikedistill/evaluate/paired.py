@@ -61,6 +61,30 @@ def error_of(gains: Sequence[float]) -> float | None:
     return deviation_of(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
 
 
+def error_over(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> float | None:
+    """The standard error of a mean gain, if seeds and test samples are both drawn at random.
+
+    The variances of the mean over seeds and of the mean over samples are added. What seeds and samples vary together
+    counts in both, so the error is rather too large than too small.
+
+    Args:
+        ours: seed -> a value per sample, for instance 1 for a correct answer.
+        theirs: likewise, for the same samples in the same order.
+
+    Returns:
+        None for fewer than two seeds that both have, or fewer than two samples.
+
+    >>> round(error_over({0: [1.0, 1.0], 1: [1.0, 0.0]}, {0: [0.0, 1.0], 1: [0.0, 1.0]}), 4)
+    0.7906
+    """
+    gains = [[a - b for a, b in zip(value, theirs[seed])] for seed, value in ours.items() if seed in theirs]
+    over_seeds = error_of([statistics.fmean(of_seed) for of_seed in gains])
+    over_samples = error_of([statistics.fmean(of_sample) for of_sample in zip(*gains)])
+    if over_seeds is None or over_samples is None:
+        return None
+    return math.hypot(over_seeds, over_samples)
+
+
 def with_deviation(values: Sequence[float], sign: bool = False) -> str:
     """Mean ± sample deviation as text; only the mean for one value, empty for none."""
     if not values:

@@ -167,7 +167,7 @@ class _Base:
         return Study(name, title, claim, kind, self.budget, dict(self.teachers), tuple(cells), seeds)
 
 
-STUDIES: dict[str, Callable[[Budget, str | None, Path], Study]] = {
+KDSNN: dict[str, Callable[[Budget, str | None, Path], Study]] = {
     "kdsnn-pairs": kdsnn_pairs,
     "kdsnn-timesteps": kdsnn_timesteps,
     "kdsnn-mnist": kdsnn_mnist,

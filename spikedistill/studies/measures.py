@@ -1,18 +1,23 @@
 """Measurements on the finished runs of a study: the rows of its CSV file. ``reports`` makes tables of them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spikedistill.deliver.energy import measure_energy
 from spikedistill.deliver.energy import table as energy_table
 from spikedistill.deliver.immunity import measure_immunity
-from spikedistill.deliver.record import evaluate
+from spikedistill.deliver.record import evaluate, read_records
 from spikedistill.deliver.tables import markdown
+from spikedistill.evaluate.accuracy import predict
+from spikedistill.evaluate.early_exit import predict_early
 from spikedistill.evaluate.immunity import Score
+from spikedistill.evaluate.paired import error_over
 from spikedistill.recipes.distill import Distill
+from spikedistill.student.save import load_student
 from spikedistill.studies import reports
 from spikedistill.studies.kdsnn import FOLLOWED
-from spikedistill.studies.reports import ENERGY, ENERGY_COLUMNS, NOISE_KINDS, Row
+from spikedistill.studies.reports import ALL_SEEDS, CONFIDENCE, ENERGY, ENERGY_COLUMNS, NOISE_KINDS, Row
 from spikedistill.studies.study import Cell, Study
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
@@ -64,6 +69,28 @@ def measure_pairs(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
     rows = _accuracies(study, cells)
     reports.draw_pairs(study.name, study.title, rows, out, _test_images(cells))
     return rows, reports.report_pairs(rows) + f"\n![{study.title}]({study.name}.png)\n"
+
+
+def measure_samples(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
+    """As ``measure_pairs``, with standard errors of gains over seeds and test samples, and early exit."""
+    rows, right = _accuracies(study, cells), dict[str, dict[int, list[float]]]()
+    records, images = read_records([cell.path for cell in cells], cells[0].recipe.data.data_dir)
+    for cell, record in zip(cells, records):
+        progress.say(f"{cell.path.name}: test samples, early exit")
+        place = record.place()
+        network = load_student(cell.path).to(place.device)
+        logits = predict(network, images.test_images, place.dtype).mean(0)
+        right.setdefault(cell.method, {})[cell.seed] = (logits.argmax(-1) == images.test_labels).double().tolist()
+        left = predict_early(network, images.test_images, CONFIDENCE, place.dtype)
+        found = {"early_exit_steps": left.mean_steps}
+        found["early_exit_accuracy"] = float((left.logits.argmax(-1) == images.test_labels).double().mean()) * 100
+        rows += [_row(study, cell, metric, value) for metric, value in found.items()]
+    for cell in {cell.method: cell for cell in cells if cell.method != "direct"}.values():
+        error = error_over(right[cell.method], right.get("direct", {}))
+        if error is not None:
+            rows.append(replace(_row(study, cell, "gain_error", 100 * error), seed=ALL_SEEDS))
+    reports.draw_pairs(study.name, study.title, rows, out, len(images.test_images))
+    return rows, reports.report_samples(rows) + f"\n![{study.title}]({study.name}.png)\n"
 
 
 def measure_timesteps(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
@@ -164,6 +191,7 @@ def measure_front(study: Study, cells: Sequence[Cell], out: Path, progress: Prog
 Measure = Callable[[Study, Sequence[Cell], Path, Progress], tuple[list[Row], str]]
 MEASURES: dict[str, Measure] = {
     "pairs": measure_pairs,
+    "samples": measure_samples,
     "timesteps": measure_timesteps,
     "noise": measure_noise,
     "energy": measure_energies,

@@ -47,7 +47,22 @@ deviation over seeds. Gains in accuracy are in points over the usual distillatio
 seed, with the p value of a paired t-test. Fewer spikes are in percent of its spikes.
 
 """
+SAMPLES_COLUMNS = """
+Gains over direct training in points, with their standard error over seeds and test samples: both are taken as drawn at
+random. Early exit: a sample leaves once its likeliest class has a probability above 0.9; steps are means per sample.
+
+"""
 """What the columns of the tables mean, above each table."""
+CONFIDENCE = 0.9
+"""The probability above which samples leave early."""
+ALL_SEEDS = -1
+"""The seed of a row that is about all seeds."""
+CONTRASTS = {
+    ("kdsnn-feature", "kdsnn-response"): "Feature-based gains more than response-based",
+    ("distilling-spikes-stages", "distilling-spikes"): "Two stages gain more than one",
+    ("distilling-spikes", "kdsnn-response"): "Spikes of the teacher gain more than its logits",
+}
+"""Pairs of methods that are compared, and what is said if the first wins."""
 ENERGY = "energy_uJ_"
 """The names of energies in microjoules in the CSV file begin with this; the name of the cost model follows."""
 NOISE_KINDS = ("noise", "natural")
@@ -81,7 +96,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def _pairs(rows: Sequence[Row]) -> dict[str, dict[str, dict[int, float]]]:
     """Pair of networks -> method -> seed -> accuracy; methods in the order of the study."""
-    students = [row for row in rows if row.method != "teacher"]
+    students = [row for row in rows if row.method != "teacher" and row.metric == "accuracy"]
     methods = dict.fromkeys(row.method for row in students)
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in students:
@@ -112,7 +127,7 @@ def _label(method: str) -> str:
 
 def _note(rows: Sequence[Row], images: int | None) -> str:
     """The note below a picture: the number of test images, if known, and the seeds of the students."""
-    seeds = sorted({row.seed for row in rows if row.method != "teacher"})
+    seeds = sorted({row.seed for row in rows if row.method != "teacher"} - {ALL_SEEDS})
     some = f"{images} test images" if images else "test set"
     if len(seeds) < 2:
         return f"{some}, one seed ({', '.join(map(str, seeds))})"
@@ -126,31 +141,58 @@ def report_pairs(rows: Sequence[Row]) -> str:
     methods = list(next(iter(pairs.values())))
     gains: dict[str, dict[str, list[float]]] = {method: {} for method in methods if method != "direct"}
     lines: list[list[str]] = []
-    features: dict[str, list[float]] = {}
+    contrasts: dict[str, dict[str, list[float]]] = {}
     for pair, found in pairs.items():
         for method in gains:
             gains[method][pair] = gaps(found[method], found.get("direct", {}))
         accuracies = [with_deviation([*by_seed.values()]) for by_seed in found.values()]
         written = [with_test(of_pair[pair]) for of_pair in gains.values()]
         lines.append([pair, f"{anns[pair.split(' -> ')[0]]:.2f}", *accuracies, *written])
-        more = gaps(found.get("kdsnn-feature", {}), found.get("kdsnn-response", {}))
-        features |= {pair: more} if more else {}
-    columns = ["teacher -> student", "teacher (ANN)", *methods, *(f"gain of {method}" for method in gains)]
-    return PAIRS_COLUMNS + markdown(columns, lines) + _verdicts(gains, features)
+        for (first, second), said in CONTRASTS.items():
+            if more := gaps(found.get(first, {}), found.get(second, {})):
+                contrasts.setdefault(said, {})[pair] = more
+    columns = ["teacher -> student", "teacher", *methods, *(f"gain of {method}" for method in gains)]
+    return PAIRS_COLUMNS + markdown(columns, lines) + _verdicts(gains, contrasts)
 
 
-def _verdicts(gains: Mapping[str, Mapping[str, Sequence[float]]], features: Mapping[str, Sequence[float]]) -> str:
-    """Which gains are significant, their range over pairs, and how feature- and response-based gains compare."""
+def _verdicts(
+    gains: Mapping[str, Mapping[str, Sequence[float]]], contrasts: Mapping[str, Mapping[str, Sequence[float]]]
+) -> str:
+    """Which gains are significant, their range over pairs, and how methods compare with one another."""
     each = verdict({f"{method} of {pair}": gain for method, found in gains.items() for pair, gain in found.items()})
     said = f"\n{each}" if each else ""
     means = {method: [statistics.mean(gain) for gain in found.values() if gain] for method, found in gains.items()}
     spans = [f"{m} {min(found):+.2f} to {max(found):+.2f}" for m, found in means.items() if len(found) > 1]
     said += f"\nMean gains over direct training, from pair to pair: {', '.join(spans)} points.\n" if spans else ""
-    if not features:
-        return said
-    won = sum(statistics.mean(more) > 0 for more in features.values())
-    by_pair = "; ".join(f"{pair}: {with_test(more)}" for pair, more in features.items())
-    return said + f"\nFeature-based gains more than response-based in {won} of {len(features)} pairs ({by_pair}).\n"
+    for told, by_pair in contrasts.items():
+        won = sum(statistics.mean(more) > 0 for more in by_pair.values())
+        each = "; ".join(f"{pair}: {with_test(more)}" for pair, more in by_pair.items())
+        said += f"\n{told} in {won} of {len(by_pair)} pairs ({each}).\n"
+    return said
+
+
+def report_samples(rows: Sequence[Row]) -> str:
+    """The report of pairs, then every gain beside its standard error over seeds and samples, and early exit."""
+    accuracies, found = _by_method(rows, "accuracy"), []
+    errors, steps, early = (_by_method(rows, f) for f in ("gain_error", "early_exit_steps", "early_exit_accuracy"))
+    for method, by_seed in accuracies.items():
+        gains = gaps(by_seed, accuracies.get("direct", {})) if method != "direct" else []
+        error = errors.get(method, {}).get(ALL_SEEDS)
+        said = f"{statistics.fmean(gains):+.2f} ± {error:.2f}" if gains and error is not None else ""
+        ratio = f"{statistics.fmean(gains) / error:.1f}" if gains and error else ""
+        left = (f"{statistics.fmean(values[method].values()):.2f}" for values in (steps, early))
+        found.append([method, said, ratio, *left])
+    columns = ["method", "gain ± standard error", "gain / error", "early exit: steps", "early exit: accuracy"]
+    return report_pairs(rows) + SAMPLES_COLUMNS + markdown(columns, found)
+
+
+def _by_method(rows: Sequence[Row], metric: str) -> dict[str, dict[int, float]]:
+    """Method -> seed -> value of a metric of students."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.method != "teacher" and row.metric == metric:
+            found.setdefault(row.method, {})[row.seed] = row.value
+    return found
 
 
 def draw_energy(name: str, title: str, rows: Sequence[Row], out: Path, images: int | None = None) -> None:

@@ -55,6 +55,8 @@ def reproduce(
     for file, mark in files.items():
         check_replaceable(file, mark)
     cells = [cell for cell in study.cells if cell.seed < (seeds or study.seeds)]
+    if study.prepare is not None:
+        study.prepare()
     failed = _train(study, cells, progress, jobs)
     cells = [cell for cell in cells if cell.path.name not in failed]
     if not cells:
@@ -69,7 +71,7 @@ def reproduce(
 
 
 def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -> dict[str, str]:
-    """Train the missing runs. Returns which students of a comparison of pairs could not be trained, and why."""
+    """Train the missing runs. Returns which students of a comparison of methods could not be trained, and why."""
     for made, path in study.teachers.values():
         _check_recipe(path, made)
     for cell in cells:
@@ -89,7 +91,7 @@ def _train(study: Study, cells: Sequence[Cell], progress: Progress, jobs: int) -
         try:
             finish()
         except ConfigError as error:
-            if study.kind != "pairs":
+            if study.kind not in ("pairs", "samples"):
                 raise
             failed[cell.path.name] = str(error)
             progress.say(f"{cell.path.name} is left out: {error}")

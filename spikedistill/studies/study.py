@@ -1,5 +1,6 @@
 """A study: its teachers, its cells, and how they are measured."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,7 @@ from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 
 Budget = Literal["full", "small"]
-Kind = Literal["pairs", "timesteps", "noise", "energy", "front"]
+Kind = Literal["pairs", "samples", "timesteps", "noise", "energy", "front"]
 """What a study measures on its finished runs, and how it draws the results."""
 Made = Teach | Distill
 """The recipe of a teacher."""
@@ -32,7 +33,8 @@ class Cell:
 class Study:
     """A study: what is trained, and what is measured.
 
-    ``teachers`` are trained first, in order: ANNs, and spiking networks that teach.
+    ``prepare`` is called first, and makes data that the study has of its own. ``teachers`` are trained next, in order:
+    ANNs, and spiking networks that teach.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Study:
     teachers: dict[str, tuple[Made, Path]]
     cells: tuple[Cell, ...]
     seeds: int
+    prepare: Callable[[], None] | None = None
 
 
 def width_of(made: Made) -> int | None:

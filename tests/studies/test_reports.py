@@ -15,6 +15,7 @@ from spikedistill.studies.reports import (
     report_front,
     report_noise,
     report_pairs,
+    report_samples,
     report_timesteps,
 )
 
@@ -226,3 +227,34 @@ class TestFront:
         fewer = front("budget", "900", (90.0, 91.0), (900.0, 1800.0))
         assert "budget 900, 10.0 % fewer" in report_front([*self.USUAL, *silent, *fewer])
         assert "Every setting loses accuracy" in report_front([*self.USUAL, *silent])
+
+
+@pytest.fixture
+def samples():
+    """Rows of direct training and of Cross KD, with two seeds and early exit."""
+    both = {"direct": (60.0, 62.0, 5.0, 59.0), "cross-kd": (63.0, 66.0, 4.0, 62.5)}
+    rows = [row("teacher", 95.0, student="resnet18")]
+    for method, (first, second, steps, early) in both.items():
+        rows += [row(method, first, 0), row(method, second, 1)]
+        rows.append(dataclasses.replace(row(method, steps), metric="early_exit_steps"))
+        rows.append(dataclasses.replace(row(method, early), metric="early_exit_accuracy"))
+    return rows
+
+
+def test_a_gain_is_beside_its_error_over_seeds_and_samples(samples):
+    report = report_samples([*samples, dataclasses.replace(row("cross-kd", 0.7, -1), metric="gain_error")])
+    assert cells(report, "cross-kd")[1:] == ["+3.50 ± 0.70", "5.0", "4.00", "62.50"]
+    assert cells(report, "direct")[1:] == ["", "", "5.00", "59.00"]
+    assert cells(report, "resnet18 -> vgg9")[1:4] == ["95.00", "61.00 ± 1.41", "64.50 ± 2.12"]
+
+
+def test_one_seed_has_no_error(samples):
+    report = report_samples([found for found in samples if found.seed == 0])
+    assert cells(report, "cross-kd")[1:] == ["", "", "4.00", "62.50"]
+
+
+def test_stages_are_compared_with_one_stage():
+    one = [row("distilling-spikes", value, seed) for seed, value in enumerate((70.0, 70.0))]
+    two = [row("distilling-spikes-stages", value, seed) for seed, value in enumerate((71.0, 72.0))]
+    report = report_pairs([row("teacher", 90.0, student="resnet18"), *one, *two])
+    assert "Two stages gain more than one in 1 of 1 pairs (resnet18 -> vgg9: +1.50 ± 0.71 (p = 0.205))." in report

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from spikedistill.errors import ConfigError, RunError
+from spikedistill.evaluate.accuracy import predict
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.methods import CONVERSIONS, METHODS
 from spikedistill.recipes.teach import Teach
+from spikedistill.student.save import load_student
+from spikedistill.studies import STUDIES
 from spikedistill.studies import reproduce as module
-from spikedistill.studies.kdsnn import STUDIES
 from spikedistill.studies.reproduce import reproduce
 from spikedistill.studies.study import Cell, Study
 from spikedistill.train.recipe import Data, Training, check
@@ -126,6 +128,32 @@ def test_a_spiking_network_may_teach(folder):
     assert rows["vgg9", "teacher"]["timesteps"] == "3" and rows["ann", "teacher"]["timesteps"] == "1"
     assert "distance" in Run(cells[1].path).lines("metrics")[-1]
     assert rows["vgg9", "distilling-spikes"]["value"] == str(Run(cells[1].path).read("results")["test_accuracy"])
+
+
+def test_gains_have_an_error_over_seeds_and_samples_and_students_leave_early(folder):
+    whole = study(folder, "samples", ("direct", "kdsnn-response"), seeds=2)
+    report = reproduce(whole, folder / "samples")
+    images = whole.cells[0].recipe.data.load()
+    right = {}
+    for cell in whole.cells:
+        answers = predict(load_student(cell.path), images.test_images).mean(0).argmax(-1)
+        right[cell.method, cell.seed] = (answers == images.test_labels).double()
+    gains = torch.stack([right["kdsnn-response", seed] - right["direct", seed] for seed in (0, 1)])
+    over_seeds, over_samples = gains.mean(1).std() / 2**0.5, gains.mean(0).std() / gains.shape[1] ** 0.5
+    rows = read(folder / "samples")
+    (error,) = [line for line in rows if line["metric"] == "gain_error"]
+    assert error["seed"] == "-1" and error["method"] == "kdsnn-response"
+    assert float(error["value"]) == pytest.approx(100 * float(torch.hypot(over_seeds, over_samples)))
+    assert f"{100 * float(gains.mean()):+.2f} ± {float(error['value']):.2f}" in report
+    steps = [float(line["value"]) for line in rows if line["metric"] == "early_exit_steps"]
+    assert len(steps) == 4 and all(1 <= value <= 2 for value in steps)
+
+
+def test_a_study_prepares_its_data_before_it_trains(folder):
+    done = []
+    whole = dataclasses.replace(study(folder, "pairs", ("direct",)), prepare=lambda: done.append(1))
+    reproduce(whole, folder / "prepared")
+    assert done == [1]
 
 
 def test_what_is_finished_is_not_trained_again(folder, monkeypatch):
@@ -268,7 +296,8 @@ def test_the_studies_are_recipes_that_can_work(name, budget, tmp_path):
     for cell in made.cells:
         recipe = cell.recipe.settled()
         check(recipe, recipe.student, recipe.data, recipe.training)
-        assert recipe.teacher.source == str(made.teachers[cell.teacher][1])
+        assert recipe.teacher.source in ("none", *(str(path) for _, path in made.teachers.values()))
+        assert cell.teacher in made.teachers
         assert recipe.training.seed == cell.seed < made.seeds
 
 

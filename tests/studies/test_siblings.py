@@ -1,0 +1,57 @@
+"""What the studies of the siblings prepare and compare."""
+
+import pytest
+
+from spikedistill.errors import DataError
+from spikedistill.studies import STUDIES
+from spikedistill.studies.siblings import take_share
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """A set like N-MNIST with 1001 training and 101 test recordings, each with its own content."""
+    for part, many in (("Train", 1001), ("Test", 101)):
+        for number in range(1, many + 1):
+            file = tmp_path / "NMNIST" / part / str(number % 10) / f"{number:05d}.bin"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(f"{part} {number}".encode())
+    return tmp_path / "NMNIST"
+
+
+def found(folder):
+    """The contents of the files below a folder, and whether each lies in the folder of its class."""
+    files = [*folder.glob("*/*.bin")]
+    contents = [file.read_text() for file in files]
+    assert all(int(text.split()[1]) % 10 == int(file.parent.name) for file, text in zip(files, contents))
+    return sorted(contents)
+
+
+def test_the_small_part_of_n_mnist_is_300_recordings_against_800(recordings, tmp_path):
+    share = tmp_path / "share"
+    take_share(recordings, share)
+    assert found(share / "train") == sorted(f"Train {number}" for number in range(1, 301))
+    expected = [f"Train {number}" for number in range(301, 1001)] + [f"Test {number}" for number in range(1, 101)]
+    assert found(share / "test") == sorted(expected)
+    (tmp_path / "NMNIST" / "Train" / "1" / "00001.bin").unlink()
+    take_share(recordings, share)  # it is there already
+    assert len(found(share / "train")) == 300
+
+
+def test_too_few_recordings_are_refused_and_nothing_is_made(recordings, tmp_path):
+    for number in (1, 1001):
+        (recordings / "Train" / str(number % 10) / f"{number:05d}.bin").unlink()
+    with pytest.raises(DataError, match="holds 999 recordings below Train and 101 below Test"):
+        take_share(recordings, tmp_path / "share")
+    assert not (tmp_path / "share").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if not name.startswith("kdsnn")])
+def test_students_of_a_study_differ_in_method_and_seed_alone(name, tmp_path):
+    """All students of a sibling's study have one network and one training, so that a gain is the method's."""
+    made = STUDIES[name]("small", "data", tmp_path)
+    assert {cell.seed for cell in made.cells} == {0, 1, 2}
+    students = {cell.recipe.student for cell in made.cells}
+    trainings = {cell.recipe.training.epochs for cell in made.cells}
+    assert len(students) == len(trainings) == 1
+    compared = {(cell.method, cell.setting) for cell in made.cells}
+    assert len(made.cells) == 3 * len(compared)
