@@ -6,8 +6,8 @@
 Runs go to runs/NAME. A finished one is kept, an interrupted one goes on from its checkpoint. resnet20.npz, and
 resnet56.npz in the same folder, are the networks of akamaster/pytorch_resnet_cifar10 (BSD-2; 91.73 and 93.39 % as
 published), built by examples/resnet20_cifar.py. The ResNet-20's student of four time steps is trained in three stages,
-each from the result of the one before. A name with 1x4 is a student of one time step with four levels; it starts from
-the converted network, and the ResNet-56 teaches both of these.
+each from the result of the one before. A name with 1x4 is a student of one time step with four levels. Those of third
+parties start from the converted network, and the ResNet-56 teaches both.
 """
 
 import argparse
@@ -56,13 +56,20 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "third-party-1x4": ("distill", [*LONG, "--student", f"{NETWORKS}:resnet20"]),
     "third-party-56-1x4-start": ("distill", CONVERTED),
     "third-party-56-1x4": ("distill", LONG),
+    "strong-cifar100": ("teach", ["--data", "cifar100"]),
+    "strong-cifar100-1x4": ("distill", ["--data", "cifar100"]),
+    "strong-1x4": ("distill", []),
+    "strong-1x2": ("distill", ["--levels", "2", "--correct", "nothing", "--epochs", "12"]),
+    "strong-1x1": ("distill", ["--levels", "1", "--correct", "nothing", "--epochs", "12"]),
     "heterogeneous-direct": ("distill", ["--method", "direct", *HETEROGENEOUS]),
     "heterogeneous-feature": ("distill", ["--method", "kdsnn-feature", *HETEROGENEOUS]),
     "heterogeneous-kdsnn": ("distill", ["--method", "kdsnn", *HETEROGENEOUS]),
 }
 """Name -> command of spikedistill and what differs from the recipe 'cifar10', or that in ``RECIPES``. All: seed 0."""
-RECIPES = {"fast": "cifar10-fast", "strong": "cifar10-strong"}
+RECIPES = {"fast": "cifar10-fast", **dict.fromkeys((n for n in RUNS if n.startswith("strong")), "cifar10-strong")}
 START = {
+    "strong-1x2": "strong-1x4",
+    "strong-1x1": "strong-1x2",
     "third-party-2": "third-party",
     "third-party-3": "third-party-2",
     "third-party-1x4": "third-party-1x4-start",
@@ -75,7 +82,8 @@ BY_RESNET56 = {"third-party-1x4", "third-party-56-1x4-start", "third-party-56-1x
 
 def command(name: str, runs: Path, data_dir: str, third_party: str) -> list[str]:
     kind, options = RUNS[name]
-    teacher = ["--teacher", str(runs / "teacher")]
+    own = "strong-cifar100" if "cifar100" in name else "strong" if name.startswith("strong") else "teacher"
+    teacher = ["--teacher", str(runs / own)]
     if name.startswith("third-party"):
         network = "resnet56" if name in BY_RESNET56 else "resnet20"
         teacher = ["--teacher", str(Path(third_party).with_name(f"{network}.npz"))]

@@ -15,6 +15,7 @@ TEACHERS: dict[str, Callable[[], Teach]] = {
 }
 STUDENTS: dict[str, Callable[[], Distill]] = {
     "cifar10": cifar10.student,
+    "cifar10-strong": cifar10.strong_student,
     "digits": digits.student,
     "mnist": mnist.student,
 }

@@ -1,6 +1,6 @@
 """The demo: what a spiking student gains by distillation in a short training on few images.
 
-The data are scikit-learn's 1,797 digits: 1,000 test images and 797 training images for the teacher. Its students are
+The data are 1,797 embedded digits: 1,000 test images and 797 training images for the teacher. Its students are
 trained on 100 of the 797. All students begin with the teacher's weights and have two time steps.
 """
 
