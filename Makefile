@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 # A file of tests stays in one process, for its tests share trained networks.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick lowest check fix clean
+.PHONY: demo test quick lowest browser check fix clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ test: check              ## style, types, tests, examples in README and docstrin
 
 quick: $(VENV)/ready     ## tests that are not marked slow: about a minute
 	$(BIN)/$(PYTEST) -m "not slow"
+
+browser:                 ## a browser of the distribution (Debian, Ubuntu), for the test of the pages
+	command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+	  chromium chromium-driver; }
 
 lowest: $(LOWEST)/ready  ## the quick tests with the oldest dependencies that pyproject.toml allows
 	$(LOWEST)/bin/$(PYTEST) -m "not slow"

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from spikedistill.data.feed import Feed, Inputs, MemoryFeed, PairFeed
     from spikedistill.data.images import ImageSet, load_images, split
     from spikedistill.data.recordings import read_recording
+    from spikedistill.deliver import plot
+    from spikedistill.deliver.export import export
+    from spikedistill.deliver.onnx import OnnxStudent
     from spikedistill.deliver.pretrained import PRETRAINED, pretrained
     from spikedistill.deliver.record import Record
+    from spikedistill.deliver.report import report
     from spikedistill.errors import (
         ConfigError,
         ConversionError,
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from spikedistill.evaluate.early_exit import EarlyExit, early_exit
     from spikedistill.evaluate.firing import firing_rates
     from spikedistill.evaluate.immunity import immunity
+    from spikedistill.evaluate.inside import Inside, look_inside
     from spikedistill.evaluate.operations import operations
     from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset
     from spikedistill.neuron.layer import Spiking
@@ -100,6 +105,7 @@ __all__ = [
     "HeterogeneousTemperatures",
     "ImageSet",
     "Inputs",
+    "Inside",
     "KDSNNFeature",
     "KDSNNResponse",
     "Latency",
@@ -108,6 +114,7 @@ __all__ = [
     "Needs",
     "Neuron",
     "Objective",
+    "OnnxStudent",
     "PairFeed",
     "Penalty",
     "Place",
@@ -141,6 +148,7 @@ __all__ = [
     "distill",
     "divergence",
     "early_exit",
+    "export",
     "firing_rates",
     "fit",
     "fold",
@@ -148,11 +156,14 @@ __all__ = [
     "load_images",
     "load_student",
     "load_teacher",
+    "look_inside",
     "operations",
+    "plot",
     "predict",
     "pretrained",
     "read_nmnist",
     "read_recording",
+    "report",
     "run_in_substeps",
     "run_with_offsets",
     "save_student",
@@ -174,14 +185,19 @@ _NAMES = {
     "data.feed": "Feed Inputs MemoryFeed PairFeed",
     "data.images": "ImageSet load_images split",
     "data.recordings": "read_recording",
+    "deliver": "plot",
+    "deliver.export": "export",
+    "deliver.onnx": "OnnxStudent",
     "deliver.pretrained": "PRETRAINED pretrained",
     "deliver.record": "Record",
+    "deliver.report": "report",
     "errors": "ConfigError ConversionError DataError RunError ShapeError SpikeDistillError WeightsError",
     "evaluate.accuracy": "accuracy_by_step predict",
     "evaluate.agreement": "agreement divergence",
     "evaluate.early_exit": "EarlyExit early_exit",
     "evaluate.firing": "firing_rates",
     "evaluate.immunity": "immunity",
+    "evaluate.inside": "Inside look_inside",
     "evaluate.operations": "operations",
     "neuron.dynamics": "IF LIF PLIF Neuron Reset",
     "neuron.layer": "Spiking",

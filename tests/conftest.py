@@ -55,6 +55,16 @@ def without_compiler():
         yield
 
 
+@pytest.fixture(scope="module")
+def symbolic_shapes():
+    """Arguments are not checked in a whole module of tests: torch.export gives sizes that are no ``int``."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture
 def blobs() -> ImageSet:
     """Three classes of 8 x 8 images that a tiny network tells apart at once: a bright third of the image each."""

@@ -79,6 +79,8 @@ class TestHelp:
             ("immunity", {"Run directories", "--kinds", "--images", "--baseline", "--resume", "--out"}),
             ("reproduce", {"--budget", "--runs", "--seeds", "--out"}),
             ("recipes", {"ready recipes"}),
+            ("export", {"RUN", "--format", "--form", "--out", "--int8", "--trust-code"}),
+            ("report", {"Run directories", "--out", "--images", "--data-dir"}),
             ("pretrained", {"trained students"}),
             ("check", {"--data", "--timesteps", "--image-size", "NETWORK"}),
         ],
@@ -452,9 +454,11 @@ class TestOutput:
         monkeypatch.setattr("spikedistill.cli.demo.run_demo", lambda *given: asked.append(given) or [home / "student"])
         monkeypatch.setattr("spikedistill.cli.demo.shown", lambda paths: Table(["run"], [[p.name] for p in paths]))
         monkeypatch.setattr("spikedistill.cli.demo.figures", lambda paths: Table(["method", "seed"], [["kdsnn", 7]]))
+        monkeypatch.setattr("spikedistill.cli.demo.report", lambda paths, page, **_: page)
         assert call("demo", "--out", "somewhere", "--seeds", 3, "--csv", out) == 0
         assert asked == [(Path("somewhere"), 3)]
-        assert capsys.readouterr().out.split() == ["run", "student"]
+        table, _, told = capsys.readouterr().out.partition("pictures")
+        assert table.split() == ["run", "student"] and "somewhere/report.html" in told
         assert out.read_text() == "method,seed\nkdsnn,7\n"
         out.write_text("mine")
         assert call("demo", "--csv", out) == 2 and len(asked) == 1 and out.read_text() == "mine"

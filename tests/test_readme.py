@@ -1,6 +1,7 @@
 import csv
 import functools
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -21,12 +22,15 @@ PAGES = {
     "docs/data-and-teachers.md": 1,
     "docs/demo.md": 0,
     "docs/distilling-spikes.md": 0,
+    "docs/export.md": 1,
     "docs/fewer-spikes.md": 0,
     "docs/glossary.md": 0,
     "docs/guide.md": 13,
+    "docs/kdsnn.md": 0,
     "docs/measuring.md": 3,
     "docs/results.md": 0,
     "docs/run-directory.md": 0,
+    "docs/tutorial.md": 8,
 }
 """Page -> its number of Python blocks."""
 TEXTS = [(ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES]
@@ -57,6 +61,35 @@ def test_the_python_examples_run_in_order(page, tmp_path, monkeypatch):
     runpy.run_path(str(source))
 
 
+def test_the_notebook_is_the_tutorial():
+    tutorial = runpy.run_path(str(ROOT / "benchmarks" / "tutorial.py"))
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))
+    assert notebook == tutorial["notebook"](page)
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert "\n".join(code).split() == tutorial["code_of"](page).split()
+
+
+def test_a_network_of_ones_own_becomes_a_file_in_ten_lines_and_four_commands(
+    tmp_path, monkeypatch, without_compiler, symbolic_shapes
+):
+    """The page on export, line by line; only the installation and most epochs are left out."""
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8").split("## ")[1]
+    assert page.startswith("From nothing to a file")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    install, *commands = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[0].splitlines()
+    assert len([line for line in code.splitlines() if line]) <= 10 and len(commands) == 3
+    assert install == "pip install 'spikedistill[export]'"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "network.py").write_text(code, encoding="utf-8")
+    for line in commands:
+        _, command, *arguments = shlex.split(re.sub(r"--epochs \d+", "", line))
+        few = ("--epochs", "2") if command in ("teach", "distill") else ()
+        cli.run(command, *arguments, *few)
+    names = {file.name for file in (tmp_path / "runs" / "digits-kdsnn-response-t4").glob("*.onnx")}
+    assert names == {"student.onnx", "student-step.onnx"}
+
+
 def test_every_page_is_tested():
     pages = {str(file.relative_to(ROOT)) for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
     assert pages == set(PAGES)
@@ -69,9 +102,11 @@ CALLED = {
     "distill": ("cli.distill.distill", {}),
     "energy": ("cli.energy.measure_energy", []),
     "evaluate": ("cli.evaluate.evaluate", {}),
+    "export": ("cli.export.export", []),
     "immunity": ("cli.immunity.measure_immunity", ([], [])),
     "pretrained": ("cli.pretrained.pretrained", None),
     "recipes": ("cli.recipes.recipes", None),
+    "report": ("cli.report.report", ROOT / "README.md"),
     "reproduce": ("cli.reproduce.reproduce", None),
     "several": ("recipes.several.several", []),
     "stages": ("recipes.stages.in_stages", [Path("runs/student")]),

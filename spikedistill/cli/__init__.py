@@ -25,6 +25,8 @@ A trained ANN becomes a deep spiking student, by knowledge distillation.
   compare RUN...       finished runs in one table
   immunity RUN...      the same under noise, corruptions, faults and attacks
   energy RUN...        their spikes, synaptic operations, estimated energy
+  export RUN           a student as ONNX or .pt2, for other programs
+  report RUN...        a page of what was built and what happened, with pictures
   reproduce STUDY      a published comparison, measured here: table, figure, CSV
   recipes              the ready recipes, with the commands that run them
   pretrained           the trained students that come with the package
@@ -40,8 +42,8 @@ TO_STDERR = logging.lastResort or logging.StreamHandler()
 """Prints notes as they are to standard error."""
 
 COMMANDS = (
-    *("check", "compare", "demo", "distill", "energy", "evaluate", "immunity"),
-    *("pretrained", "recipes", "reproduce", "teach"),
+    *("check", "compare", "demo", "distill", "energy", "evaluate", "export", "immunity"),
+    *("pretrained", "recipes", "report", "reproduce", "teach"),
 )
 
 

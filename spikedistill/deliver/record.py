@@ -239,7 +239,7 @@ def evaluate(
 
     Args:
         path: run directory of 'teach' or 'distill', the file of a student, or the name of one that comes with the
-            package (see 'spikedistill pretrained').
+            package (see 'spikedistill pretrained'); or an .onnx file of 'spikedistill export'.
         timesteps: another T than the student was trained with; its thresholds stay.
         data_dir: folder of the data, if it is no longer the one of the run.
         confidence: also measure early exit: a sample leaves once its likeliest class is more likely than this, 0 to 1.
@@ -259,6 +259,12 @@ def evaluate(
     """
     if confidence is not None:
         check_confidence(confidence)
+    if path.suffix == ".onnx":
+        if (timesteps, confidence, device, precision, schedule) != (None, None, None, None, LAYERS):
+            raise ConfigError(f"'{path}' runs as it is, by onnxruntime: give --data-dir alone.")
+        from spikedistill.deliver.onnx import measure_onnx
+
+        return measure_onnx(path, data_dir, progress)
     record = Record.read(path)
     stored = record.stored_accuracy()
     place, network = record.place(device, precision), record.network(trust_code)

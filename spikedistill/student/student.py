@@ -214,6 +214,24 @@ class Student(nn.Module):
         result, _, _ = self._through((), (), self.walk, self._normalised(images), 1, 1, before, True)
         return result
 
+    @torch.no_grad()
+    def fresh(self, images: Tensor) -> State:
+        """The state before the first step, with which a stream begins. It costs one step, which tells the shapes.
+
+        ``step(images, fresh(images))`` equals ``step(images)``.
+
+        Args:
+            images: what the first step sees, ``[B, C, H, W]``; their number, shape, format and device count, not their
+                values.
+
+        Raises:
+            ShapeError: if the images have another shape.
+        """
+        _, after = self.step(images)
+        layers = [*self.neurons.values()]
+        potentials = [layer.potential(one).contiguous() for layer, one in zip(layers, after)]
+        return (*potentials, *(torch.zeros_like(one) for one in after[len(layers) :]))
+
     def extra_repr(self) -> str:
         """Time steps, conversion and normalisation, for printing."""
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
@@ -304,7 +322,7 @@ class Student(nn.Module):
     def _normalised(self, images: Tensor) -> Tensor:
         dims, channels = self._takes
         own = len(self.mean)
-        fits = images.ndim > 1 and len(images) > 0 and dims in (None, images.ndim)
+        fits = images.ndim > 1 and images.shape[0] > 0 and dims in (None, images.ndim)
         if fits and (own == 1 or images.shape[1] in (1, own)):
             normalised = normalise(images, self.mean, self.std)
             if channels in (None, normalised.shape[1]):

@@ -12,8 +12,8 @@ POINTS = [(0.0, 80.0), (1.0, 20.0)]
 def drawn(monkeypatch):
     """The figures that were saved."""
     kept = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda path, figure: kept.append(figure) or save(path, figure))
+    save = figures.save
+    monkeypatch.setattr(figures, "save", lambda path, figure: kept.append(figure) or save(path, figure))
     return kept
 
 
@@ -34,7 +34,7 @@ def test_a_label_has_one_look_in_every_panel_and_the_legend_knows_all(tmp_path, 
 
 
 def test_labels_are_told_apart_without_colours_and_every_colour_is_of_the_palette():
-    looks = [figures._look(number) for number in range(30)]
+    looks = [figures.look_of(number) for number in range(30)]
     assert len({(look["marker"], look["linestyle"]) for look in looks}) == 30
     okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
     assert {look["color"] for look in looks} <= okabe_ito
