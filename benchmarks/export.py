@@ -26,7 +26,7 @@ from spikedistill.deliver.record import Record
 
 COLUMNS = ("run", "program", "form", "batch", "ms", "memory (MB)", "file (MB)", "on a threshold", "same class (%)")
 ALONE = """
-import json, resource, sys, time
+import json, sys, time
 sys.modules["torch"] = None
 import numpy as np, onnxruntime
 file, images, threads, seconds = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
@@ -39,7 +39,7 @@ while time.perf_counter() < end or len(times) < 3:
     begin = time.perf_counter()
     session.run(None, {"images": images})
     times.append(time.perf_counter() - begin)
-memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+memory = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps([sorted(times)[len(times) // 2], memory]))
 """
 
@@ -97,7 +97,7 @@ def main() -> None:
                     row = [name, kind, "sequence", batch, f"{1000 * seconds:.2f}", f"{memory:.0f}", f"{size:.2f}"]
                     rows.append([*row, "" if file is small else file.on_threshold, f"{same:.1f}"])
             print(f"{name}: step by step {stepped.on_threshold} on a threshold, {100 * stepped.same_class:.1f} %")
-        for row in rows[-6:]:
+        for row in (row for row in rows if row[0] == name):
             print("  ".join(map(str, row)))
     if given.csv:
         with given.csv.open("w", newline="") as file:
