@@ -242,13 +242,14 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def save(path: Path, figure: Any) -> None:
+def save(path: str | Path, figure: Any) -> None:
     """Write a figure to a .png or .svg file, atomically.
 
     Raises:
         ConfigError: if the name of the file ends in something else.
         RunError: if it cannot be written.
     """
+    path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in KINDS:
         raise ConfigError(f"'{path}' is a picture: give a name that ends in .{' or .'.join(KINDS)}.")

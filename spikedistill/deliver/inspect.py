@@ -18,7 +18,7 @@ from spikedistill.deliver.energy import Bill, bill_of
 from spikedistill.deliver.figures import draw_curves, inline_svg
 from spikedistill.deliver.record import Record, its_teacher
 from spikedistill.errors import ConfigError
-from spikedistill.evaluate.accuracy import cumulative, predict
+from spikedistill.evaluate.accuracy import accuracy_by_step, predict
 from spikedistill.evaluate.early_exit import predict_early
 from spikedistill.evaluate.immunity import immunity
 from spikedistill.evaluate.inside import Inside, look_inside
@@ -60,11 +60,17 @@ class Picture:
     rows: Sequence[Sequence[str]] = ()
 
 
+def pictured(
+    name: str, title: str, about: str, figure: Any, columns: Sequence[str] = (), rows: Sequence[Sequence[str]] = ()
+) -> Picture:
+    """A figure of matplotlib as a picture of a page."""
+    return Picture(name, title, about, inline_svg(figure, name), columns, rows)
+
+
 @dataclass(frozen=True)
 class Sample:
     """A test image: itself as a data URI, its class, and what student and teacher say."""
 
-    number: int
     image: str
     label: str
     student: str
@@ -85,7 +91,6 @@ class Seen:
     robust: list[Picture] = field(default_factory=list)
     energy: list[str] = field(default_factory=list)
     top5: float | None = None
-    agreement: float | None = None
     images: int = 0
 
 
@@ -107,7 +112,7 @@ def learning(record: Record, name: str) -> list[Picture]:
         about = "Training images are augmented; validation images are held out of training."
         about = about if unit else "Each term with its weight, mean over an epoch."
         columns = ["epoch", *(key.replace("_", " ") for key in keys)]
-        found.append(Picture(f"{name}-{what}", title, about, inline_svg(drawn, f"{name}-{what}"), columns, rows))
+        found.append(pictured(f"{name}-{what}", title, about, drawn, columns, rows))
     return found
 
 
@@ -149,19 +154,18 @@ def inspect(
     if known:
         seen.mistakes = [_confusion(answers, labels, names, name)]
     if theirs is not None:
-        seen.agreement = 100 * float((answers == theirs.argmax(-1)).double().mean())
         seen.apart = _apart(pixels, labels, answers, theirs.argmax(-1), names)
     if not isinstance(network, Student):
         return seen
     progress.say(f"{record.name}: early exit, noise, spikes and energy")
     if known:
         seen.time = _over_time(record, network, logits, theirs, pixels, labels, place.dtype, name)
-        seen.robust = _robust(record, network, teacher, pixels[:ROBUST], labels[:ROBUST], place.dtype, name)
+        seen.robust = _robust(network, teacher, pixels[:ROBUST], labels[:ROBUST], place.dtype, name)
     some = _for_inside(labels, answers)
     inside = look_inside(network.cpu().float(), to_inputs(pixels[some]))
-    teachers = None if theirs is None else theirs.argmax(-1)[some].tolist()
+    said = [answers[some], *([] if theirs is None else [theirs.argmax(-1)[some]])]
     seen.layers = [_rates(inside, name)]
-    seen.samples = _samples(inside, pixels[some], labels[some], answers[some], teachers, names, name)
+    seen.samples = _samples(inside, pixels[some], labels[some], said, names, name)
     place.prepare(network)
     seen.energy = in_words(bill_of(record.name, network, pixels[:ROBUST], labels[:ROBUST], place.dtype))
     return seen
@@ -177,7 +181,7 @@ def _confusion(answers: Tensor, labels: Tensor, names: Sequence[str], name: str)
     about = "Rows are true classes, columns are answers, in percent of the row."
     columns = ["true class", "taken for", "images"]
     title = "What is taken for what"
-    return Picture(f"{name}-confusion", title, about, inline_svg(drawn, f"{name}-confusion"), columns, rows)
+    return pictured(f"{name}-confusion", title, about, drawn, columns, rows)
 
 
 def _over_time(
@@ -191,12 +195,12 @@ def _over_time(
     name: str,
 ) -> list[Picture]:
     """Accuracy after every time step, and with early exit; only the answer itself for one time step."""
-    steps = [100 * float(x) for x in (cumulative(logits).argmax(-1) == labels).double().mean(1)]
+    steps = accuracy_by_step(logits, labels)
     if len(steps) == 1:
         return []
     curves = {"student": [(float(t), value) for t, value in enumerate(steps, 1)]}
     if theirs is not None:
-        ann = 100 * float((theirs.argmax(-1) == labels).double().mean())
+        (ann,) = accuracy_by_step(theirs[None], labels)
         curves["teacher"] = [(1.0, ann), (float(len(steps)), ann)]
     before = Run(record.path).read("before") if (record.path / "before.json").exists() else {}
     if len(before.get("accuracy_by_step", [])) == len(steps):
@@ -206,25 +210,22 @@ def _over_time(
             for t in range(1, len(steps) + 1)]  # fmt: skip
     drawn = draw_curves({"": curves}, "time step", "accuracy (%)")
     about = f"After each time step, on {len(labels)} test images."
-    picture = Picture(
-        f"{name}-steps", "Accuracy over time", about, inline_svg(drawn, f"{name}-steps"), ["t", *curves], rows
-    )
+    picture = pictured(f"{name}-steps", "Accuracy over time", about, drawn, ["t", *curves], rows)
     points, table = [], []
     for confidence in CONFIDENCES:
         left = predict_early(student, pixels, confidence, dtype)
-        value = 100 * float((left.logits.argmax(-1) == labels).double().mean())
+        (value,) = accuracy_by_step(left.logits[None], labels)
         points.append((left.mean_steps, value))
         table.append([f"{confidence:g}", f"{left.mean_steps:.2f}", f"{value:.2f}"])
     curves = {"early exit": points, "fixed number of steps": [(float(t), value) for t, value in enumerate(steps, 1)]}
     drawn = draw_curves({"": curves}, "mean time steps per image", "accuracy (%)")
     about = "An image leaves once its likeliest class is more likely than a confidence, from 0.5 (left) to 0.99."
     columns = ["confidence", "mean steps", "accuracy (%)"]
-    exits = Picture(f"{name}-exit", "Early exit", about, inline_svg(drawn, f"{name}-exit"), columns, table)
+    exits = pictured(f"{name}-exit", "Early exit", about, drawn, columns, table)
     return [picture, exits]
 
 
 def _robust(
-    record: Record,
     student: Student,
     teacher: Any,
     pixels: Tensor,
@@ -251,7 +252,7 @@ def _robust(
     drawn = draw_curves({"": curves}, f"severity of {wanted}", "accuracy (%)")
     about = f"On {len(labels)} test images; 0 is none. The table has every perturbation that was tried."
     columns = ["network", "perturbation", "severity", "accuracy (%)"]
-    return [Picture(f"{name}-severities", "Under noise", about, inline_svg(drawn, f"{name}-severities"), columns, rows)]
+    return [pictured(f"{name}-severities", "Under noise", about, drawn, columns, rows)]
 
 
 def _for_inside(labels: Tensor, answers: Tensor) -> Tensor:
@@ -275,49 +276,51 @@ def _rates(inside: Inside, name: str) -> Picture:
     if inside.levels > 1:
         about += f" A time step has {inside.levels} sub-steps of at most one spike."
     title = "Neurons that fire"
-    return Picture(f"{name}-rates", title, about, inline_svg(drawn, f"{name}-rates"), columns, rows)
+    return pictured(f"{name}-rates", title, about, drawn, columns, rows)
+
+
+def _sample(
+    pixels: Tensor, label: Tensor, said: Sequence[Tensor], names: Sequence[str], pictures: Sequence[Picture] = ()
+) -> Sample:
+    """A test image with its class and the answers of the student and, if it is known, of the teacher."""
+    true = "" if int(label) == UNKNOWN else names[int(label)]
+    student, *teacher = (names[int(one)] for one in said)
+    return Sample(data_uri(pixels), true, student, "".join(teacher), pictures)
 
 
 def _samples(
-    inside: Inside,
-    pixels: Tensor,
-    labels: Tensor,
-    answers: Tensor,
-    teachers: Sequence[int] | None,
-    names: Sequence[str],
-    name: str,
+    inside: Inside, pixels: Tensor, labels: Tensor, said: Sequence[Tensor], names: Sequence[str], name: str
 ) -> list[Sample]:
+    """Samples with pictures of what happens inside; ``said`` are the answers of student and teacher, ``[N]`` each."""
     found = []
-    for number in range(len(pixels)):
-        label = "" if int(labels[number]) == UNKNOWN else names[int(labels[number])]
+    for number, (image, label) in enumerate(zip(pixels, labels)):
+        known = "" if int(label) == UNKNOWN else names[int(label)]
         drawn = {
-            "answer": ("The answer", plot.answer(inside, names, number, label=label, title=" ")),
-            "raster": ("Spikes", plot.raster(inside, number, title=" ")),
-            "membrane": ("Membrane potentials", plot.membrane(inside, number)),
+            "answer": (
+                "The answer",
+                "Probabilities of the likeliest classes after each time step.",
+                plot.answer(inside, names, number, label=known, title=" "),
+            ),
+            "raster": (
+                "Spikes",
+                "A row is a neuron, a mark a spike. In brackets: spikes of the whole layer.",
+                plot.raster(inside, number, title=" "),
+            ),
+            "membrane": (
+                "Membrane potentials",
+                "Four neurons of one layer. A ring is a spike; it takes the threshold away.",
+                plot.membrane(inside, number),
+            ),
         }
-        told = {
-            "answer": "Probabilities of the likeliest classes after each time step.",
-            "raster": "A row is a neuron, a mark a spike. In brackets: spikes of the whole layer.",
-            "membrane": "Four neurons of one layer. A ring is a spike; it takes the threshold away.",
-        }
-        pictures = [
-            Picture(f"{name}-{key}-{number}", title, told[key], inline_svg(figure, f"{name}-{key}-{number}"))
-            for key, (title, figure) in drawn.items()
-        ]
-        said = "" if teachers is None else names[teachers[number]]
-        image = data_uri(pixels[number])
-        found.append(Sample(number, image, label, names[int(answers[number])], said, pictures))
+        pictures = [pictured(f"{name}-{key}-{number}", *one) for key, one in drawn.items()]
+        found.append(_sample(image, label, [answers[number] for answers in said], names, pictures))
     return found
 
 
 def _apart(pixels: Tensor, labels: Tensor, ours: Tensor, theirs: Tensor, names: Sequence[str]) -> list[Sample]:
     """Samples on which student and teacher disagree."""
-    found = []
-    for place in (ours != theirs).nonzero().flatten()[:APART].tolist():
-        label = "" if int(labels[place]) == UNKNOWN else names[int(labels[place])]
-        image, both = data_uri(pixels[place]), (names[int(ours[place])], names[int(theirs[place])])
-        found.append(Sample(place, image, label, *both))
-    return found
+    places = (ours != theirs).nonzero().flatten()[:APART]
+    return [_sample(pixels[place], labels[place], (ours[place], theirs[place]), names) for place in places]
 
 
 def data_uri(pixels: Tensor) -> str:

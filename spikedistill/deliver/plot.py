@@ -7,16 +7,14 @@ Figures are matplotlib's, so they can be changed before they are saved, as PNG o
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spikedistill.deliver.figures import COLOURS, canvas, literal, look_of
+from spikedistill.deliver.figures import COLOURS, canvas, literal, look_of, save
 from spikedistill.deliver.figures import draw_curves as curves
-from spikedistill.deliver.figures import save as _save
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.inside import Inside
 
@@ -26,16 +24,6 @@ SHOWN = 16
 """Neurons of a layer in a raster."""
 NUMBERED = 20
 """Up to this many classes or layers, cells have numbers."""
-
-
-def save(path: str | Path, figure: Any) -> None:
-    """Write a figure to a .png or .svg file, atomically.
-
-    Raises:
-        ConfigError: if the name of the file ends in something else.
-        RunError: if it cannot be written.
-    """
-    _save(Path(path), figure)
 
 
 def raster(inside: Inside, sample: int = 0, *, layers: Sequence[str] = (), title: str = "") -> Any:

@@ -18,8 +18,8 @@ from tyro.conf import arg
 from spikedistill import __version__
 from spikedistill.deliver.compare import Group, grouped, table
 from spikedistill.deliver.curves import history, over_seeds
-from spikedistill.deliver.figures import draw_curves, inline_svg
-from spikedistill.deliver.inspect import Picture, Seen, flat, inspect, learning
+from spikedistill.deliver.figures import draw_curves
+from spikedistill.deliver.inspect import Picture, Seen, flat, inspect, learning, pictured
 from spikedistill.deliver.record import Record, RunDirectories
 from spikedistill.deliver.results import Result, runs_in
 from spikedistill.deliver.tables import Table
@@ -303,15 +303,15 @@ def _compared(groups: Sequence[Group]) -> list[Picture]:
         rows = [[name, *(f"{value:.2f}" for _, value in points)] for name, points in steps.items()]
         columns = ["run", *(f"t={t}" for t in range(1, longest + 1))]
         rows = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
-        drawn = inline_svg(draw_curves({"": curves}, "time step", "accuracy (%)"), "compared-steps")
+        drawn = draw_curves({"": curves}, "time step", "accuracy (%)")
         about = "Mean over seeds, on the whole test set."
-        found.append(Picture("compared-steps", "Accuracy at each time step", about, drawn, columns, rows))
+        found.append(pictured("compared-steps", "Accuracy at each time step", about, drawn, columns, rows))
     learned = {group.name: over_seeds([history(one) for one in group.results]) for group in groups}
     learned = {name: points for name, points in learned.items() if points}
     if learned:
-        drawn = inline_svg(draw_curves({"": learned}, "minutes of training", "accuracy (%)"), "compared-learning")
+        drawn = draw_curves({"": learned}, "minutes of training", "accuracy (%)")
         rows = [[name, f"{x:.2f}", f"{y:.2f}"] for name, points in learned.items() for x, y in points]
         columns = ["run", "minutes", "validation accuracy (%)"]
         about = "Validation accuracy, mean over seeds. Minutes are those of each run's machine."
-        found.append(Picture("compared-learning", "Over training time", about, drawn, columns, rows))
+        found.append(pictured("compared-learning", "Over training time", about, drawn, columns, rows))
     return found

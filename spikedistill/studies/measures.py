@@ -9,7 +9,7 @@ from spikedistill.deliver.energy import table as energy_table
 from spikedistill.deliver.immunity import measure_immunity
 from spikedistill.deliver.record import evaluate, read_records
 from spikedistill.deliver.tables import markdown
-from spikedistill.evaluate.accuracy import predict
+from spikedistill.evaluate.accuracy import accuracy_by_step, predict
 from spikedistill.evaluate.early_exit import predict_early
 from spikedistill.evaluate.immunity import Score
 from spikedistill.evaluate.paired import error_over
@@ -83,7 +83,7 @@ def measure_samples(study: Study, cells: Sequence[Cell], out: Path, progress: Pr
         right.setdefault(cell.method, {})[cell.seed] = (logits.argmax(-1) == images.test_labels).double().tolist()
         left = predict_early(network, images.test_images, CONFIDENCE, place.dtype)
         found = {"early_exit_steps": left.mean_steps}
-        found["early_exit_accuracy"] = float((left.logits.argmax(-1) == images.test_labels).double().mean()) * 100
+        (found["early_exit_accuracy"],) = accuracy_by_step(left.logits[None], images.test_labels)
         rows += [_row(study, cell, metric, value) for metric, value in found.items()]
     for cell in {cell.method: cell for cell in cells if cell.method != "direct"}.values():
         error = error_over(right[cell.method], right.get("direct", {}))
