@@ -3,8 +3,9 @@
 Reads one command a line, answers with one line of JSON:  ``step N`` (seconds of N training steps),  ``infer N``
 (seconds of N forward passes, in evaluation mode and without graph),  ``timesteps N``, ``batch N`` and ``side N`` (T,
 images and their side in pixels from now on),  ``memory`` (bytes: what the process holds now, and the most it ever
-held),  ``kernels`` (how many were compiled),  ``spent`` (seconds of the teacher and the loss in each step so far; ours
-with 'joint' or 'cached').
+held; on a GPU of the card's memory),  ``kernels`` (how many were compiled),  ``spent`` (seconds of the teacher and the
+loss in each step so far; ours with 'joint' or 'cached'),  ``waits N`` (the share of N steps in which the GPU computes
+nothing),  ``operator`` (what computes the neurons).
 
 Every contender trains the same ResNet-18 for 32x32 images: direct coding, T steps, LIF with half of the potential left
 after a step and subtractive reset, mean of the outputs, an ANN of the same kind as teacher (its answers with
@@ -76,6 +77,8 @@ class Kit:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
 
+    operator = "PyTorch"
+
     def act(self) -> nn.Module:
         return nn.ReLU()
 
@@ -128,7 +131,9 @@ class OwnConvolutions(Kit):
     def settle(self, network: nn.Module, layout: torch.memory_format) -> nn.Module:
         from spikedistill.compute.place import choose_place
 
-        place = choose_place("cpu", channels_last=layout is torch.channels_last, convolutions=self.options.convolutions)
+        place = choose_place(
+            self.options.device, channels_last=layout is torch.channels_last, convolutions=self.options.convolutions
+        )
         place.prepare(network)
         return network
 
@@ -137,6 +142,7 @@ class Own(OwnConvolutions):
     """spikedistill: the ANN converted, gradient exact or rate-based."""
 
     gradient = "exact"
+    operator = "compiled by torch.compile"
     recompute = "nothing"
     graded = False
     kept: Any = None
@@ -254,11 +260,35 @@ class SpikingJelly(Kit):
             tau=2.0, decay_input=False, v_reset=None, surrogate_function=surrogate.ATan(), step_mode="m"
         )
 
+    @property
+    def operator(self) -> str:  # type: ignore[override]
+        """What the library chose for its neurons on this device."""
+        from spikingjelly.activation_based.functional.neuron import neuron_implementation
+
+        return str(neuron_implementation("lif", torch.device(self.options.device))["implementation"])
+
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
         from spikingjelly.activation_based import functional
 
         functional.reset_net(network)
         return network(images.expand(self.options.timesteps, *images.shape)).float().mean(0)
+
+
+class SpikingJellyCompiled(SpikingJelly):
+    """The same network under ``torch.compile``."""
+
+    @property
+    def operator(self) -> str:  # type: ignore[override]
+        """What the library chose for compiled neurons on this device."""
+        from spikingjelly.activation_based.functional.neuron import neuron_implementation
+
+        found = neuron_implementation("lif", torch.device(self.options.device), execution="compile")
+        return f"{found['implementation']}, compiled"
+
+    def settle(self, network: nn.Module, layout: torch.memory_format) -> nn.Module:
+        network = super().settle(network, layout)
+        network.compile()
+        return network
 
 
 class SpikingJellyMemopt(SpikingJelly):
@@ -347,6 +377,7 @@ KITS: dict[str, type[Kit]] = {
     "graded": OwnGraded,
     "rate": OwnRate,
     "spikingjelly": SpikingJelly,
+    "spikingjelly-compiled": SpikingJellyCompiled,
     "spikingjelly-memopt": SpikingJellyMemopt,
     "snntorch": SnnTorch,
     "norse": Norse,
@@ -363,13 +394,14 @@ class Worker:
         self.began = resident()
         self.best = options.setting == "best"
         self.kit = KITS[options.name](options)
+        self.device = torch.device(options.device)
         layout = torch.channels_last if self.best else torch.contiguous_format
-        self.network = self.kit.settle(self.kit.build(), layout)
+        self.network = self.kit.settle(self.kit.build().to(self.device), layout)
         self.layout, self.side = layout, 32
         self.draw()
         self.teacher: Any = None
         if options.teacher != "none":
-            teacher = Kit(options).build().to(memory_format=layout).eval().requires_grad_(False)
+            teacher = Kit(options).build().to(self.device, memory_format=layout).eval().requires_grad_(False)
             self.teacher = self.kit.settle(self.kit.teacher(teacher), layout)
         self.served: nn.Module | None = None
         self.optimiser = torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
@@ -377,12 +409,13 @@ class Worker:
     def draw(self) -> None:
         """A batch of images."""
         options = self.kit.options
-        self.images = torch.rand(options.batch, 3, self.side, self.side).to(memory_format=self.layout)
-        self.labels = torch.randint(0, 10, (options.batch,))
+        images = torch.rand(options.batch, 3, self.side, self.side)
+        self.images = images.to(self.device, memory_format=self.layout)
+        self.labels = torch.randint(0, 10, (options.batch,)).to(self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         options = self.kit.options
-        return torch.autocast("cpu", torch.bfloat16, enabled=options.bf16 and options.setting != "default")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=options.bf16 and options.setting != "default")
 
     def step(self) -> None:
         self.network.train()
@@ -401,8 +434,16 @@ class Worker:
 
     def answer(self, line: str) -> Any:
         what, _, count = line.partition(" ")
+        if what == "operator":
+            return self.kit.operator
+        if what == "waits":
+            return self.waits(int(count))
         if what == "memory":
             gc.collect()
+            if self.device.type == "cuda":
+                found = {"began": 0, "now": torch.cuda.memory_allocated(), "most": torch.cuda.max_memory_allocated()}
+                torch.cuda.reset_peak_memory_stats()
+                return found
             return {"began": self.began, "now": resident(), "most": 1024 * resource.getrusage(0).ru_maxrss}
         if what == "spent":
             return self.kit.spent
@@ -419,8 +460,36 @@ class Worker:
         for _ in range(int(count)):
             began = time.perf_counter()
             work()
+            self.wait()
             times.append(time.perf_counter() - began)
         return times
+
+    def wait(self) -> None:
+        """Until the GPU has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def waits(self, count: int) -> float:
+        """The share of the time of ``count`` steps, one right after another, in which no kernel runs."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.step()
+        self.wait()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(count):
+                self.step()
+            self.wait()
+        return idle(found)
+
+
+def idle(found: Any) -> float:
+    """The share of time, from the first kernel in a profile to the end of the last, in which none runs."""
+    ran = sorted((one.time_range.start, one.time_range.end) for one in found.events() if one.device_time > 0)
+    busy, end = 0.0, ran[0][0]
+    for first, last in ran:
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return 1 - busy / (end - ran[0][0])
 
 
 def resident() -> int:
@@ -438,6 +507,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--timesteps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--convolutions", default="auto", help="ours: whose, as in spikedistill.train.recipe")
     parser.add_argument("--lean", action="store_true", help="ours: return freed memory, as keep_memory=False does")
     parser.add_argument("--teacher", choices=("none", "answers", "joint", "cached"), default="none")

@@ -38,7 +38,9 @@ def teacher(width: int, epochs: int, data_dir: str | None) -> Teach:
     """The recipe of the fast teacher, narrower and shorter, with 5,000 images held out."""
     made = cifar10.fast()
     data = dataclasses.replace(made.data, validation=0.1, data_dir=data_dir)
-    return dataclasses.replace(made, width=width, data=data, training=dataclasses.replace(made.training, epochs=epochs))
+    return dataclasses.replace(
+        made, network="airbench94", width=width, data=data, training=dataclasses.replace(made.training, epochs=epochs)
+    )
 
 
 def student(source: Path, inherit: bool, rate: float, epochs: int, data_dir: str | None) -> Distill:

@@ -1,19 +1,23 @@
-"""Does the package run on a GPU, and to the same numbers? Parts of a minute each; results are written as they come.
+"""Everything that needs a GPU, in parts of minutes: is it right, how fast, how accurate at the paper's size?
 
-    python benchmarks/gpu.py --parts correct train speed --out gpu.jsonl     # on the card
-    python benchmarks/gpu.py --device cpu --small                            # a rehearsal without one
+    python benchmarks/gpu.py --data-dir DATA                          # all parts, one after another
+    python benchmarks/gpu.py --parts correct speed --out results      # some of them
+    python benchmarks/gpu.py --device cpu --small                     # a rehearsal without a GPU
 
-``correct``: fused neurons against the reference, forward and gradient, over T, number formats, memory orders,
-thresholds per channel, leaks and learned thresholds; conversion and bias correction; streaming; folding; a file of the
-device on the CPU. ``train``: the loop with each gradient, stopped after an epoch and resumed, on the device and on the
-CPU. ``speed``: seconds and peak memory of a training step, exact and rate-based, beside the ANN. The data are random.
+``correct``: the tests that are marked 'cuda'. ``speed``: seconds, peak memory and waiting of a training step with the
+teacher in the loop, ours and SpikingJelly's in turn (contenders.py: ResNet-18 of 64-128-256-512 channels, T=4,
+bfloat16, channels_last). ``loop``: how long the GPU waits in the package's own loop. ``teacher``, ``students``,
+``pairs``: trainings by the commands in ``RUNS``. Results are appended to OUT/gpu.jsonl as they come. Runs lie in
+RUNS/NAME; a finished one is kept, an interrupted one goes on, and its small files are copied to OUT, with weights in
+float16. --seconds ends the work in time for a machine that is lent.
 """
 
 import argparse
-import dataclasses
-import itertools
+import contextlib
 import json
-import statistics
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,201 +25,204 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from contenders import idle
+from rivals import Contender, Row, in_turn, machine, median
+from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
 
 from spikedistill import (
-    KDSNN,
+    Architecture,
+    Augment,
     Conversion,
+    ImageSet,
+    KDSNNResponse,
     MemoryFeed,
+    Neuron,
     Run,
     Teacher,
     Training,
     fit,
-    fold,
-    load_student,
-    save_student,
     to_spiking,
 )
-from spikedistill.compute.place import choose_place
-from spikedistill.data.images import ImageSet
-from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron
-from spikedistill.neuron.layer import Spiking
-from spikedistill.teacher.load import Architecture
 
-Facts = dict[str, Any]
-NEURONS: dict[str, Neuron] = {
-    "if": dataclasses.replace(IF, initial=0.5),
-    "lif": dataclasses.replace(LIF, learn_threshold=True),
-    "plif": PLIF,
+HERE = Path(__file__).resolve().parent
+CONTENDERS = ("ann", "exact", "rate", "graded", "spikingjelly", "spikingjelly-compiled", "spikingjelly-memopt")
+STRONG = ["--crop", "4", "--border", "mirror", "--flip", "--cutout", "12", "--validation", "0.02", "--compile"]
+GRADED = [*("--timesteps", "1", "--levels", "4", "--correct", "layers", "--learn-threshold", "--mirror")]
+STEPS = [*("--timesteps", "4", "--per-channel", "--learn-threshold", "--learn-initial")]
+SOFT = [*("--method", "kdsnn-response", "--temperature", "4", "--alpha", "0.9", "--weight-decay", "5e-4")]
+OBJECTIVES = ("direct", "kdsnn-response", "kdsnn-feature", "kdsnn")
+STUDENTS = {"resnet18": [], "wrn16-2": ["--student", "wrn16-2"], "vgg9": ["--student", "vgg9", "--student-width", "64"]}
+RUNS: dict[str, dict[str, list[str]]] = {
+    "teacher": {
+        "resnet18": [
+            *("teach", "cifar10", "--network", "resnet18", "--width", "64", *STRONG, "--label-smoothing", "0.1"),
+            *("--epochs", "50", "--batch-size", "256", "--lr", "0.3", "--weight-decay", "5e-4", "--ema", "0.998"),
+        ],
+    },
+    "students": {
+        "resnet18-1x4": [
+            *("distill", "cifar10", "--teacher", "{runs}/resnet18", *GRADED, *SOFT, *STRONG),
+            *("--epochs", "40", "--batch-size", "256", "--lr", "0.08", "--ema", "0.998"),
+        ],
+        "resnet18-4x1": [
+            *("distill", "cifar10", "--teacher", "{runs}/resnet18", *STEPS, *SOFT, *STRONG[:-1], "--mirror"),
+            *("--epochs", "25", "--batch-size", "256", "--lr", "0.08", "--ema", "0.998"),
+        ],
+    },
+    "pairs": {
+        f"{student}-{method}-s{seed}": [
+            *("distill", "cifar10", "--teacher", "{runs}/resnet18", "--method", method, *network, *STRONG[:-1]),
+            *("--inherit", "False", "--timesteps", "4", "--gradient", "rate", "--neuron", "lif", "--seed", str(seed)),
+            *("--epochs", "20", "--batch-size", "256", "--lr", "0.2", "--weight-decay", "5e-4"),
+        ]
+        for seed in range(3)
+        for student, network in STUDENTS.items()
+        for method in OBJECTIVES
+    },
 }
-STEPS = (1, 2, 4, 7, 16)
-FORMATS = (torch.float32, torch.bfloat16)
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
+"""Part -> name -> arguments of spikedistill."""
 
 
-def blobs(count: int, side: int) -> ImageSet:
-    """Random images of ten classes, each brighter in a place of its own."""
+def correct(given: argparse.Namespace) -> Iterator[Row]:
+    """The tests that are marked 'cuda'."""
+    report = given.out / "cuda.xml"
+    marked = ["-m", "cuda"] if given.device == "cuda" else []
+    # packages of the jaxtyping hook may be missing there, so the project's own options are left out
+    options = [*marked, "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", f"--junitxml={report}"]
+    call = [sys.executable, "-m", "pytest", *options, str(HERE.parent / "tests" / "test_device.py")]
+    done = subprocess.run(call, cwd=HERE.parent, capture_output=True, text=True)
+    (given.out / "cuda.log").write_text(done.stdout[-200_000:] + done.stderr[-20_000:], encoding="utf-8")
+    yield {"name": (done.stdout.strip().splitlines() or ["no output"])[-1], "passed": done.returncode == 0}
+
+
+def speed(given: argparse.Namespace) -> Iterator[Row]:
+    """Medians of a step with the teacher's logits, in turn; peak memory; the share of time without a kernel."""
+    for batch in (8,) if given.small else (128, 256):
+        size = ["--width", "8" if given.small else "64", "--batch", str(batch), "--timesteps", "4", "--threads", "8"]
+        contenders = []
+        for name in CONTENDERS:
+            taught = "none" if name == "ann" else "answers"
+            contender = Contender.start(name, name, *size, "--teacher", taught, "--device", given.device, "--bf16")
+            try:
+                contender.ask("step 3")
+            except RuntimeError as error:
+                yield {"name": f"step of {name}, batch {batch}", "passed": False, "error": str(error)[-500:]}
+                continue
+            contenders.append(contender)
+        times = in_turn(contenders, "step", 2 if given.small else 5, 2 if given.small else 10)
+        for contender in contenders:
+            facts: Row = {
+                "name": f"step of {contender.label}, batch {batch}",
+                "seconds": median(times[contender.label]),
+            }
+            facts |= {"operator": contender.ask("operator"), "bytes": contender.ask("memory")["most"]}
+            if given.device == "cuda":
+                facts["waits"] = contender.ask("waits 10")
+            contender.stop()
+            yield {**facts, "passed": True}
+
+
+def loop(given: argparse.Namespace) -> Iterator[Row]:
+    """What the package's own loop adds: the share of an epoch in which the GPU computes nothing, by gradient."""
+    steps, batch, side = (2, 8, 16) if given.small else (30, 128, 32)
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 10
-    images = torch.randint(0, 120, (count, 3, side, side), generator=generator, dtype=torch.uint8)
-    for row, label in enumerate(labels.tolist()):
-        images[row, :, label * side // 10] += 120
-    return ImageSet("blobs", images, labels, images[:100], labels[:100], tuple("0123456789"))
+    pixels = torch.randint(0, 256, (steps * batch, 3, side, side), generator=generator, dtype=torch.uint8)
+    images = ImageSet(
+        "random", pixels, torch.arange(len(pixels)) % 10, pixels[:10], torch.arange(10), tuple("0123456789")
+    )
+    ann = Architecture("resnet18", 10, 3, 8 if given.small else 64).build()
+    for name, timesteps, levels in (("exact", 4, 1), ("graded", 1, 4)):
+        teacher = Teacher(ann, (0.5,) * 3, (0.25,) * 3)
+        neuron = Neuron(initial=0.5, levels=levels)
+        student, _ = to_spiking(teacher, Conversion(timesteps=timesteps, neuron=neuron), calibrate=pixels[:32] / 255)
+        feed = MemoryFeed(images, batch, augment=Augment(crop=4, flip=True, cutout=8), validation=0.0)
+        config = Training(epochs=1, batch_size=batch, lr=0.01, device=given.device)
+        for turn in ("compiles", "counts"):
+            shown = [ProfilerActivity.CUDA if given.device == "cuda" else ProfilerActivity.CPU]
+            looks = contextlib.nullcontext() if turn == "compiles" else profile(activities=shown)
+            with tempfile.TemporaryDirectory() as folder, looks as found:
+                fit(student, KDSNNResponse(), feed, config, Run(Path(folder)), teacher=teacher)
+        waits = idle(found) if given.device == "cuda" else None
+        yield {"name": f"fit, {name}: an epoch of {steps} steps", "waits": waits, "passed": True}
 
 
-def passes(layer: Spiking, current: Tensor, timesteps: int) -> list[Tensor]:
-    """Spikes of a layer, and the gradients that reach current and parameters."""
-    given = current.clone().requires_grad_()
-    spikes, _ = layer(given, timesteps)
-    weights = torch.linspace(-1, 1, spikes.numel(), device=spikes.device).view(spikes.shape).to(spikes)
-    return [spikes, *torch.autograd.grad((spikes * weights).sum(), [given, *layer.parameters()])]
+def trainings(part: str) -> Callable[[argparse.Namespace], Iterator[Row]]:
+    """The trainings of a part, as far as time allows."""
+
+    def train(given: argparse.Namespace) -> Iterator[Row]:
+        for name, arguments in RUNS[part].items():
+            path = given.runs / name
+            left = given.ends - time.monotonic()
+            if not Run(path).finished and left > 20:
+                kind, recipe, *more = (word.format(runs=given.runs) for word in arguments)
+                more += ["--data-dir", str(given.data_dir), "--out", str(path), "--device", given.device]
+                if given.small:
+                    more += ["--data", "digits", "--epochs", "1", "--batch-size", "64", "--crop", "1", "--cutout", "0"]
+                    more += ["--network", "resnet20", "--width", "8"] if kind == "teach" else []
+                more += ["--resume"] if (path / "recipe.json").exists() else []
+                call = [sys.executable, "-m", "spikedistill", kind, recipe, *more]
+                ended = contextlib.suppress(subprocess.TimeoutExpired)  # it goes on in the next call
+                with (given.out / f"{name}.log").open("a") as log, ended:
+                    subprocess.run(call, stdout=log, stderr=subprocess.STDOUT, timeout=left - 10, check=False)
+            yield {"name": name, **bring_home(path, given.out)}
+
+    return train
 
 
-def neurons(device: torch.device) -> Iterator[Facts]:
-    """Fused against reference."""
-    cases = itertools.product(NEURONS, STEPS, FORMATS, LAYOUTS, (False, True))
-    for name, timesteps, dtype, layout, per_channel in cases:
-        torch.manual_seed(0)
-        threshold = torch.linspace(0.5, 1.5, 8) if per_channel else torch.tensor(1.0)
-        layer = Spiking(NEURONS[name], threshold).to(device)
-        current = torch.randn(timesteps * 4, 8, 6, 6, device=device).to(dtype).to(memory_format=layout)
-        layer.backend = "fused"
-        found = passes(layer, current, timesteps)
-        layer.backend = "reference"
-        wanted = passes(layer, current, timesteps)
-        far = max(
-            float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-9)) for a, b in zip(found, wanted)
-        )
-        bound = 1e-4 if dtype is torch.float32 else 2e-2
-        shown = f"{name} T={timesteps} {dtype} {layout} {'per channel' if per_channel else 'one threshold'}"
-        yield {"check": f"fused equals reference: {shown}", "value": far, "passed": far <= bound}
+def bring_home(path: Path, out: Path) -> Row:
+    """Copy a run's small files and weights to OUT/NAME, and say what it reached."""
+    run, target = Run(path), out / path.name
+    target.mkdir(parents=True, exist_ok=True)
+    for file in path.glob("*.json*"):
+        shutil.copyfile(file, target / file.name)
+    if not run.finished:
+        return {"passed": False, "epochs": len(run.lines("timing"))}
+    if path.name in {*RUNS["teacher"], *RUNS["students"]}:
+        tensors = load_file(path / "model.safetensors")
+        halves = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+        save_file(halves, target / "weights.safetensors")
+    results, seconds = run.read("results"), [line["seconds"] for line in run.lines("timing")]
+    known = {
+        key: results[key] for key in ("test_accuracy", "teacher_accuracy", "agreement", "firing_rate") if key in results
+    }
+    return {"passed": True, "epochs": len(seconds), "seconds": sum(seconds), **known}
 
 
-def conversions(device: torch.device, side: int) -> Iterator[Facts]:
-    """Conversion, streaming, folding and files on the device."""
-    images = blobs(200, side).train_images.float().div(255).to(device)
-    ann = Architecture("resnet20", 10, 3, 8).build().to(device).eval()
-    teacher = Teacher(ann, (0.4,) * 3, (0.25,) * 3).to(device)
-    for biased in (False, True):
-        student, _ = to_spiking(
-            teacher, Conversion(timesteps=4, correct="biases" if biased else "nothing"), calibrate=images
-        )
-        student.to(device).eval()
-        with torch.no_grad():
-            whole, state, steps = student(images[:8]), None, []
-            for _ in range(4):
-                logits, state = student.step(images[:8], state)
-                steps.append(logits)
-            streamed = float((torch.stack(steps) - whole).abs().max())
-            folded = float((fold(student)(images[:8]).mean(0) - whole.mean(0)).abs().max())
-        yield {
-            "check": f"streaming equals the whole call, biases corrected: {biased}",
-            "value": streamed,
-            "passed": streamed < 1e-3,
-        }
-        yield {"check": f"folding, biases corrected: {biased}", "value": folded, "passed": bool(folded < 1.0)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "student.safetensors"
-        save_student(path, student, architecture=Architecture("resnet20", 10, 3, 8))
-        again = load_student(path)
-        alike = all(torch.equal(value, student.state_dict()[name].cpu()) for name, value in again.state_dict().items())
-        yield {"check": "a file of the device is read on the CPU, bit for bit", "value": 0.0, "passed": alike}
-
-
-def correct(given: argparse.Namespace) -> Iterator[Facts]:
-    yield from neurons(given.device)
-    yield from conversions(given.device, given.side)
-
-
-def train(given: argparse.Namespace) -> Iterator[Facts]:
-    """Each gradient through the loop: interrupted after an epoch, resumed here, and resumed on the CPU."""
-    images = blobs(640, given.side)
-    ann = Architecture("resnet20", 10, 3, 8).build()
-    teacher = Teacher(ann, (0.4,) * 3, (0.25,) * 3)
-    calibrate = images.train_images[:128].float() / 255
-    for gradient in ("exact", "rate", "quantised"):
-        for device in (str(given.device), "cpu"):
-            with tempfile.TemporaryDirectory() as folder:
-                run = Run(Path(folder))
-                lines = []
-                for epochs, where in ((1, str(given.device)), (2, device)):
-                    torch.manual_seed(0)
-                    student, _ = to_spiking(teacher, Conversion(timesteps=2), calibrate=calibrate)
-                    student.gradient = gradient  # type: ignore[assignment]
-                    config = Training(epochs=epochs, batch_size=64, lr=0.01, device=where)
-                    feed = MemoryFeed(images, 64, validation=0.0)
-                    lines.append(fit(student, KDSNN(), feed, config, run, teacher=teacher))
-                finite = all(line["loss"] == line["loss"] for line in lines)
-                name = f"{gradient}: an epoch on {given.device}, the next on {device}"
-                yield {"check": name, "value": lines[-1]["loss"], "passed": finite and lines[-1]["epoch"] == 2}
-
-
-def speed(given: argparse.Namespace) -> Iterator[Facts]:
-    """Medians of a step at T=4 in the place that 'auto' chooses, and the peak of memory."""
-    place = choose_place(str(given.device))
-    images = torch.rand(given.batch, 3, 32, 32).to(place.device, memory_format=place.layout)
-    labels = torch.randint(0, 10, (given.batch,), device=place.device)
-    ann = Architecture("resnet18", 10, 3, given.width).build()
-    student, _ = to_spiking(ann, Conversion(timesteps=4, inherit=False))
-    networks: dict[str, nn.Module] = {"ann": ann, "exact": student, "rate": student}
-    for name, network in networks.items():
-        place.prepare(network)
-        network.train()
-        if network is student:
-            student.gradient = name  # type: ignore[assignment]
-        seconds, peak = measured(lambda: step(network, images, labels, place), given.device, given.rounds)  # noqa: B023
-        yield {
-            "check": f"step of {name}, batch {given.batch}, {place.dtype}",
-            "value": seconds,
-            "peak": peak,
-            "passed": True,
-        }
-
-
-def step(network: nn.Module, images: Tensor, labels: Tensor, place: Any) -> None:
-    with place.autocast():
-        logits = network(images).float()
-    loss = nn.functional.cross_entropy(logits.mean(0) if logits.ndim == 3 else logits, labels)
-    network.zero_grad(set_to_none=True)
-    loss.backward()
-
-
-def measured(work: Callable[[], None], device: torch.device, rounds: int) -> tuple[float, int]:
-    """Median seconds after three rounds that are left out, and the peak of the device's memory in bytes."""
-    cuda, times = device.type == "cuda", []
-    for number in range(rounds + 3):
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        times += [time.perf_counter() - began] if number >= 3 else []
-    return statistics.median(times), torch.cuda.max_memory_allocated() if cuda else 0
-
-
-PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Facts]]] = {"correct": correct, "train": train, "speed": speed}
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "correct": correct,
+    "speed": speed,
+    "loop": loop,
+    **{part: trainings(part) for part in RUNS},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="one line per check, appended as it comes")
-    parser.add_argument("--small", action="store_true", help="small networks, for a rehearsal on a CPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/gpu"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu-results"), help="gpu.jsonl, logs, small files of runs"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after about this time")
+    parser.add_argument("--small", action="store_true", help="small networks and one epoch, for a rehearsal on a CPU")
     given = parser.parse_args()
-    given.side, given.width, given.batch, given.rounds = (16, 8, 16, 3) if given.small else (32, 64, 128, 20)
-    card = torch.cuda.get_device_name() if given.device.type == "cuda" else "a CPU"
-    failed = 0
+    given.ends = time.monotonic() + given.seconds
+    given.out.mkdir(parents=True, exist_ok=True)
+    failed, where = 0, machine()
     for part in given.parts:
         for facts in PARTS[part](given):
             failed += not facts["passed"]
-            line = {"part": part, **facts, "card": card, "torch": torch.__version__}
-            with given.out.open("a") as file:
+            line: dict[str, Any] = {"part": part, **facts, "machine": where, "torch": torch.__version__}
+            with (given.out / "gpu.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            print("ok    " if facts["passed"] else "FAILED", part, facts["check"], f"{facts['value']:.4g}", flush=True)
-    raise SystemExit(f"{failed} checks failed" if failed else 0)
+            shown = "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+            )
+            print("ok    " if facts["passed"] else "FAILED", part, shown, flush=True)
+    raise SystemExit(f"{failed} of these failed or did not end" if failed else 0)
 
 
 if __name__ == "__main__":

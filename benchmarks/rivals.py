@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -55,7 +56,7 @@ def python_of(name: str) -> str:
     """
     name = name.split("-")[0]
     package = {**PEERS, **TOOLS}.get(name)
-    if package is None:
+    if package is None or importlib.util.find_spec(name) is not None:
         return sys.executable
     home = ENVIRONMENTS / name
     python = home / "bin" / "python"
@@ -149,7 +150,9 @@ def machine() -> str:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if line.startswith("model name")
     ]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} processors, {QUICK.dtype}: {QUICK.reason}"
+    card = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    processor = names[0] if names else platform.processor()
+    return f"{card}{processor}, {os.cpu_count()} processors, {QUICK.dtype}: {QUICK.reason}"
 
 
 def show(rows: list[Row]) -> None:

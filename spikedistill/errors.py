@@ -7,6 +7,7 @@ SpikeDistillError
  ├── ConversionError    a network has a part with no spiking meaning
  ├── ShapeError         a tensor does not have the shape that the call needs
  └── RunError           a run directory cannot be read, resumed or written
+      └── ProcessError  another process of the run has ended, and this one cannot go on
 
 Every message says what happened (with the values), what was expected, and what to do.
 """
@@ -44,6 +45,10 @@ class ShapeError(SpikeDistillError):
 
 class RunError(SpikeDistillError):
     """A run directory cannot be read, resumed or written."""
+
+
+class ProcessError(RunError):
+    """Another process of the run has ended, and this one cannot go on."""
 
 
 class Heard(Exception):

@@ -94,7 +94,7 @@ def test_the_example_is_read_and_compared(call, capsys):
 class TestBothKinds:
     def test_mean_today_s_recipe(self, home, name):
         old, new = (Record.read(folder / name).recipe for folder in (home / "old", home))
-        parts = [part for part in ("student", "data", "training") if part in new]
+        parts = [part for part in ("student", "method", "data", "training") if part in new]
         assert {**new, **old} == new | {part: old[part] for part in parts}
         for part in parts:
             assert old[part].items() <= new[part].items()

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from two_processes import cut_after, equal_cases, make_student, train, train_case
 
 import spikedistill
-from spikedistill.errors import ConfigError
-from spikedistill.train.processes import Lost, Processes, join, launched
+from spikedistill.errors import ConfigError, ProcessError
+from spikedistill.train.processes import Processes, join, launched
 from spikedistill.train.run import Run
 
 HERE = Path(__file__).parent / "support"
@@ -217,7 +217,7 @@ class TestStart:
     def test_a_second_signal_does_not_cut_the_message_short(self):
         before = signal.getsignal(signal.SIGTERM)
         try:
-            with pytest.raises(Lost, match="Process 1 of 2 ends: it got SIGTERM"):
+            with pytest.raises(ProcessError, match="Process 1 of 2 ends: it got SIGTERM"):
                 Processes(1, 2).terminate()
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
         finally:

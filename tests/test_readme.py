@@ -26,6 +26,7 @@ PAGES = {
     "docs/fewer-spikes.md": 0,
     "docs/glossary.md": 0,
     "docs/guide.md": 13,
+    "docs/how-to.md": 0,
     "docs/kdsnn.md": 0,
     "docs/measuring.md": 3,
     "docs/results.md": 0,
@@ -48,6 +49,8 @@ COMMANDS += [
 ]
 MAIN_JOB = runpy.run_path(str(ROOT / "benchmarks" / "main_job.py"))
 COMMANDS += [f"spikedistill {kind} cifar10 {shlex.join(options)}" for kind, options in MAIN_JOB["RUNS"].values()]
+GPU = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))
+COMMANDS += [f"spikedistill {shlex.join(words)}" for part in GPU["RUNS"].values() for words in part.values()]
 COMMANDS = list(dict.fromkeys(COMMANDS))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from spikedistill import __version__
 from spikedistill.cli.plain import write_plainly
-from spikedistill.errors import SpikeDistillError, ended_by, is_heard, one_of
+from spikedistill.errors import ProcessError, SpikeDistillError, ended_by, is_heard, one_of
 
 USAGE = """usage: spikedistill COMMAND [OPTIONS] | --help | --version
 
@@ -64,6 +64,9 @@ def main() -> None:
 
         if not is_heard(error):
             Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"spikedistill: {error}", markup=False)
+        if isinstance(error, ProcessError):  # gloo may abort a process that takes broken connections down
+            sys.stderr.flush()
+            os._exit(2)
         sys.exit(2)
     except BrokenPipeError:
         leave_pipe()

@@ -3,6 +3,8 @@
 Random numbers are drawn for the whole batch. Of several processes, each changes its own rows only. So the result does
 not depend on the number of processes, bit for bit. Policies are the exception: every process applies them to the whole
 batch (see ``apply_policy``).
+
+Batches may lie on any device. Random numbers are drawn on the CPU, so all devices get the same ones.
 """
 
 import functools
@@ -95,7 +97,7 @@ class Augment:
             images = random_zoom(images, self.zoom, generator, share)
         if self.flip:
             turned = torch.rand(share.count, generator=generator) < 0.5 if turned is None else turned
-            images = torch.where(turned[rows][:, None, None, None], images.flip(-1), images)
+            images = torch.where(_beside(images, turned[rows])[:, None, None, None], images.flip(-1), images)
         if self.cutout:
             images = random_cutout(images, self.cutout, generator, share)
         if self.noise:
@@ -124,7 +126,7 @@ class Augment:
         if self.crop:
             changed = random_crop(changed, self.crop, generator, self.border == "mirror", share)
         if self.flip:
-            changed = torch.where(turned[rows][:, None, None, None], changed.flip(-1), changed)
+            changed = torch.where(_beside(changed, turned[rows])[:, None, None, None], changed.flip(-1), changed)
         return changed.view(-1, *counts.shape[1:])
 
 
@@ -173,14 +175,14 @@ def random_crop(
     count, _, height, width = pixels.shape
     share = share or Share(count)
     top, left = torch.randint(0, 2 * pad + 1, (2, share.count, 1), generator=generator)[:, share.rows]
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
     if mirror:
-        rows = _mirrored(top + torch.arange(height) - pad, height)
-        columns = _mirrored(left + torch.arange(width) - pad, width)
+        rows, columns = _mirrored(rows - pad, height), _mirrored(columns - pad, width)
     else:
         pixels = F.pad(pixels, (pad, pad, pad, pad))
-        rows, columns = top + torch.arange(height), left + torch.arange(width)
-    samples = torch.arange(count)[:, None, None, None]
-    channels = torch.arange(pixels.shape[1])[None, :, None, None]
+    rows, columns = _beside(pixels, rows), _beside(pixels, columns)
+    samples = torch.arange(count, device=pixels.device)[:, None, None, None]
+    channels = torch.arange(pixels.shape[1], device=pixels.device)[None, :, None, None]
     return pixels[samples, channels, rows[:, None, :, None], columns[:, None, None, :]]
 
 
@@ -201,7 +203,7 @@ def random_zoom(images: Image, smallest: float, generator: torch.Generator, shar
     height, width = ((area * change).sqrt().clamp(max=1.0) for change in (1 / ratio, ratio))
     rows = _window(height, down, images.shape[-2])[:, :, None].expand(-1, -1, images.shape[-1])
     columns = _window(width, right, images.shape[-1])[:, None, :].expand(-1, images.shape[-2], -1)
-    grid = torch.stack([columns, rows], -1)
+    grid = _beside(images, torch.stack([columns, rows], -1))
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False).clamp_(0.0, 1.0)
 
 
@@ -224,8 +226,8 @@ def random_cutout(images: Image, side: int, generator: torch.Generator, share: S
     share = share or Share(count)
     centre_row = torch.randint(0, height, (share.count, 1), generator=generator)[share.rows]
     centre_column = torch.randint(0, width, (share.count, 1), generator=generator)[share.rows]
-    rows = _near(torch.arange(height), centre_row, side)
-    columns = _near(torch.arange(width), centre_column, side)
+    rows, columns = _near(torch.arange(height), centre_row, side), _near(torch.arange(width), centre_column, side)
+    rows, columns = _beside(images, rows), _beside(images, columns)
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
@@ -234,7 +236,12 @@ def random_noise(images: Image, largest: float, generator: torch.Generator, shar
     share = share or Share(len(images))
     deviations = largest * torch.rand(share.count, 1, 1, 1, generator=generator)[share.rows]
     noise = torch.randn((share.count, *images.shape[1:]), generator=generator)[share.rows]
-    return (images + deviations * noise).clamp_(0.0, 1.0)
+    return (images + _beside(images, deviations * noise)).clamp_(0.0, 1.0)
+
+
+def _beside(images: Tensor, drawn: Tensor) -> Tensor:
+    """What was drawn on the CPU, on the device of the images. The host does not wait for a GPU."""
+    return drawn.to(images.device, non_blocking=True)
 
 
 def _near(positions: Tensor, centre: Tensor, side: int) -> Tensor:

@@ -23,6 +23,10 @@ from spikedistill.errors import ConfigError, DataError
 from spikedistill.files import fingerprint
 from spikedistill.shapes import Labels
 
+CPU = torch.device("cpu")
+LARGEST = 4 * 2**30
+"""Bytes of training samples up to which batches are made on a GPU."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -93,6 +97,9 @@ class Feed(Protocol):
             ConfigError: if the processes cannot share a batch in equal parts.
         """
 
+    def on(self, device: torch.device) -> "Feed":
+        """The same feed, which makes its batches on a device if it can. Their values are the same."""
+
 
 @dataclass(frozen=True)
 class MemoryFeed:
@@ -107,6 +114,7 @@ class MemoryFeed:
         views: 0: every epoch has new order and augmentation; k: those of the first k epochs repeat.
         rank: number of this process, 0, 1, ...
         processes: number of processes.
+        device: where batches are made. The training samples are copied there once.
 
     Raises:
         ConfigError: if there are fewer samples than one batch, ``batch_size`` is not a multiple of ``processes``, or
@@ -121,6 +129,7 @@ class MemoryFeed:
     views: int = 0
     rank: int = 0
     processes: int = 1
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         if not 0 < self.batch_size <= len(self._parts[0]) or self.batch_size % self.processes:
@@ -149,6 +158,11 @@ class MemoryFeed:
         """The numbers of the training and of the held-out samples."""
         return split(self.images.train_labels, self.validation, seed=0)
 
+    @cached_property
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """The training samples and their labels, where batches are made."""
+        return self.images.train_images.to(self.device), self.images.train_labels.to(self.device)
+
     def view(self, epoch: int) -> int:
         """The epoch whose order and augmentation an epoch has: itself, or with ``views`` one of the first ``views``."""
         return (epoch - 1) % self.views + 1 if self.views else epoch
@@ -168,10 +182,10 @@ class MemoryFeed:
 
     def _batch(self, samples: Tensor, view: int, step: int) -> Inputs:
         """This process's rows. Random numbers are drawn for the whole batch, whatever the number of processes."""
-        mine = samples[self.rows]
-        labels = self.images.train_labels[mine] if self.images.labelled else None
-        turned = alternate(len(self.images.train_images), samples, view)
-        pixels, seed = self.images.train_images[samples], step_seed(self.seed, view, step)
+        mine, (stored, classes) = samples[self.rows], self._stored
+        labels = classes[mine] if self.images.labelled else None
+        turned = alternate(len(stored), samples, view)
+        pixels, seed = stored[samples], step_seed(self.seed, view, step)
         if self.images.frames:
             return Inputs(to_inputs(self.augment.frames(pixels, seed, turned, self.rows)), labels, mine)
         return Inputs(self.augment(pixels, seed, turned, self.rows), labels, mine)
@@ -200,6 +214,11 @@ class MemoryFeed:
     def shared(self, rank: int, processes: int) -> "MemoryFeed":
         """This feed for one of several processes."""
         return replace(self, rank=rank, processes=processes)
+
+    def on(self, device: torch.device) -> "MemoryFeed":
+        """This feed on a GPU of NVIDIA. Samples of more than ``LARGEST`` bytes, and policies, stay on the CPU."""
+        moves = device.type == "cuda" and self.images.train_images.nbytes <= LARGEST and self.augment.policy == "none"
+        return replace(self, device=device if moves else CPU)
 
 
 @dataclass(frozen=True)
@@ -325,6 +344,10 @@ class PairFeed:
     def shared(self, rank: int, processes: int) -> "PairFeed":
         """This feed for one of several processes."""
         return replace(self, events=self.events.shared(rank, processes))
+
+    def on(self, device: torch.device) -> "PairFeed":
+        """This feed itself: pairs are made on the CPU."""
+        return self
 
 
 def training_samples(images: ImageSet, validation: float) -> str:

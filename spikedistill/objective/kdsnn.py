@@ -7,7 +7,7 @@ Without labels that term is left out, and alpha is 1. This is this project's add
 We do not know the paper's weights, temperature, layers and distances. The response-based form here follows Hinton et
 al. (arXiv 1503.02531). The feature-based form has margin ReLU and partial L2 of Heo et al. (arXiv 1904.01866) as
 options. These are this project's choices: to compare the ends of stages, to divide by the teacher's mean square, to
-weight pairs equally, and every constant.
+weight pairs equally, to average the teacher over mirror images, and every constant.
 """
 
 from dataclasses import dataclass, replace
@@ -41,6 +41,8 @@ class KDSNNResponse(Objective):
     """Weight of the soft targets against the labels, 0 to 1."""
     label_smoothing: float = 0.0
     """Share of probability of the labels spread over all classes, 0 to 1."""
+    mirror: bool = False
+    """Average the teacher's logits over each image and its mirror image. This doubles the teacher's work."""
 
     def __post_init__(self) -> None:
         check_positive("temperature", self.temperature)
@@ -50,7 +52,7 @@ class KDSNNResponse(Objective):
     @property
     def needs(self) -> Needs:
         """The teacher's logits."""
-        return Needs(teacher=True)
+        return Needs(teacher=True, mirror=self.mirror)
 
     def without_labels(self) -> "KDSNNResponse":
         """The same objective with alpha = 1: soft targets only.
@@ -141,15 +143,22 @@ class KDSNN(KDSNNFeature):
     """Temperature tau of the soft targets, above 0."""
     alpha: float = 0.7
     """Weight of the soft targets against the labels, 0 to 1."""
+    mirror: bool = False
+    """Average the teacher's logits over each image and its mirror image. This doubles the teacher's work."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.response  # checks temperature and alpha
 
     @property
+    def needs(self) -> Needs:
+        """The teacher's logits, and the features of all pairs."""
+        return self.response.needs | super().needs
+
+    @property
     def response(self) -> KDSNNResponse:
         """The response-based form with the same fields."""
-        return KDSNNResponse(self.temperature, self.alpha, self.label_smoothing)
+        return KDSNNResponse(self.temperature, self.alpha, self.label_smoothing, self.mirror)
 
     def without_labels(self) -> "KDSNN":
         """The same objective with alpha = 1: soft targets and features.

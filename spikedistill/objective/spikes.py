@@ -60,7 +60,8 @@ class DistillingSpikes(KDSNNResponse):
     def needs(self) -> Needs:
         """Spikes of both networks; with a window at every time step."""
         theirs, ours = zip(*self.spike_pairs) if self.spike_pairs else ((), ())
-        return Needs(teacher=True, teacher_spikes=theirs, student_spikes=ours, every_step=self.window > 0)
+        layers = Needs(teacher_spikes=theirs, student_spikes=ours, every_step=self.window > 0)
+        return super().needs | layers
 
     def settled(self, teacher: Learner | None, student: Learner, inherits: bool) -> "DistillingSpikes":
         """The same objective with ``spike_pairs`` and ``adapt`` set.

@@ -90,6 +90,7 @@ class Needs:
         teacher_spikes: likewise for a spiking teacher.
         potentials: paths of the student's layers whose membrane potentials are needed.
         every_step: the teacher's single time steps. Otherwise its outputs are averaged over its own T.
+        mirror: the teacher's logits as means over each image and its mirror image, left and right swapped.
         source: the student's outputs for a second input stream.
         operations: the student's synaptic operations.
         replacement: sliding replacement of the second stream by the first: the power of the progress of training that
@@ -102,6 +103,7 @@ class Needs:
     teacher_spikes: tuple[str, ...] = ()
     potentials: tuple[str, ...] = ()
     every_step: bool = False
+    mirror: bool = False
     source: bool = False
     operations: bool = False
     replacement: float = 0.0
@@ -120,6 +122,7 @@ class Needs:
             teacher_spikes=tuple(dict.fromkeys((*self.teacher_spikes, *other.teacher_spikes))),
             potentials=tuple(dict.fromkeys((*self.potentials, *other.potentials))),
             every_step=self.every_step or other.every_step,
+            mirror=self.mirror or other.mirror,
             source=self.source or other.source,
             operations=self.operations or other.operations,
             replacement=self.replacement or other.replacement,

@@ -63,7 +63,7 @@ class _Base:
         """Add the ANN that teaches; returns its run directory."""
         made, path = mnist.teacher(), self.runs / f"{self.name}-teacher"
         if self.name == "cifar10":
-            made, path = cifar10.fast(), self.runs / "cifar10-fast"
+            made, path = dataclasses.replace(cifar10.fast(), network="airbench94"), self.runs / "cifar10-airbench94"
             if not self.full:
                 made = dataclasses.replace(made, width=32, training=dataclasses.replace(made.training, epochs=12))
         self.teachers["ann"] = (dataclasses.replace(made, data=self.data), path)

@@ -165,6 +165,9 @@ class Tutor:
         paths = tuple(path for path, _ in self.needs.pairs)
         answer = self.teacher.observe(inputs, paths, spikes=self.needs.teacher_spikes)
         answer = in_float32(answer)
+        if self.needs.mirror:
+            mirrored = in_float32(self.teacher.observe(inputs.flip(-1)))
+            answer = replace(answer, logits=(answer.logits + mirrored.logits) / 2)
         return answer if self.needs.every_step else answer.averaged()
 
     def answer(self, inputs: Inputs, view: int, step: int) -> Answer:
@@ -190,6 +193,8 @@ class Tutor:
         computed = [place.device.type, str(place.dtype), str(place.layout)]
         key = {"teacher": fingerprint_of(teacher), **feed.fingerprint(), "computed": computed}
         key["every_step"] = self.needs.every_step
+        if self.needs.mirror:  # no entry otherwise, so that earlier caches stay valid
+            key["mirror"] = True
         self.cache = Cache(folder, key, self.ask(inputs.shown_to_teacher), feed.views, feed.steps)
         return self.cache
 

@@ -134,7 +134,7 @@ class Course:
             progress.say(
                 "tensors are contiguous: channels last does not suit this network's narrow strided or 3D convolutions"
             )
-        self.feed = feed.shared(self.processes.rank, self.processes.count)
+        self.feed = feed.shared(self.processes.rank, self.processes.count).on(self.place.device)
         self.tutor = make_tutor(teacher, objective.needs, self.place)
         self.computed = self._prepare(student)
         example = self._moved(next(self.feed.batches(1)))

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spikedistill.errors import ConfigError, Heard, RunError, SpikeDistillError
+from spikedistill.errors import ConfigError, Heard, ProcessError, SpikeDistillError
 
 Result = TypeVar("Result")
 
@@ -35,10 +35,6 @@ TRAINING = ("distill", "teach")
 """The commands that can run in several processes."""
 REFUSALS = (SpikeDistillError, OSError)
 """Errors that process 0 passes on to the others: they have a message for the user."""
-
-
-class Lost(RunError):
-    """Another process of the run has ended, and this one cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -210,11 +206,11 @@ class Processes:
         except RuntimeError as error:
             raise self._lost(f"another one has ended or cannot be reached ({_reason(error)})") from error
 
-    def _lost(self, why: str) -> Lost:
+    def _lost(self, why: str) -> ProcessError:
         """The error that ends this process. From now on SIGTERM is ignored, else it could come before the message."""
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return Lost(
+        return ProcessError(
             f"Process {self.rank} of {self.count} ends: {why}. See the message of the process that ended first. Go on"
             " by the same command with --resume; the number of processes may differ."
         )

@@ -35,7 +35,7 @@ SETTINGS = {
     Direct: [{}, {"label_smoothing": 0.1}],
     TET: [{}, {"label_smoothing": 0.1, "lam": 0.3, "target": 0.5}],
     QCFS: [{}, {"label_smoothing": 0.1}],
-    KDSNNResponse: [{}, {"temperature": 4.0, "alpha": 0.3, "label_smoothing": 0.1}],
+    KDSNNResponse: [{}, {"temperature": 4.0, "alpha": 0.3, "label_smoothing": 0.1, "mirror": True}],
     KDSNNFeature: [{"pairs": PAIRS}, {"pairs": PAIRS, "weight": 0.5, "adapt": True, "margin": True, "partial": True}],
     KDSNN: [{"pairs": PAIRS}, {"pairs": PAIRS, "temperature": 4.0, "adapt": True, "margin": True, "partial": True}],
     HeterogeneousTemperatures: [{}, {"temperature": 6.0, "student_temperature": 1.5, "alpha": 0.3}],

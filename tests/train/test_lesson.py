@@ -14,6 +14,8 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import IF
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
+from spikedistill.objective.spikes import DistillingSpikes
+from spikedistill.objective.temperatures import HeterogeneousTemperatures
 from spikedistill.objective.terms import Needs, Objective, Sum
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
@@ -233,6 +235,19 @@ class TestTutor:
         whole = teacher.observe(images, ["4"], spikes=["2"])
         assert same(answer.features, whole.features) and same(answer.spikes, whole.spikes)
         assert torch.equal(answer.logits, whole.logits)
+
+    @pytest.mark.parametrize("teacher", [Teacher(convolutional(4), MEAN, STD), spiking(timesteps=3).eval()])
+    def test_its_logits_are_means_over_mirror_images_where_that_is_asked(self, teacher):
+        images, needs = inputs().student, Needs(teacher=True, pairs=(("4", "4"),))
+        answer, plain = (Tutor(teacher, each).ask(images) for each in (replace(needs, mirror=True), needs))
+        mirrored = torch.from_numpy(images.numpy()[..., ::-1].copy())
+        expected = (teacher.observe(images).logits.mean(0) + teacher.observe(mirrored).logits.mean(0)) / 2
+        torch.testing.assert_close(answer.logits[0], expected)
+        assert not torch.allclose(answer.logits, plain.logits) and same(answer.features, plain.features)
+
+    @pytest.mark.parametrize("objective", [KDSNNResponse, KDSNN, HeterogeneousTemperatures, DistillingSpikes])
+    def test_every_objective_with_soft_targets_can_ask_for_mirror_images(self, objective):
+        assert objective(mirror=True).needs == replace(objective().needs, mirror=True)
 
     def test_is_shown_its_own_inputs_where_they_differ(self):
         teacher, given = Teacher(convolutional(4), MEAN, STD), inputs(teacher=torch.rand(8, 3, 8, 8))
