@@ -246,6 +246,8 @@ class OwnNeurons(Own):
 class SpikingJelly(Kit):
     """Multi-step mode, as its documentation advises for speed."""
 
+    execution = "eager"
+
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
         from spikingjelly.activation_based import layer
@@ -265,7 +267,8 @@ class SpikingJelly(Kit):
         """What the library chose for its neurons on this device."""
         from spikingjelly.activation_based.functional.neuron import neuron_implementation
 
-        return str(neuron_implementation("lif", torch.device(self.options.device))["implementation"])
+        found = neuron_implementation("lif", torch.device(self.options.device), execution=self.execution)
+        return f"{found['implementation']}, {self.execution}"
 
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
         from spikingjelly.activation_based import functional
@@ -277,13 +280,7 @@ class SpikingJelly(Kit):
 class SpikingJellyCompiled(SpikingJelly):
     """The same network under ``torch.compile``."""
 
-    @property
-    def operator(self) -> str:  # type: ignore[override]
-        """What the library chose for compiled neurons on this device."""
-        from spikingjelly.activation_based.functional.neuron import neuron_implementation
-
-        found = neuron_implementation("lif", torch.device(self.options.device), execution="compile")
-        return f"{found['implementation']}, compiled"
+    execution = "compile"
 
     def settle(self, network: nn.Module, layout: torch.memory_format) -> nn.Module:
         network = super().settle(network, layout)

@@ -65,6 +65,7 @@ def main() -> None:
         if not is_heard(error):
             Console(file=sys.stderr, soft_wrap=True, highlight=False).print(f"spikedistill: {error}", markup=False)
         if isinstance(error, ProcessError):  # gloo may abort a process that takes broken connections down
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(2)
         sys.exit(2)
