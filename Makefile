@@ -6,6 +6,9 @@ LOWEST := $(VENV)/lowest
 # Where torch comes from; TORCH_INDEX=https://download.pytorch.org/whl/cpu spares the libraries of a GPU, some 5 GB.
 TORCH_INDEX ?=
 
+# Before commands that only root may run.
+ROOT := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+
 # A file of tests stays in one process, for its tests share trained networks.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -33,8 +36,8 @@ quick: $(VENV)/ready     ## tests that are not marked slow: about a minute
 	$(BIN)/$(PYTEST) -m "not slow"
 
 browser:                 ## a browser of the distribution (Debian, Ubuntu), for the test of the pages
-	command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
-	  chromium chromium-driver; }
+	command -v chromedriver >/dev/null || { $(ROOT) apt-get update -qq && $(ROOT) apt-get install -y -qq \
+	  --no-install-recommends chromium chromium-driver; }
 
 lowest: $(LOWEST)/ready  ## the quick tests with the oldest dependencies that pyproject.toml allows
 	$(LOWEST)/bin/$(PYTEST) -m "not slow"

@@ -220,9 +220,17 @@ class Own(OwnConvolutions):
 
 
 class OwnGraded(Own):
-    """spikedistill with graded neurons: one time step of as many levels as the others have steps."""
+    """spikedistill with graded neurons: one step of as many levels as the others have steps, with ``--compile``."""
 
     graded = True
+
+    def build(self) -> nn.Module:
+        from spikedistill.neuron.fused import this_processor
+
+        student = super().build()
+        if self.options.setting == "best":
+            student.compile(options=this_processor())
+        return student
 
 
 class OwnRate(Own):

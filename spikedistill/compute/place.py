@@ -4,12 +4,12 @@ import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from spikedistill.compute.processor import processor_flags
 from spikedistill.compute.winograd import use_winograd
 from spikedistill.errors import ConfigError, one_of
 
@@ -17,7 +17,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 Convolutions = Literal["auto", "torch", "winograd"]
 FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 """Processor flags (x86, then ARM) with which bfloat16 convolutions are faster than float32."""
-ONLY_THERE = "they are for a CPU, channels last, and a step that is not compiled"
+ONLY_THERE = "they are for a CPU and channels last"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,6 @@ def choose_place(
     precision: Precision = "auto",
     channels_last: bool = True,
     convolutions: Convolutions = "auto",
-    compiled: bool = False,
     keep_memory: bool = True,
 ) -> Place:
     """Choose where and how to compute on this machine.
@@ -89,7 +88,6 @@ def choose_place(
         channels_last: whether images have their channels last in memory.
         convolutions: PyTorch's, or ours by Winograd's algorithm; ``auto`` takes ours on processors where we measured
             them to be faster.
-        compiled: whether the whole training step is compiled.
         keep_memory: see ``Place``.
 
     Raises:
@@ -100,7 +98,7 @@ def choose_place(
     where = _device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     dtype, reason = _precision(precision, where)
-    why = _torch_convolutions(convolutions, where, layout, dtype, compiled)
+    why = _torch_convolutions(convolutions, where, layout, dtype)
     return Place(where, dtype, layout, reason, why, keep_memory)
 
 
@@ -125,23 +123,24 @@ def _precision(asked: Precision, device: torch.device) -> tuple[torch.dtype, str
     if device.type == "cuda":
         fast, who = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
     else:
-        found = [flag for flag in FAST_BF16 if flag in _processor_flags()]
+        found = [flag for flag in FAST_BF16 if flag in processor_flags()]
         fast, who = bool(found), f"the processor ({found[0] if found else 'no bfloat16 instructions'})"
     return torch.bfloat16 if fast else torch.float32, f"{who} {'computes' if fast else 'does not compute'} bfloat16"
 
 
 def _torch_convolutions(
-    asked: Convolutions, device: torch.device, layout: torch.memory_format, dtype: torch.dtype, compiled: bool
+    asked: Convolutions, device: torch.device, layout: torch.memory_format, dtype: torch.dtype
 ) -> str:
     """Why every network uses PyTorch's convolutions; empty if ours may be used."""
     if asked == "torch":
         return "PyTorch's were asked for"
-    if device.type != "cpu" or layout is not torch.channels_last or compiled:
+    if device.type != "cpu" or layout is not torch.channels_last:
         return ONLY_THERE
-    if dtype is not torch.float32:
-        return "they are for float32"
-    if asked == "auto" and not _has_avx2_alone(_processor_flags()):
-        return "auto takes them on processors with AVX2 and no AVX-512"
+    flags = processor_flags()
+    short = _has_avx2_alone(flags) and dtype is torch.float32
+    long = "avx512_bf16" in flags and "amx_bf16" not in flags
+    if asked == "auto" and not (short or long):
+        return "auto takes them with AVX2 alone in float32, and with AVX-512 and bfloat16 without AMX"
     return ""
 
 
@@ -152,7 +151,7 @@ def has_volumes(network: nn.Module) -> bool:
 
 def _has_broken_gradient(network: nn.Module) -> bool:
     """Whether oneDNN's weight gradient of some layer is wrong with channels last: see ``Place.for_training``."""
-    vector = 8 if _has_avx2_alone(_processor_flags()) else 16
+    vector = 8 if _has_avx2_alone(processor_flags()) else 16
     return any(
         set(layer.kernel_size) == {1} and max(layer.stride) > 1 and layer.in_channels // layer.groups < vector
         for layer in network.modules()
@@ -162,16 +161,6 @@ def _has_broken_gradient(network: nn.Module) -> bool:
 
 def _has_avx2_alone(flags: set[str]) -> bool:
     return "avx2" in flags and "avx512f" not in flags
-
-
-def _processor_flags() -> set[str]:
-    information = Path("/proc/cpuinfo")
-    if not information.exists():
-        return set()
-    for line in information.read_text(encoding="utf-8").splitlines():
-        if line.lower().startswith(("flags", "features")):
-            return set(line.partition(":")[2].split())
-    return set()
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, LARGEST_MAPS = -1, -3, -4

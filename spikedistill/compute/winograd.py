@@ -1,13 +1,15 @@
-"""3 x 3 convolutions in float32 on a CPU, about twice as fast as PyTorch's: ``use_winograd(network)``.
+"""3 x 3 convolutions on a CPU in less time than PyTorch's: ``use_winograd(network)``.
 
 Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308) computes 4 x 4 results with 36 products instead of 144. The
 transforms are in ``winograd.c``. The system's C compiler builds it at the first use.
 
-Sums are formed in another order, so results differ from PyTorch's by about 1e-5 of the largest one. They do not depend
-on the number of threads.
+Sums are formed in another order, so results in float32 differ from PyTorch's by about 1e-5 of the largest one. Under
+autocast to bfloat16, images and results are bfloat16, while weights, their gradients and all sums are float32. So only
+results are rounded. Nothing depends on the number of threads.
 
-PyTorch's convolution is used everywhere else: for other shapes, devices, number formats and memory orders, under
-autocast and torch.compile, and with too few channels or pixels for the transforms to pay.
+torch.compile takes each of them as one operation. PyTorch's convolution is used everywhere else: for other shapes,
+devices, number formats and memory orders, in exported networks, and with too few channels or pixels for the transforms
+to pay.
 """
 
 import ctypes
@@ -23,16 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikedistill.compute.processor import has_long_vectors
 from spikedistill.files import note
 
 SOURCE = Path(__file__).with_suffix(".c")
 COMPILERS = ("cc", "gcc", "clang")
-BLOCK = 48
-"""Tiles that one thread takes through all three stages at a time."""
-LANES, LEAST_CHANNELS = 8, 32
-"""Channels must be a multiple of the first and at least the second. With fewer, the transforms cost what they save."""
+BLOCK, LONG_BLOCK = 24, 96
+"""Tiles that one thread takes through all three stages at a time; the second for the gradient of weights."""
+LEAST_CHANNELS = 32
+"""With fewer channels, the transforms cost what they save."""
 LEAST_TILES = 32
 """With fewer tiles of 4 x 4 results per batch, the transform of the weights does not pay."""
+LEAST_SIDE, LEAST_WIDE = 8, 64
+"""Smallest images and fewest channels in bfloat16, whose products PyTorch computes in half of the time of float32's. In
+smaller images it also leaves out many products with the zeros around them."""
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -40,7 +46,8 @@ class WinogradConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if applies(input, weight):
-            return _Convolution.apply(input, weight, bias)
+            given = input.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else input
+            return _convolve(given, weight, bias)
         return super()._conv_forward(input, weight, bias)
 
 
@@ -59,57 +66,120 @@ def use_winograd(network: nn.Module) -> str:
     fitting = [layer for layer in convolutions if type(layer) in (nn.Conv2d, WinogradConv2d) and _fits(layer)]
     if not fitting:
         return f"no convolution of 3 x 3, stride 1 and padding 1 over {LEAST_CHANNELS} channels or more"
-    if isinstance(built := _library(), str):
-        return built
+    if not _is_built():
+        return str(_library())
     for layer in fitting:
         layer.__class__ = WinogradConv2d
     return ""
 
 
+def lanes() -> int:
+    """Numbers in a vector of this processor. Channels must be a multiple of it."""
+    return 16 if has_long_vectors() else 8
+
+
 def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether images ``[N, C, H, W]`` and kernels ``[K, C, 3, 3]`` can be convolved here, in less time."""
-    if type(x) is not Tensor or x.ndim != 4 or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    """Whether images ``[N, C, H, W]`` and kernels ``[K, C, 3, 3]`` can be convolved here, in less time.
+
+    Both are float32; under autocast to bfloat16 the images are either.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") is torch.bfloat16 and known_to_fit(x, weight)
+    return x.dtype is torch.float32 and known_to_fit(x, weight)
+
+
+def known_to_fit(x: Tensor, weight: Tensor) -> bool:
+    """``applies`` outside of autocast too, for the gradients of a convolution of bfloat16 images."""
+    if type(x) is not Tensor or x.ndim != 4 or not _may_be_used():
         return False
-    plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not plain or torch.is_autocast_enabled("cpu") or not x.is_contiguous(memory_format=torch.channels_last):
+    plain = x.device.type == weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not plain or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if not x.is_contiguous(memory_format=torch.channels_last):
         return False
     n, c, h, w = x.shape
-    return c == weight.shape[1] and _tiles(n, h, w) >= LEAST_TILES and not isinstance(_library(), str)
+    half = x.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    pays = not half or (min(h, w) >= LEAST_SIDE and min(weight.shape[:2]) >= LEAST_WIDE)
+    return pays and c == weight.shape[1] and _tiles(n, h, w) >= LEAST_TILES
 
 
 def winograd_backward(
-    x: Tensor, weight: Tensor, grad: Tensor, needed: tuple[bool, bool, bool]
+    x: Tensor, weight: Tensor, grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The needed gradients of input, weights and bias, from the gradient ``grad`` of the results."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     return (
-        _convolved(grad, weight, None, turned=True) if needed[0] else None,
+        _to_input(grad, weight) if needed[0] else None,
         _to_weight(x, grad, weight) if needed[1] else None,
-        grad.sum((0, 2, 3)) if needed[2] else None,
+        grad.sum((0, 2, 3), dtype=torch.float32) if needed[2] else None,
     )
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight)
-        return _convolved(x, weight, bias)
+@torch.library.custom_op("spikedistill::convolve", mutates_args=(), schema="(Tensor x, Tensor w, Tensor? b) -> Tensor")
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _convolved(x, weight, bias, list(weight.stride()), weight.data_ptr(), weight.shape[0])
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
-        return winograd_backward(x, weight, grad, ctx.needs_input_grad)
+
+@torch.library.custom_op("spikedistill::to_input", mutates_args=(), schema="(Tensor grad, Tensor w) -> Tensor")
+def _to_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """The convolution with the weights turned by half a circle and the channels exchanged."""
+    k, c, down, right = weight.stride()
+    last = weight.data_ptr() + weight.element_size() * 2 * (down + right)
+    return _convolved(grad, weight, None, [c, k, -down, -right], last, weight.shape[1])
+
+
+@torch.library.custom_op("spikedistill::to_weight", mutates_args=(), schema="(Tensor x, Tensor g, Tensor w) -> Tensor")
+def _to_weight(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    library = _library()
+    x, grad = (given.contiguous(memory_format=torch.channels_last) for given in (x, grad))
+    (n, c, h, w), k = x.shape, grad.shape[1]
+    to_weight = torch.empty_like(weight)
+    threads = torch.get_num_threads()
+    transformed = torch.empty(library.weight_floats(c, k), dtype=torch.float32)
+    space = torch.empty(threads * library.space_floats(c, k, LONG_BLOCK), dtype=torch.float32)
+    library.weight_gradient(
+        *(_at(x), _at(grad), _at(to_weight), _strides(to_weight.stride()), _at(transformed), _at(space)),
+        ctypes.byref(_Shape(n, h, w, c, k, LONG_BLOCK, x.dtype == torch.bfloat16)),
+        threads,
+    )
+    return to_weight
+
+
+@_convolve.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _images(x, weight.shape[0])
+
+
+@_to_input.register_fake
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return _images(grad, weight.shape[1])
+
+
+@_to_weight.register_fake
+def _(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    return winograd_backward(x, weight, grad, ctx.needs_input_grad)
+
+
+_convolve.register_autograd(_backward, setup_context=_remember)
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("n", "h", "w", "c", "k", "block"))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("n", "h", "w", "c", "k", "block", "half"))
 
 
 def _fits(layer: nn.Conv2d) -> bool:
     square = (layer.kernel_size, layer.stride, layer.dilation) == ((3, 3), (1, 1), (1, 1))
     padded = layer.padding in ((1, 1), "same") and layer.padding_mode == "zeros"
-    wide = all(c >= LEAST_CHANNELS and c % LANES == 0 for c in (layer.in_channels, layer.out_channels))
+    wide = all(c >= LEAST_CHANNELS and c % lanes() == 0 for c in (layer.in_channels, layer.out_channels))
     return square and padded and wide and layer.groups == 1
 
 
@@ -117,42 +187,28 @@ def _tiles(n: int, h: int, w: int) -> int:
     return n * -(-h // 4) * -(-w // 4)
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
-    """The convolution; or with ``turned`` the gradient of its input from that of its results ``[N, K, H, W]``."""
+def _images(x: Tensor, channels: int) -> Tensor:
+    n, _, h, w = x.shape
+    return torch.empty((n, channels, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, strides: list[int], first: int, k: int) -> Tensor:
+    """The convolution with ``k`` kernels whose elements lie at ``first`` and at ``strides`` from there."""
     library = _library()
-    strides, first = list(weight.stride()), weight.data_ptr()
-    if turned:
-        first += weight.element_size() * 2 * (strides[2] + strides[3])
-        strides = [strides[1], strides[0], -strides[2], -strides[3]]
+    x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
-    k = weight.shape[1 if turned else 0]
     bias = None if bias is None else bias.contiguous()
     threads = torch.get_num_threads()
     block = min(BLOCK, -(-_tiles(n, h, w) // threads))
-    y = torch.empty((n, k, h, w), dtype=torch.float32, memory_format=torch.channels_last)
+    y = _images(x, k)
     transformed = torch.empty(library.weight_floats(c, k), dtype=torch.float32)
     space = torch.empty(threads * library.space_floats(c, k, block), dtype=torch.float32)
     library.convolve(
-        *(_at(x), first, _strides(strides), _at(bias), _at(y)),
-        *(_at(transformed), _at(space), ctypes.byref(_Shape(n, h, w, c, k, block)), threads),
-    )
-    return y
-
-
-def _to_weight(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    library = _library()
-    (n, c, h, w), k = x.shape, grad.shape[1]
-    to_weight = torch.empty_like(weight)
-    threads = torch.get_num_threads()
-    transformed = torch.empty(library.weight_floats(c, k), dtype=torch.float32)
-    space = torch.empty(threads * library.space_floats(c, k, BLOCK), dtype=torch.float32)
-    shape = _Shape(n, h, w, c, k, BLOCK)
-    library.weight_gradient(
-        *(_at(x), _at(grad), _at(to_weight), _strides(to_weight.stride()), _at(transformed), _at(space)),
-        ctypes.byref(shape),
+        *(_at(x), first, _strides(strides), _at(bias), _at(y), _at(transformed), _at(space)),
+        ctypes.byref(_Shape(n, h, w, c, k, block, x.dtype == torch.bfloat16)),
         threads,
     )
-    return to_weight
+    return y
 
 
 def _strides(values: Sequence[int]) -> Any:
@@ -161,6 +217,24 @@ def _strides(values: Sequence[int]) -> Any:
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _may_be_used() -> bool:
+    """Not in a network that is exported, which runs elsewhere, nor where the functions cannot be built."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 cannot tell them apart
+    return not exporting() and _is_built()
+
+
+BUILT: list[bool] = []
+"""Whether the functions could be built, once known. torch.compile reads this, since it cannot follow the build."""
+
+
+def _is_built() -> bool:
+    if not torch.compiler.is_compiling():
+        BUILT[:] = [not isinstance(_library(), str)]
+    return BUILT == [True]
 
 
 @functools.cache
@@ -172,7 +246,7 @@ def _library() -> Any:
     note("building fast convolutions (winograd.c), about 2 s")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         built = Path(folder) / "winograd.so"
-        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        flags = ["-O3", "-march=native", f"-DLANES={lanes()}", "-fopenmp", "-shared", "-fPIC"]
         try:
             command = [*compiler.split(), *flags, str(SOURCE), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

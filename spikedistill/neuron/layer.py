@@ -14,8 +14,8 @@ from spikedistill.neuron.surrogate import Rectangle
 
 Backend = Literal["auto", "fused", "reference"]
 
-SMALLEST = 1e-4
-"""Smallest learned threshold."""
+SMALLEST = 2**-13
+"""Smallest learned threshold, exact in every number format."""
 
 
 class Spiking(nn.Module):
@@ -162,7 +162,16 @@ class Spiking(nn.Module):
         """The thresholds that a layer of this many neurons uses. Learned ones stay above 0, with a scaled gradient."""
         if not self.neuron.learn_threshold:
             return self.threshold
-        return _damped(self.threshold.clamp_min(SMALLEST), neurons // self.threshold.numel())
+        allowed = torch.where(self.threshold < SMALLEST, SMALLEST, self.threshold)  # clamp has no gradient at the limit
+        return _damped(allowed, neurons // self.threshold.numel())
+
+    def raise_threshold(self) -> None:
+        """Raise learned thresholds that a step of training took below the smallest one (2^-13), in place.
+
+        Below it they have no gradient, so they would stay there.
+        """
+        if self.neuron.learn_threshold:
+            self.threshold.data.clamp_(min=SMALLEST)
 
     def heights(self, current: Tensor) -> Tensor:
         """``used_threshold`` in a shape that broadcasts to a current ``[rows, C, ...]``."""

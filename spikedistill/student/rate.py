@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from spikedistill.compute.winograd import WinogradConv2d, applies, winograd_backward
+from spikedistill.compute.winograd import WinogradConv2d, known_to_fit, winograd_backward
 from spikedistill.errors import ConfigError
 from spikedistill.neuron.layer import Spiking, flatten_rows, is_channels_last, restore_rows
 from spikedistill.shapes import time_mean
@@ -90,7 +90,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         layer = ctx.layer
         needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias)
-        if isinstance(layer, WinogradConv2d) and applies(x, weight):
+        if isinstance(layer, WinogradConv2d) and known_to_fit(x, weight):
             return *winograd_backward(x, weight, grad, needed), None, None
         to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
             grad,
@@ -115,8 +115,10 @@ def is_plain(layer: nn.Module) -> bool:
 
 def known_convolution(layer: Any, x: Tensor, result: Tensor) -> Tensor:
     """The known result of a plain convolution of ``x``, or its mean over time, with the convolution's gradients."""
-    bias = None if layer.bias is None else layer.bias.to(result.dtype)
-    return _Convolution.apply(x.to(result.dtype), layer.weight.to(result.dtype), bias, result, layer)
+    x, weight, bias = x.to(result.dtype), layer.weight, layer.bias
+    if not (isinstance(layer, WinogradConv2d) and known_to_fit(x, weight)):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return _Convolution.apply(x, weight, bias, result, layer)
 
 
 class _Steps(Walk):

@@ -64,6 +64,8 @@ def save_student(
             become float32 again when they are loaded. Thresholds, biases and batch norms are not rounded. Without it
             nothing is rounded.
 
+    Learned thresholds below the smallest one are raised to it first, which changes no logits.
+
     Raises:
         ConfigError: if a name in ``facts`` is one of the header's, the surrogate or coding is a user's own class,
             ``stored`` is another format, or a weight is too large for it.
@@ -87,6 +89,8 @@ def save_student(
         named = str(stored).removeprefix("torch.")
         one_of("stored format", named, HALVED)
         header["stored"] = named
+    for layer in student.neurons.values():
+        layer.raise_threshold()
     write_tensors(weights_file(path), _rounded(student.state_dict(), stored), {**header, **(facts or {})})
 
 

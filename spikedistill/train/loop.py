@@ -23,6 +23,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict
 from spikedistill.files import home
 from spikedistill.neuron.fused import this_processor, works
+from spikedistill.neuron.layer import Spiking
 from spikedistill.objective.terms import Objective, check_terms, total
 from spikedistill.shapes import Labels
 from spikedistill.student.student import Student
@@ -150,6 +151,7 @@ class Course:
         self.averaged = make_averaged(student, config)
         self.lookahead = make_lookahead(student, config)
         self.firing = FiringRateMeter(student)
+        self.neurons = [layer for layer in student.modules() if isinstance(layer, Spiking)]
         self.trained: Any = self.lesson
         if config.compile and works(self.place.device.type):
             self.trained = torch.compile(self.lesson, options=this_processor())
@@ -202,6 +204,8 @@ class Course:
         if not math.isfinite(norm):
             raise self._broken(f"The norm of the gradient became {norm} at the loss {values}", epoch, step, seen)
         self.optimiser.step()
+        for layer in self.neurons:
+            layer.raise_threshold()
         if self.averaged is not None:
             self.averaged.update_parameters(self.student)
         if self.lookahead is not None:

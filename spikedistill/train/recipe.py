@@ -191,8 +191,9 @@ class Training:
     """Keep the channels of images last in memory, which makes most convolutions faster. It is not used on a CPU for
     networks for which oneDNN computes wrong gradients with it (a strided 1 x 1 convolution of few channels)."""
     convolutions: Convolutions = "auto"
-    """torch: PyTorch's convolutions. winograd: this package's, by Winograd's algorithm, on a CPU in float32. auto takes
-    winograd on processors with AVX2 and without AVX-512, where it is faster, if there is a C compiler."""
+    """torch: PyTorch's convolutions. winograd: this package's, by Winograd's algorithm, on a CPU. auto takes winograd
+    where it was measured to be faster, if there is a C compiler: on processors with AVX2 alone in float32, and on those
+    with AVX-512 and bfloat16 but without AMX."""
     compile: bool = False
     """Compile the training step: a minute at the start. Then an ANN trains about a sixth faster on a CPU, and a graded
     student a fifth. A student must have one time step, or --gradient quantised."""
@@ -208,9 +209,7 @@ class Training:
 
     def place(self) -> Place:
         """Device and number format of the run; raises ``ConfigError`` if the device does not exist."""
-        return choose_place(
-            self.device, self.precision, self.channels_last, self.convolutions, self.compile, self.keep_memory
-        )
+        return choose_place(self.device, self.precision, self.channels_last, self.convolutions, self.keep_memory)
 
     @property
     def peak(self) -> float:

@@ -25,7 +25,7 @@ def at(device="cpu", layout=torch.channels_last, **fields):
 @pytest.fixture
 def processor(monkeypatch):
     """Sets the flags of the processor."""
-    return lambda *flags: monkeypatch.setattr(module, "_processor_flags", lambda: set(flags))
+    return lambda *flags: monkeypatch.setattr(module, "processor_flags", lambda: set(flags))
 
 
 @pytest.fixture
@@ -133,7 +133,9 @@ class TestLayout:
         place = at(torch_convolutions="")
         assert place.for_training(nn.Conv2d(32, 32, 3)) is place
 
-    @pytest.mark.parametrize("before, after", [("", "they are for a CPU, channels last"), ("asked for", "asked for")])
+    @pytest.mark.parametrize(
+        "before, after", [("", "they are for a CPU and channels last"), ("asked for", "asked for")]
+    )
     def test_without_channels_last_convolutions_are_pytorch_s(self, processor, before, after):
         processor("avx2")
         place = at(torch_convolutions=before).for_training(nn.Conv2d(4, 8, 1, stride=2))
@@ -163,25 +165,24 @@ class TestLayout:
 
 class TestConvolutions:
     @pytest.mark.parametrize(
-        "asked, flags, last, compiled, reason",
+        "asked, flags, last, reason",
         [
-            ("auto", ["avx2"], True, False, ""),
-            ("winograd", ["avx2"], True, False, ""),
-            ("torch", ["avx2"], True, False, "PyTorch's were asked for"),
-            ("auto", ["avx2", "avx512f"], True, False, "auto takes them on processors with AVX2"),
-            ("auto", ["asimd"], True, False, "auto takes them on processors with AVX2"),
-            ("winograd", ["avx2", "avx512f"], True, False, ""),
-            ("winograd", ["avx2", "avx512_bf16"], True, False, "they are for float32"),
-            ("winograd", ["avx2"], False, False, "channels last"),
-            ("winograd", ["avx2"], True, True, "a step that is not compiled"),
+            ("auto", ["avx2"], True, ""),
+            ("winograd", ["avx2"], True, ""),
+            ("torch", ["avx2"], True, "PyTorch's were asked for"),
+            ("auto", ["avx2", "avx512f"], True, "auto takes them with AVX2 alone"),
+            ("auto", ["avx2", "avx512f", "avx512_bf16"], True, ""),
+            ("auto", ["avx2", "avx512f", "avx512_bf16", "amx_bf16"], True, "auto takes them with AVX2 alone"),
+            ("auto", ["asimd"], True, "auto takes them with AVX2 alone"),
+            ("winograd", ["avx2", "avx512f"], True, ""),
+            ("winograd", ["avx2", "avx512_bf16", "amx_bf16"], True, ""),
+            ("winograd", ["avx2"], False, "channels last"),
         ],
     )
-    def test_are_winograd_s_where_they_are_asked_for_or_known_to_be_faster(
-        self, processor, asked, flags, last, compiled, reason
-    ):
+    def test_are_winograd_s_where_they_are_asked_for_or_known_to_be_faster(self, processor, asked, flags, last, reason):
         processor(*flags)
         network = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1))
-        place = choose_place("cpu", channels_last=last, convolutions=asked, compiled=compiled)
+        place = choose_place("cpu", channels_last=last, convolutions=asked)
         found = place.prepare(network)
         assert reason in found and bool(reason) == bool(found)
         assert type(network[0]) is (nn.Conv2d if reason else WinogradConv2d)
@@ -203,22 +204,6 @@ class TestMemory:
         assert calls == []
         place.prepare(nn.Linear(2, 2))
         assert len(calls) == told
-
-
-class TestProcessorFlags:
-    @pytest.mark.parametrize(
-        "text, flags",
-        [
-            ("processor\t: 0\nflags\t\t: fpu amx_bf16 avx2\n\nflags\t\t: other\n", {"fpu", "amx_bf16", "avx2"}),
-            ("processor\t: 0\nFeatures\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
-            ("model name\t: Something\n", set()),
-            (None, set()),
-        ],
-    )
-    def test_are_read_from_the_first_processor(self, monkeypatch, text, flags):
-        file = SimpleNamespace(exists=lambda: text is not None, read_text=lambda encoding: text)
-        monkeypatch.setattr(module, "Path", lambda name: file)
-        assert module._processor_flags() == flags
 
 
 FAULTS = """

@@ -42,7 +42,7 @@ def home(train_home):
 @pytest.fixture
 def elsewhere(home, tmp_path, monkeypatch):
     """A copy of the student that was trained in bfloat16, as its record alone says, for this processor has none."""
-    monkeypatch.setattr(place, "_processor_flags", lambda: {"avx2"})
+    monkeypatch.setattr(place, "processor_flags", lambda: {"avx2"})
     shutil.copytree(home / "student", tmp_path / "elsewhere")
     (timing,) = Run(home / "student").lines("timing")
     (tmp_path / "elsewhere" / "timing.jsonl").write_text(json.dumps({**timing, "dtype": "bfloat16"}) + "\n")

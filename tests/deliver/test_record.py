@@ -69,16 +69,16 @@ class TestPlace:
     @pytest.mark.parametrize("flags", [{"avx512f", "avx512_bf16"}, {"avx2"}], ids=["bfloat16 here", "none here"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_is_what_the_run_wrote_down_where_the_recipe_left_it_open(self, copied, flags, dtype, monkeypatch):
-        monkeypatch.setattr(place_module, "_processor_flags", lambda: flags)
+        monkeypatch.setattr(place_module, "processor_flags", lambda: flags)
         found = copied({"precision": "auto", "device": "auto"}, {"dtype": dtype, "device": "cpu"})
         assert (str(found.dtype), found.device.type) == (f"torch.{dtype}", "cpu")
 
     def test_is_what_the_recipe_says_where_it_does(self, copied, monkeypatch):
-        monkeypatch.setattr(place_module, "_processor_flags", lambda: {"avx512_bf16"})
+        monkeypatch.setattr(place_module, "processor_flags", lambda: {"avx512_bf16"})
         assert copied({"precision": "fp32"}, {"dtype": "bfloat16"}).dtype is torch.float32
 
     def test_is_this_machines_own_where_nothing_is_known_or_the_device_is_not_here(self, copied, monkeypatch, caplog):
-        monkeypatch.setattr(place_module, "_processor_flags", lambda: {"avx512_bf16"})
+        monkeypatch.setattr(place_module, "processor_flags", lambda: {"avx512_bf16"})
         found = copied({"precision": "auto", "device": "auto"}, {"dtype": None, "device": "cuda:99"})
         assert "was computed on cuda:99, which cannot be used here: using" in caplog.text
         assert found.dtype is torch.bfloat16 and found.device.type in ("cpu", "cuda")

@@ -238,6 +238,25 @@ class TestLearning:
         spikes, _ = layer(torch.ones(2, 3), 2)
         torch.testing.assert_close(spikes, torch.full((2, 3), SMALLEST))
 
+    def test_a_raised_threshold_spikes_as_before_and_learns_again(self):
+        current = torch.rand(6, 3, 2, 2)
+        layer = reference(replace(IF, learn_threshold=True), torch.tensor([0.5, 1.0, 2.0]))
+        with torch.no_grad():
+            layer.threshold[1] = -0.1
+        before, _ = layer(current, 2)
+        (grad,) = torch.autograd.grad(before.sum(), layer.threshold)
+        assert grad[1] == 0
+        layer.raise_threshold()
+        torch.testing.assert_close(layer.threshold.detach(), torch.tensor([0.5, SMALLEST, 2.0]), rtol=0, atol=0)
+        after, _ = layer(current, 2)
+        (grad,) = torch.autograd.grad(after.sum(), layer.threshold)
+        assert torch.equal(before, after) and grad[1] != 0
+
+    def test_a_fixed_threshold_is_not_raised(self):
+        layer = reference(IF, SMALLEST / 10)
+        layer.raise_threshold()
+        assert float(layer.threshold) == pytest.approx(SMALLEST / 10)
+
 
 class TestAsAModule:
     def test_the_threshold_given_wins_over_the_neuron(self):

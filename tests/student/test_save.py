@@ -108,6 +108,16 @@ def test_with_what_was_set_since(gradient, recompute, tmp_path):
     assert torch.equal(student.train()(given), loaded.train()(given))
 
 
+def test_learned_thresholds_below_zero_come_back(tmp_path):
+    student = made(dataclasses.replace(ROUNDING, learn_threshold=True)).eval()
+    given = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        next(iter(student.neurons.values())).threshold.sub_(10)
+    expected = student(given)
+    save_student(tmp_path / "it", student, architecture=ZOO)
+    assert torch.equal(load_student(tmp_path / "it")(given), expected)
+
+
 def test_a_second_save_writes_the_same(tmp_path):
     save_student(tmp_path / "a", made(), architecture=ZOO)
     save_student(tmp_path / "b", load_student(tmp_path / "a"), architecture=ZOO)

@@ -19,7 +19,7 @@ from spikedistill.data.augment import Augment
 from spikedistill.data.feed import MemoryFeed, PairFeed, as_frames, epoch_order
 from spikedistill.data.images import ImageSet, split
 from spikedistill.errors import ConfigError
-from spikedistill.neuron.dynamics import IF
+from spikedistill.neuron.dynamics import IF, Neuron
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
 from spikedistill.objective.schedule import Switch
@@ -875,6 +875,17 @@ class TestViews:
         with pytest.raises(ConfigError, match=r"outputs for 2 views need 163\.1 KiB in '.*answers', where 1000 bytes"):
             self.train(blobs, tmp_path, choices(epochs=3, views=2))
         assert not list((tmp_path / "answers").iterdir()) and not Run(tmp_path).checkpoint.exists()
+
+
+def test_learned_thresholds_stay_above_zero(blobs, tmp_path):
+    neuron = Neuron(threshold=0.01, learn_threshold=True)
+    student, _ = to_spiking(flat(), Conversion(timesteps=2, neuron=neuron, inherit=False), mean=MEAN, std=STD)
+    (layer,) = student.neurons.values()
+    layer.backend = "reference"
+    before, lowest = layer.raise_threshold, []
+    layer.raise_threshold = lambda: (lowest.append(float(layer.threshold.detach())), before())
+    teach(student, Direct(), blobs, choices(lr=30.0, clip=1.0), Run(tmp_path))
+    assert min(lowest) < 0 < float(layer.threshold.detach())
 
 
 class TestConvolutions:
