@@ -73,6 +73,7 @@ def use_winograd(network: nn.Module) -> str:
     return ""
 
 
+@functools.cache
 def lanes() -> int:
     """Numbers in a vector of this processor. Channels must be a multiple of it."""
     return 16 if has_long_vectors() else 8
@@ -107,7 +108,7 @@ def winograd_backward(
     x: Tensor, weight: Tensor, grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The needed gradients of input, weights and bias, from the gradient ``grad`` of the results."""
-    grad = grad.contiguous(memory_format=torch.channels_last)
+    grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)  # winograd.c takes one format for both
     return (
         _to_input(grad, weight) if needed[0] else None,
         _to_weight(x, grad, weight) if needed[1] else None,
