@@ -132,7 +132,10 @@ class OwnConvolutions(Kit):
         from spikedistill.compute.place import choose_place
 
         place = choose_place(
-            self.options.device, channels_last=layout is torch.channels_last, convolutions=self.options.convolutions
+            self.options.device,
+            channels_last=layout is torch.channels_last,
+            convolutions=self.options.convolutions,
+            keep_memory=not self.options.lean,
         )
         place.prepare(network)
         return network

@@ -164,8 +164,8 @@ train/optimise.py  train/test_optimise.py
 - (step - rise) / max(1.0, steps - rise)
 + step / steps
 train/optimise.py  train/test_optimise.py
-- get_ema_multi_avg_fn(config.ema), use_buffers=True
-+ get_ema_multi_avg_fn(config.ema), use_buffers=False
+- multi_avg_fn=follow, use_buffers=True
++ multi_avg_fn=follow, use_buffers=False
 train/loop.py  train/test_loop.py -k gradient_that_is_not_finite
 - if not math.isfinite(norm):
 + if math.isnan(norm):

@@ -596,7 +596,7 @@ def test_a_process_of_its_own_behaves_the_same(home, tmp_path):
 
 BY_RICH = """
 import sys, rich.console, spikedistill.cli
-spikedistill.cli.run = lambda command: rich.console.Console().print("x" * 99999)
+spikedistill.cli.run = lambda command: rich.console.Console().print("x\\n" * 9999)
 sys.argv = ["spikedistill", "recipes"]
 spikedistill.cli.main()
 """

@@ -214,7 +214,7 @@ SOURCE = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "spikedist
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_options_that_pages_name_exist(page):
     text = re.sub(
-        r"`(?:python|torchrun) [^`]*`|^ *(?:python|pip|torchrun|accelerate) .*$",
+        r"`(?:python|torchrun) [^`]*`|^ *(?:python|pip|pytest|torchrun|accelerate|srun|#SBATCH) .*$",
         "",
         page.read_text(encoding="utf-8"),
         flags=re.M,

@@ -25,6 +25,7 @@ PAGES = {
     "docs/export.md": 1,
     "docs/fewer-spikes.md": 0,
     "docs/glossary.md": 0,
+    "docs/gpu.md": 0,
     "docs/guide.md": 13,
     "docs/how-to.md": 0,
     "docs/kdsnn.md": 0,

@@ -74,7 +74,7 @@ def draw_curves(
         axis.set_title(literal(name), fontsize=9)
         axis.grid(alpha=0.3)
         if all(float(x).is_integer() for points in lines.values() for x, _ in points):
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if doubling:
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:.0f}")

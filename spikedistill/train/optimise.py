@@ -5,12 +5,14 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from spikedistill.train.muon import Muon
 from spikedistill.train.recipe import Training
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def learning_rate(step: int, steps: int, config: Training) -> float:
@@ -82,10 +84,20 @@ def clip(parameters: Iterable[nn.Parameter], norm: float) -> float:
 
 
 def make_averaged(network: nn.Module, config: Training) -> AveragedModel | None:
-    """The exponential moving average of the network over steps, if the configuration has one."""
+    """The exponential moving average of the network over steps, if the configuration has one.
+
+    After n steps the decay is at most ``(1 + n) / (10 + n)``, as in TensorFlow's ExponentialMovingAverage. So a short
+    training is averaged over its last tenth, and never over weights that have hardly learned.
+    """
     if not config.ema:
         return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+
+    def follow(slow: Tensors, fast: Tensors, _: Tensor | int) -> None:
+        done = int(averaged.n_averaged)  # that on the CPU, so no GPU is waited for
+        get_ema_multi_avg_fn(min(config.ema, (1 + done) / (10 + done)))(slow, fast, done)
+
+    averaged = AveragedModel(network, multi_avg_fn=follow, use_buffers=True)
+    return averaged
 
 
 class Lookahead(nn.Module):

@@ -171,7 +171,8 @@ class Training:
     """Largest norm of the gradient; 0 for no limit."""
     ema: float = 0.0
     """Decay per step of an exponential moving average of the weights, which becomes the result; 0 for none, 0.999 is
-    usual."""
+    usual. After n steps it is at most (1 + n) / (10 + n), so that short trainings are not averaged with their
+    beginning."""
     freeze_norm: bool = False
     """Keep the running statistics of batch norm as they are at the start, and normalise by them in training too. Their
     scales and shifts are trained. For a few hundred images, whose batches have statistics of their own."""
@@ -201,7 +202,7 @@ class Training:
     """cpu, cuda, mps ...; auto takes a GPU if there is one."""
     keep_memory: bool = True
     """On a Linux CPU keep freed memory instead of returning it to the system. This is faster and takes more memory:
-    without it the peak was 37 to 64 % smaller. See also --recompute."""
+    without it the peak was 32 to 64 % smaller. See also --recompute."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints within an epoch; each epoch ends with one."""
     tensorboard: bool = False

@@ -52,6 +52,15 @@ def test_an_axis_never_spans_a_tenth_of_a_point_and_a_percentage_ends_at_100(tmp
     assert 2 <= high - low < 2.1 and low < around < around + 0.1 < high < 100.1
 
 
+@pytest.mark.parametrize("last", [1, 2, 3, 40])
+def test_epochs_and_steps_are_whole_numbers_even_where_there_is_one(tmp_path, drawn, last):
+    curves(tmp_path / "p.png", {"": {"a": [(float(x), 50.0) for x in range(1, last + 1)]}}, "epoch", "accuracy (%)")
+    axis = drawn[0].axes[0]
+    low, high = axis.get_xlim()
+    shown = [tick for tick in axis.get_xticks() if low <= tick <= high]
+    assert shown and all(float(tick).is_integer() for tick in shown)
+
+
 def test_titles_axes_and_notes_stand_on_every_picture(tmp_path, drawn):
     curves(
         tmp_path / "a.png", {"fog": {"a": POINTS}}, "severity", "test accuracy (%)", title="Noise", note="n = 3 seeds"

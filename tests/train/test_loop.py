@@ -240,11 +240,12 @@ class TestAveragedWeights:
 
         monkeypatch.setattr(Course, "step", remember)
         student = learner(convolutional(4))
-        line = teach(student, Direct(), blobs, choices(ema=0.8), Run(tmp_path))
+        line = teach(student, Direct(), blobs, choices(ema=0.4), Run(tmp_path))
         assert len(snapshots) == 10
         average = {name: value.double() for name, value in snapshots[0].items()}
-        for snapshot in snapshots[1:]:
-            average = {name: 0.8 * value + 0.2 * snapshot[name].double() for name, value in average.items()}
+        for done, snapshot in enumerate(snapshots[1:], start=1):
+            kept = min(0.4, (1 + done) / (10 + done))
+            average = {name: kept * old + (1 - kept) * snapshot[name].double() for name, old in average.items()}
         result = student.state_dict()
         for name in average:
             if not name.endswith("num_batches_tracked"):
@@ -252,11 +253,24 @@ class TestAveragedWeights:
         assert not same(result, snapshots[-1])
         assert line["validation_accuracy"] == self.accuracy_on_held(student, blobs)
 
-    def test_are_judged_where_they_are_far_behind_the_last_ones(self, blobs, tmp_path):
-        last, averaged = learner(convolutional(4)), learner(convolutional(4))
-        better = teach(last, Direct(), blobs, choices(), Run(tmp_path / "last"))["validation_accuracy"]
-        line = teach(averaged, Direct(), blobs, choices(ema=0.9999), Run(tmp_path / "averaged"))
-        assert line["validation_accuracy"] == self.accuracy_on_held(averaged, blobs) != better
+    @pytest.mark.parametrize("decay, least, most", [(0.999, 70.0, 100.0), (0.0, 0.0, 50.0)])
+    def test_are_judged_in_place_of_the_last_ones(self, blobs, tmp_path, monkeypatch, decay, least, most):
+        """The last step, after which the average has followed, leaves weights of zero."""
+        done, step = [], Course.step
+
+        def ruin(course, *args):
+            done.append(step(course, *args))
+            if len(done) == 10:
+                for parameter in course.student.parameters():
+                    parameter.data.zero_()
+            return done[-1]
+
+        monkeypatch.setattr(Course, "step", ruin)
+        student = learner(convolutional(4))
+        line = teach(student, Direct(), blobs, choices(ema=decay), Run(tmp_path))
+        assert len(done) == 10
+        assert line["validation_accuracy"] == self.accuracy_on_held(student, blobs)
+        assert least <= line["validation_accuracy"] <= most
 
     def test_without_them_the_last_weights_are_kept_and_judged(self, blobs, tmp_path):
         student = learner(convolutional(4))

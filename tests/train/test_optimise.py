@@ -143,21 +143,32 @@ class TestAveraged:
     def test_there_is_none_unless_a_decay_is_given(self):
         assert make_averaged(nn.Linear(1, 1), Training()) is None
 
-    def test_begins_with_the_first_weights_and_follows_by_the_decay(self):
-        layer = nn.Linear(1, 1, bias=False)
-        averaged = make_averaged(layer, Training(ema=0.75))
-        for value in (4.0, 8.0, 0.0):
+    @pytest.mark.parametrize("decay", [0.5, 0.999])
+    def test_is_the_recursion_by_hand(self, decay):
+        """Running statistics too. Half is the smaller decay from the eighth step on, 0.999 never within 20 steps."""
+        layer, norm = nn.Linear(1, 1, bias=False).double(), nn.BatchNorm1d(1).double()
+        network = nn.Sequential(layer, norm)
+        averaged = make_averaged(network, Training(ema=decay))
+        values = torch.rand(20, generator=torch.Generator().manual_seed(0)).double().tolist()
+        average = values[0]
+        for done, value in enumerate(values):
             layer.weight.data.fill_(value)
-            averaged.update_parameters(layer)
-        assert averaged.module.weight.item() == 0.75 * (0.75 * 4.0 + 0.25 * 8.0)
-
-    def test_running_statistics_follow_by_the_decay_too(self):
-        norm = nn.BatchNorm1d(1)
-        averaged = make_averaged(norm, Training(ema=0.75))
-        for value in (4.0, 8.0):
             norm.running_mean.fill_(value)
-            averaged.update_parameters(norm)
-        assert averaged.module.running_mean.item() == 0.75 * 4.0 + 0.25 * 8.0
+            averaged.update_parameters(network)
+            kept = min(decay, (1 + done) / (10 + done)) if done else 0.0
+            average = kept * average + (1 - kept) * value
+        assert averaged.module[0].weight.item() == pytest.approx(average, rel=1e-12)
+        assert averaged.module[1].running_mean.item() == pytest.approx(average, rel=1e-12)
+
+    @pytest.mark.parametrize("steps", [20, 300])
+    def test_a_short_training_is_averaged_over_its_end(self, steps):
+        """A weight that grows by one each step is less than two tenths of the training behind, whatever the decay."""
+        layer = nn.Linear(1, 1, bias=False).double()
+        averaged = make_averaged(layer, Training(ema=0.9999))
+        for done in range(steps):
+            layer.weight.data.fill_(done)
+            averaged.update_parameters(layer)
+        assert 0 < steps - averaged.module.weight.item() < 0.2 * steps
 
 
 class TestLookahead:
