@@ -156,9 +156,10 @@ class Own(OwnConvolutions):
 
     def build(self) -> nn.Module:
         from spikedistill import Conversion, Neuron, to_spiking
-        from spikedistill.compute.place import keep_freed_memory, return_freed_memory
+        from spikedistill.compute.place import return_freed_memory
 
-        return_freed_memory() if self.options.lean else keep_freed_memory()
+        if self.options.lean:
+            return_freed_memory()
         neuron = Neuron(initial=0.5, levels=self.options.timesteps) if self.graded else Neuron(leak=0.5, initial=0.5)
         student, _ = to_spiking(
             Net(self, self.options.width, self.options.blocks),

@@ -131,18 +131,10 @@ def _to_input(grad: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("spikedistill::to_weight", mutates_args=(), schema="(Tensor x, Tensor g, Tensor w) -> Tensor")
 def _to_weight(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    library = _library()
     x, grad = (given.contiguous(memory_format=torch.channels_last) for given in (x, grad))
-    (n, c, h, w), k = x.shape, grad.shape[1]
-    to_weight = torch.empty_like(weight)
-    threads = torch.get_num_threads()
-    transformed = torch.empty(library.weight_floats(c, k), dtype=torch.float32)
-    space = torch.empty(threads * library.space_floats(c, k, LONG_BLOCK), dtype=torch.float32)
-    library.weight_gradient(
-        *(_at(x), _at(grad), _at(to_weight), _strides(to_weight.stride()), _at(transformed), _at(space)),
-        ctypes.byref(_Shape(n, h, w, c, k, LONG_BLOCK, x.dtype == torch.bfloat16)),
-        threads,
-    )
+    to_weight, k = torch.empty_like(weight), grad.shape[1]
+    places = (_at(x), _at(grad), _at(to_weight), _strides(to_weight.stride()))
+    _compute("weight_gradient", places, x, k, LONG_BLOCK)
     return to_weight
 
 
@@ -195,21 +187,23 @@ def _images(x: Tensor, channels: int) -> Tensor:
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, strides: list[int], first: int, k: int) -> Tensor:
     """The convolution with ``k`` kernels whose elements lie at ``first`` and at ``strides`` from there."""
-    library = _library()
     x = x.contiguous(memory_format=torch.channels_last)
-    n, c, h, w = x.shape
+    n, _, h, w = x.shape
     bias = None if bias is None else bias.contiguous()
-    threads = torch.get_num_threads()
-    block = min(BLOCK, -(-_tiles(n, h, w) // threads))
+    block = min(BLOCK, -(-_tiles(n, h, w) // torch.get_num_threads()))
     y = _images(x, k)
+    _compute("convolve", (_at(x), first, _strides(strides), _at(bias), _at(y)), x, k, block)
+    return y
+
+
+def _compute(name: str, places: tuple[Any, ...], x: Tensor, k: int, block: int) -> None:
+    """Call a function of ``winograd.c`` for images and ``k`` other channels, with the memory that it works in."""
+    library, threads = _library(), torch.get_num_threads()
+    n, c, h, w = x.shape
     transformed = torch.empty(library.weight_floats(c, k), dtype=torch.float32)
     space = torch.empty(threads * library.space_floats(c, k, block), dtype=torch.float32)
-    library.convolve(
-        *(_at(x), first, _strides(strides), _at(bias), _at(y), _at(transformed), _at(space)),
-        ctypes.byref(_Shape(n, h, w, c, k, block, x.dtype == torch.bfloat16)),
-        threads,
-    )
-    return y
+    shape = _Shape(n, h, w, c, k, block, x.dtype == torch.bfloat16)
+    getattr(library, name)(*places, _at(transformed), _at(space), ctypes.byref(shape), threads)
 
 
 def _strides(values: Sequence[int]) -> Any:
