@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spikedistill.deliver.onnx import to_int8
 from spikedistill.files import read_tensors, weights_file, write_tensors
 
 SCALE = ".scale"
@@ -27,9 +28,8 @@ def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensor.ndim < 2 or not tensor.is_floating_point():
             packed[name] = tensor
             continue
-        largest = tensor.abs().amax(tuple(range(1, tensor.ndim)), keepdim=True).float()
-        scale = torch.where(largest > 0, largest / 127, 1.0)
-        packed[name], packed[name + SCALE] = (tensor / scale).round().to(torch.int8), scale
+        rounded, scales = map(torch.from_numpy, to_int8(tensor.float().numpy(), 0))
+        packed[name], packed[name + SCALE] = rounded, scales.reshape(-1, *[1] * (tensor.ndim - 1))
     return packed
 
 

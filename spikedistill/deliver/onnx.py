@@ -133,6 +133,14 @@ def states_of(student: Student, example: Tensor) -> list[dict[str, Any]]:
     return found
 
 
+def to_int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values in float32 as int8, and a scale ``[K]`` per channel of the axis with which they are multiplied again."""
+    others = tuple(number for number in range(values.ndim) if number != axis)
+    scales = np.maximum(np.abs(values).max(others) / 127, np.float32(1e-12)).astype(np.float32)
+    wide = np.expand_dims(scales, others)
+    return np.clip(np.rint(values / wide), -127, 127).astype(np.int8), scales
+
+
 def _round_weights(model: Any) -> None:
     """Store the weights of convolutions and linear layers as int8, in place."""
     from onnx import helper, numpy_helper
@@ -149,10 +157,7 @@ def _round_weights(model: Any) -> None:
         axis = (1 if turned else axis) % max(1, values.ndim)
         if values.ndim < 2 or values.size < SMALLEST or values.dtype != np.float32:
             continue
-        others = tuple(number for number in range(values.ndim) if number != axis)
-        scales = np.maximum(np.abs(values).max(others) / 127, np.float32(1e-12)).astype(np.float32)
-        shape = [-1 if number == axis else 1 for number in range(values.ndim)]
-        rounded = np.clip(np.rint(values / scales.reshape(shape)), -127, 127).astype(np.int8)
+        rounded, scales = to_int8(values, axis)
         name = stored.name
         graph.initializer.remove(stored)
         graph.initializer.append(numpy_helper.from_array(rounded, f"{name}.int8"))
