@@ -1,6 +1,6 @@
 """One contender of a speed or memory comparison, in a process of its own; the other scripts here start it.
 
-Reads one command a line, answers with one line of JSON:  ``step N`` (seconds of N training steps),  ``infer N``
+Reads one command per line, answers with one line of JSON:  ``step N`` (seconds of N training steps),  ``infer N``
 (seconds of N forward passes, in evaluation mode and without graph),  ``timesteps N``, ``batch N`` and ``side N`` (T,
 images and their side in pixels from now on),  ``memory`` (bytes: what the process holds now, and the most it ever
 held; on a GPU of the card's memory),  ``kernels`` (how many were compiled),  ``spent`` (seconds of the teacher and the

@@ -42,6 +42,8 @@ LONG = [
     *("--learn-threshold", "--lr", "0.1", "--weight-decay", "5e-4", "--ema", "0.998", "--epochs", "76"),
     *("--views", "24", "--compile", "--trust-code"),
 ]
+HUNDRED = ["--data", "cifar100"]
+SMALL = ["--student", "airbench94", "--student-width", "44"]
 RUNS: dict[str, tuple[str, list[str]]] = {
     "teacher": ("teach", []),
     "faster": ("teach", ["--network", "airbench94", "--epochs", "22"]),
@@ -57,8 +59,11 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "third-party-1x4": ("distill", [*LONG, "--student", f"{NETWORKS}:resnet20"]),
     "third-party-56-1x4-start": ("distill", CONVERTED),
     "third-party-56-1x4": ("distill", LONG),
-    "strong-cifar100": ("teach", ["--data", "cifar100"]),
-    "strong-cifar100-1x4": ("distill", ["--data", "cifar100"]),
+    "strong-cifar100": ("teach", [*HUNDRED, "--epochs", "26"]),
+    "strong-cifar100-1x4": ("distill", HUNDRED),
+    "small-cifar100": ("teach", [*HUNDRED, "--network", "airbench94", "--width", "44", "--epochs", "18"]),
+    "small-cifar100-start": ("distill", [*HUNDRED, "--method", "conversion-least-squares", "--correct", "layers"]),
+    "small-cifar100-1x4": ("distill", [*HUNDRED, *SMALL, "--correct", "nothing", "--epochs", "10", "--views", "3"]),
     "strong-1x4": ("distill", []),
     "strong-1x2": ("distill", ["--levels", "2", "--correct", "nothing", "--epochs", "12"]),
     "strong-1x1": ("distill", ["--levels", "1", "--correct", "nothing", "--epochs", "12"]),
@@ -68,10 +73,11 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 """Name -> command of spikedistill and what differs from the recipe 'cifar10', or that in ``RECIPES``. All: seed 0."""
 RECIPES = {
-    **dict.fromkeys(("fast", "faster"), "cifar10-fast"),
-    **dict.fromkeys((n for n in RUNS if n.startswith("strong")), "cifar10-strong"),
+    **dict.fromkeys((n for n in RUNS if n.startswith(("strong", "small"))), "cifar10-strong"),
+    **dict.fromkeys(("fast", "faster", "small-cifar100"), "cifar10-fast"),
 }
 START = {
+    "small-cifar100-1x4": "small-cifar100-start",
     "strong-1x2": "strong-1x4",
     "strong-1x1": "strong-1x2",
     "third-party-2": "third-party",
@@ -80,14 +86,19 @@ START = {
     "third-party-56-1x4": "third-party-56-1x4-start",
 }
 """Which run a stage goes on from."""
+TEACHERS = {
+    **dict.fromkeys((n for n in RUNS if n.startswith("strong")), "strong"),
+    **dict.fromkeys(("strong-cifar100-1x4", "small-cifar100-1x4"), "strong-cifar100"),
+    "small-cifar100-start": "small-cifar100",
+}
+"""Which run teaches, if it is not ``teacher``."""
 BY_RESNET56 = {"third-party-1x4", "third-party-56-1x4-start", "third-party-56-1x4"}
 """The third-party runs whose teacher is the ResNet-56; that of the others is the ResNet-20."""
 
 
 def command(name: str, runs: Path, data_dir: str, third_party: str) -> list[str]:
     kind, options = RUNS[name]
-    own = "strong-cifar100" if "cifar100" in name else "strong" if name.startswith("strong") else "teacher"
-    teacher = ["--teacher", str(runs / own)]
+    teacher = ["--teacher", str(runs / TEACHERS.get(name, "teacher"))]
     if name.startswith("third-party"):
         network = "resnet56" if name in BY_RESNET56 else "resnet20"
         teacher = ["--teacher", str(Path(third_party).with_name(f"{network}.npz"))]

@@ -89,6 +89,11 @@ def _architecture(facts: dict[str, Any], images: ImageSet, network: str | None) 
     return Architecture(**facts["network"])
 
 
+def _network_of(run: str) -> str:
+    """The network of a run of 'teach'."""
+    return str(read_facts(weights_file(run))["architecture"]["name"])
+
+
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without folders of this machine."""
     parts = {name: dict(part) if isinstance(part, dict) else part for name, part in recipe.items()}
@@ -135,7 +140,7 @@ def _card(
         "levels": student.conversion.neuron.levels,
         "network": architecture.name,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "teacher": {"network": choice.get("network") or architecture.name, "accuracy": teacher},
+        "teacher": {"network": choice.get("network") or _network_of(choice["source"]), "accuracy": teacher},
         "licence": given.licence,
         "command": given.command or _command(record),
         "seed": record.training.seed,

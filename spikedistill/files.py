@@ -79,7 +79,7 @@ def write_tensors(
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
-    _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
+    _replace(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_csv(path: Path, columns: Iterable[str], lines: Iterable[Iterable[Any]]) -> None:
@@ -140,7 +140,7 @@ def _replace(path: Path, write: Callable[[Path], object], previous: Path | None 
             part.unlink(missing_ok=True)
         raise RunError(
             f"'{path}' could not be written ({error}); the file that was there before is untouched: free some disk"
-            " space or choose another directory, then go on with --resume."
+            " space or choose another place; a training goes on with --resume."
         ) from error
 
 
@@ -179,7 +179,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
             return facts if isinstance(facts, dict) else {}
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, OSError, ValueError, RecursionError):
         return {}
 
 
@@ -200,7 +200,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             _check_file(path, entries)
             facts = json.loads(entries.get(FACTS, "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"'{path}' cannot be read as safetensors ({error}): it is truncated or of another kind; copy it again."
         ) from error

@@ -9,7 +9,7 @@ Images are raw pixels between 0 and 1; each network owns its own normalisation.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 Image = Float[Tensor, "B C H W"]
@@ -30,8 +30,6 @@ Labels = Int[Tensor, " B"]
 """Class numbers, 0..K-1."""
 StepCounts = Int[Tensor, " B"]
 """Number of time steps per sample."""
-Mask = Bool[Tensor, " B"]
-"""One truth value per sample."""
 
 
 def steps_by_levels(timesteps: int, levels: int) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spikedistill import files
+from spikedistill.compute.winograd import WinogradConv2d
 from spikedistill.errors import RunError, WeightsError
 from spikedistill.files import (
     ENVIRONMENT,
@@ -378,6 +379,12 @@ class TestFingerprint:
             value[0] = torch.nextafter(value[0], value[0] + 1)
             found.add(fingerprint_of(teacher))
         assert len(found) == 7
+
+    def test_does_not_change_with_how_convolutions_are_computed(self):
+        teacher = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
+        before = fingerprint_of(teacher)
+        teacher[0].__class__ = WinogradConv2d
+        assert fingerprint_of(teacher) == before
 
     def test_changes_with_a_buffer_that_no_file_of_weights_holds(self):
         other = self.teacher()

@@ -112,7 +112,7 @@ class TestLoop:
         assert all((weights[name] - student.state_dict()[name]).abs().max() > 1e-4 for name in names)
 
     def test_what_is_drawn_differs_between_processes_and_is_that_of_one_in_process_0(self, both):
-        torch.manual_seed(3)
+        join().reseed(5)
         assert both("drawn", 0)[0] == torch.rand(3).tolist() != both("drawn", 1)[0]
 
     def test_all_have_the_buffers_of_process_0_whatever_their_number_format(self, both):

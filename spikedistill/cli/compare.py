@@ -31,7 +31,7 @@ def compare(
         runs: run directories, or folders that hold several.
         baseline: the row, by its name or its method, that others are compared to seed by seed (default: direct,
             which is cross-entropy only, if there is such a row, else the first student).
-        csv: a file to write, one line a run, with all digits; - is standard output, here and below.
+        csv: a file to write, one line per run, with all digits; - is standard output, here and below.
         markdown: a file to write, the table as Markdown.
         latex: a file to write, the table as LaTeX, for a document with the packages booktabs and graphicx.
         curves: a picture to write, validation accuracy against minutes of training.

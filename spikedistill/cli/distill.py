@@ -104,21 +104,19 @@ def _train(recipe: Distill, where: Runs, called: str) -> None:
     results = distill(recipe, out, where.resume, Progress.stderr(kind), where.trust_code)
     print_table([out])
     print(f"the student is in {out}")
-    print(next_commands(recipe.teacher.source, out, "test_accuracy" in results), file=sys.stderr)
+    print(next_commands(recipe.teacher.source, out, "test_accuracy" in results, where.trust_code), file=sys.stderr)
 
 
-def next_commands(teacher: str, out: Path, labelled: bool) -> str:
-    """What can be done with a student, beside its teacher where that is a run too; a command a line.
+def next_commands(teacher: str, out: Path, labelled: bool, trust_code: bool = False) -> str:
+    """What can be done with a student, beside its teacher where that is a run too; one command per line.
 
     Without labels the teacher was trained on other data, and noise immunity cannot be measured.
     """
-    if not labelled:
-        return "\n".join(
-            ["next:", *(f"  spikedistill {name} {shlex.quote(str(out))}" for name in ("evaluate", "energy"))]
-        )
-    both = shlex.join([*([teacher] if (Path(teacher) / "results.json").exists() else []), str(out)])
-    commands = f"evaluate {shlex.quote(str(out))}", f"energy {both}", f"immunity {both}"
-    return "next:\n" + "\n".join(f"  spikedistill {command}" for command in commands)
+    known = [teacher] if labelled and (Path(teacher) / "results.json").exists() else []
+    trust = ["--trust-code"] if trust_code else []
+    commands = [["evaluate", str(out), *trust], ["energy", *known, str(out), *trust]]
+    commands += [["immunity", *known, str(out), *trust]] if labelled else []
+    return "next:\n" + "\n".join(f"  spikedistill {shlex.join(command)}" for command in commands)
 
 
 def _train_several(recipe: Distill, methods: Sequence[str], where: Runs, called: str) -> None:

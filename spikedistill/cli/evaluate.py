@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    """What was measured, a line a measure: the accuracy first, firing rates of layers last."""
+    """What was measured, one line per measure: the accuracy first, firing rates of layers last."""
     rows = [(title, f"{results[name]:{form}}{unit}") for name, (title, form, unit) in NAMES.items() if name in results]
     what = "accuracy" if "accuracy_by_step" in results else "agreement"
     steps = results.get(f"{what}_by_step", [])

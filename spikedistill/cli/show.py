@@ -49,7 +49,7 @@ def output(table: Table, files: Files, long: Table | None = None) -> None:
     Args:
         table: what is shown.
         files: as asked for.
-        long: what CSV holds, where it is not the same: a value a line, with all digits.
+        long: what CSV holds, where it is not the same: one value per line, with all digits.
     """
     if STDOUT not in files.values():
         show_table(table)
@@ -71,7 +71,7 @@ def show_table(table: Table) -> None:
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table: on a terminal within its width, in a pipe a line a row, however long; nothing is ever cut.
+    """A table: on a terminal within its width, in a pipe one line per row, however long; nothing is ever cut.
 
     On a terminal columns without any value are left out, heads are broken into lines, and columns that do not fit go
     into further tables below, each with the first column.

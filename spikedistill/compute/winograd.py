@@ -44,6 +44,10 @@ smaller images it also leaves out many products with the zeros around them."""
 class WinogradConv2d(nn.Conv2d):
     """A ``Conv2d`` of 3 x 3, stride 1 and padding 1, computed by Winograd's algorithm where it applies."""
 
+    def _get_name(self) -> str:
+        """Its name in print and in fingerprints: it is the same network as with a ``Conv2d``."""
+        return "Conv2d"
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if applies(input, weight):
             given = input.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else input

@@ -39,11 +39,34 @@ class Recording:
         """The same with these events only, in this order: their numbers, or a truth value for each event."""
         return Recording(self.t[events], self.x[events], self.y[events], self.p[events])
 
+    def checked(self, where: str) -> "Recording":
+        """The same with times as int64 or float64, and columns, rows and polarities (0 and 1) as int64.
+
+        Args:
+            where: what it is, for messages.
+
+        Raises:
+            DataError: if it is empty, arrays differ in length or hold anything but finite numbers, or coordinates or
+                polarities are fractions.
+        """
+        t, x, y, p = (np.asarray(values) for values in (self.t, self.x, self.y, self.p))
+        lengths = ", ".join(str(len(values) if values.ndim == 1 else values.shape) for values in (t, x, y, p))
+        if any(values.ndim != 1 or not len(values) or len(values) != len(t) for values in (t, x, y, p)):
+            raise DataError(f"{lengths} values of t, x, y and p are in {where}: give one of each per event.")
+        t = _numbers(t, where, "t")
+        x, y, p = (_whole(_numbers(values, where, name), where, name) for name, values in zip("xyp", (x, y, p)))
+        if p.min() == -1 and (np.abs(p) == 1).all():
+            p = (p + 1) // 2
+        return Recording(t, x, y, p)
+
     def reduced(self, rows: int, columns: int, side: int) -> "Recording":
         """The same on a sensor of ``side`` rows and columns, in place of one of ``rows`` and ``columns``."""
-        return Recording(self.t, self.x * side // columns, self.y * side // rows, self.p)
+        x, y = (np.asarray(values).astype(np.int64) for values in (self.x, self.y))  # small formats would overflow
+        return Recording(self.t, x * side // columns, y * side // rows, self.p)
 
 
+LARGEST = 16 * 2**30
+"""Bytes of frames at most."""
 OVERFLOW = 240
 """In files of N-MNIST's format, an entry with this row is not an event. It marks an overflow of the sensor's clock."""
 ROUND = 2**13
@@ -121,15 +144,21 @@ def to_frames(
     Raises:
         ConfigError: if a size is below 1.
         DataError: if a recording is empty, its arrays differ in length or hold anything but finite numbers,
-            coordinates or polarities are fractions, an event lies outside the sensor, or times are too coarse for T
-            frames.
+            coordinates or polarities are fractions, an event lies outside the sensor, times are too coarse for T
+            frames, or the frames need more than ``LARGEST`` bytes.
     """
     if min(timesteps, height, width) < 1:
         raise ConfigError(f"timesteps, height and width (={timesteps}, {height}, {width}) must be 1 or more.")
     binning = binning or Binning()
+    if (needed := len(recordings) * timesteps * 2 * height * width) > LARGEST:
+        raise DataError(
+            f"{timesteps} frames of {height} x {width} pixels of {len(recordings)} recordings need"
+            f" {needed / 2**30:.0f} GiB, more than {LARGEST / 2**30:.0f}: give fewer --event-frames, or --image-size."
+        )
     frames = torch.zeros(len(recordings), timesteps, 2, height, width, dtype=torch.uint8)
     for number, recording in enumerate(recordings):
-        t, x, y, p = _events(recording, number)
+        checked = recording.checked(f"recording {number}")
+        t, x, y, p = checked.t, checked.x, checked.y, checked.p
         if min(x.min(), y.min(), p.min()) < 0 or x.max() >= width or y.max() >= height or p.max() > 1:
             raise DataError(
                 f"Recording {number} has events at x {x.min()}..{x.max()}, y {y.min()}..{y.max()} of polarity"
@@ -175,40 +204,27 @@ def _is_too_short(t: np.ndarray, timesteps: int) -> bool:
     return bool(timesteps > 1 and (span == 0 or (t.dtype.kind == "i" and len(t) > timesteps > span + 1)))
 
 
-def _events(recording: Recording, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Times as int64 or float64; columns, rows and polarities (0 and 1) as int64."""
-    t, x, y, p = (np.asarray(values) for values in (recording.t, recording.x, recording.y, recording.p))
-    lengths = ", ".join(str(len(values) if values.ndim == 1 else values.shape) for values in (t, x, y, p))
-    if any(values.ndim != 1 or not len(values) or len(values) != len(t) for values in (t, x, y, p)):
-        raise DataError(f"Recording {number} has {lengths} values of t, x, y and p: give one of each per event.")
-    t = _numbers(t, number, "t")
-    x, y, p = (_whole(_numbers(values, number, name), number, name) for name, values in zip("xyp", (x, y, p)))
-    if p.min() == -1 and (np.abs(p) == 1).all():
-        p = (p + 1) // 2
-    return t, x, y, p
-
-
-def _numbers(values: np.ndarray, number: int, name: str) -> np.ndarray:
+def _numbers(values: np.ndarray, where: str, name: str) -> np.ndarray:
     """Values as int64 if all are whole, else as float64.
 
     Raises:
         DataError: if they are not numbers, not finite, or not below 2**62.
     """
     if values.dtype.kind not in ("biuf" if name == "p" else "iuf"):
-        raise DataError(f"{name} of recording {number} has the dtype {values.dtype}: give numbers.")
+        raise DataError(f"{name} of {where} has the dtype {values.dtype}: give numbers.")
     if not np.isfinite(values).all():
-        raise DataError(f"{name} of recording {number} holds NaN or infinity: remove these events.")
+        raise DataError(f"{name} of {where} holds NaN or infinity: remove these events.")
     if values.max() >= 2**62 or values.min() <= -(2**62):
-        raise DataError(f"{name} of recording {number} goes up to {values.max()}: give numbers below 2**62.")
+        raise DataError(f"{name} of {where} goes up to {values.max()}: give numbers below 2**62.")
     whole = values.dtype.kind != "f" or (values == np.floor(values)).all()
     return values.astype(np.int64 if whole else np.float64)
 
 
-def _whole(values: np.ndarray, number: int, name: str) -> np.ndarray:
+def _whole(values: np.ndarray, where: str, name: str) -> np.ndarray:
     if values.dtype.kind == "f":
         some = ", ".join(f"{value:g}" for value in values[values != np.floor(values)][:3])
         meant = "0 and 1" if name == "p" else "pixels, for instance by np.floor, and remove events outside the sensor"
-        raise DataError(f"{name} of recording {number} holds fractions ({some}): round to {meant}.")
+        raise DataError(f"{name} of {where} holds fractions ({some}): round to {meant}.")
     return values
 
 

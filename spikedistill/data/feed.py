@@ -26,6 +26,8 @@ from spikedistill.shapes import Labels
 CPU = torch.device("cpu")
 LARGEST = 4 * 2**30
 """Bytes of training samples up to which batches are made on a GPU."""
+HELD = 16 * 2**30
+"""Bytes of the held-out samples at most, since they are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class MemoryFeed:
         device: where batches are made. The training samples are copied there once.
 
     Raises:
-        ConfigError: if there are fewer samples than one batch, ``batch_size`` is not a multiple of ``processes``, or
-            event frames would be changed by more than ``crop`` and ``flip``.
+        ConfigError: if there are fewer samples than one batch, ``batch_size`` is not a multiple of ``processes``, event
+            frames would be changed by more than ``crop`` and ``flip``, or the held-out samples need too much memory.
     """
 
     images: ImageSet
@@ -136,6 +138,13 @@ class MemoryFeed:
             raise ConfigError(
                 f"batch_size (={self.batch_size}) must be at most the {len(self._parts[0])} training samples and a"
                 f" multiple of the number of processes, {self.processes}{self._remedy()}."
+            )
+        each = self.images.train_images[0].nbytes
+        if (held := len(self._parts[1]) * each) > HELD:
+            share = HELD / (each * len(self.images.train_images))
+            raise ConfigError(
+                f"validation (={self.validation}) holds out {len(self._parts[1]):,} samples of {held / 2**30:.0f} GiB,"
+                f" more than {HELD / 2**30:.0f}: give at most {share:.2g}."
             )
         if self.images.frames and not self.augment.suits_events:
             raise ConfigError(

@@ -322,7 +322,7 @@ def _class_files(folder: Path, kind: Kind, tally: Counter[str]) -> list[Path]:
     Raises:
         DataError: if there are none.
     """
-    files = list(_below(folder, (), tally))
+    files = list(files_below(folder, (), tally))
     samples = [file for file in files if kind.holds(file)]
     others = Counter(_ending(file) for file in files if not kind.holds(file))
     tally.update(others)
@@ -335,14 +335,24 @@ def _class_files(folder: Path, kind: Kind, tally: Counter[str]) -> list[Path]:
     return samples
 
 
-def _below(folder: Path, above: tuple[Path, ...], tally: Counter[str]) -> Iterator[Path]:
-    """Every file below a folder, also through links."""
+def files_below(folder: Path, above: tuple[Path, ...] = (), tally: Counter[str] | None = None) -> Iterator[Path]:
+    """Every file below a folder, also through links, without hidden ones.
+
+    Args:
+        folder: the folder.
+        above: the folders that it lies in, as far as they are walked through.
+        tally: counts the links.
+
+    Raises:
+        DataError: if a folder cannot be read, or a link is broken or leads back.
+    """
+    tally = Counter() if tally is None else tally
     here = folder.resolve()
     if here in above:
         raise DataError(f"The link '{folder}' leads back to a folder that it lies in: delete it.")
     tally["linked"] += folder.is_symlink()
     for child in _listing(folder):
         if child.is_dir():
-            yield from _below(child, (*above, here), tally)
+            yield from files_below(child, (*above, here), tally)
         else:
             yield child

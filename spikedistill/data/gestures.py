@@ -45,7 +45,7 @@ def read_gestures(path: Path, recordings: Recordings) -> Parts:
 
 def _read_part(path: Path, name: str, recordings: Recordings) -> tuple[Tensor, Tensor]:
     found, labels = [], []
-    for trial in (path / name).read_text(encoding="utf-8").split():
+    for trial in _text(path / name).split():
         file = path / trial
         events = read_recording(file)
         for label, begin, end in _gestures(file.with_name(f"{file.stem}_labels.csv")):
@@ -59,6 +59,13 @@ def _read_part(path: Path, name: str, recordings: Recordings) -> tuple[Tensor, T
     size = recordings.size or SENSOR[0]
     reduced = [one.reduced(*SENSOR, size) for one in found]
     return to_frames(reduced, recordings.timesteps, size, size, recordings.binning), torch.tensor(labels)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{file}' cannot be read as text ({error}): it is missing or damaged.") from error
 
 
 def _gestures(file: Path) -> list[tuple[int, int, int]]:
@@ -77,6 +84,6 @@ def _names(path: Path, count: int) -> tuple[str, ...]:
     numbers = {number: str(number) for number in range(1, count + 1)}
     file = path / "gesture_mapping.csv"
     if file.is_file():
-        with file.open(encoding="utf-8", newline="") as lines:
-            numbers |= {int(line[-1]): line[0] for line in csv.reader(lines) if line and line[-1].strip().isdigit()}
+        lines = csv.reader(_text(file).splitlines())
+        numbers |= {int(line[-1]): line[0] for line in lines if line and line[-1].strip().isdigit()}
     return tuple(numbers[number] for number in sorted(numbers))

@@ -22,7 +22,7 @@ from spikedistill.data.folders import read_folder
 from spikedistill.data.gestures import is_gestures, read_gestures
 from spikedistill.data.kept import kept
 from spikedistill.data.parts import UNKNOWN, Parts, check_classes, class_order, copies
-from spikedistill.data.pictures import images_of
+from spikedistill.data.pictures import LARGEST, images_of
 from spikedistill.data.recordings import Recordings
 from spikedistill.errors import ConfigError, DataError, unknown
 from spikedistill.files import home
@@ -30,6 +30,8 @@ from spikedistill.shapes import Labels
 
 ENVIRONMENT = "SPIKEDISTILL_DATA"
 DIGITS = Path(__file__).with_name("digits.npz")
+SEEN = 2**28
+"""Values from which the statistics of the pixels are computed, at most."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +148,14 @@ class ImageSet:
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, in 0..1, over at most 10,000 evenly spaced training images.
 
+        Of large images fewer are taken, with at most ``SEEN`` values.
+
         For event frames they are 0 and 1, so counts are not changed and most stay 0. This is this project's choice.
         """
         if self.frames:
             return (0.0,) * self.channels, (1.0,) * self.channels
-        stride = -(-len(self.train_images) // 10_000)
+        count = min(10_000, max(1, SEEN // self.train_images[0].numel()))
+        stride = -(-len(self.train_images) // count)
         sample = self.train_images[::stride].float().div_(255.0)
         deviation, mean = torch.std_mean(sample, dim=(0, 2, 3))
         return tuple(mean.tolist()), tuple(deviation.clamp_min(1e-3).tolist())
@@ -181,7 +186,8 @@ def load_images(
     Args:
         name: a name or a path.
         data_dir: where named sets are, or are downloaded to (default: ``$SPIKEDISTILL_DATA``, else ``./data``).
-        image_size: side in pixels to which a folder's images are resized. Without it, all must have the same size.
+        image_size: side in pixels. The largest square in the middle of each image of a folder is resized to it. Without
+            it, all must have the same size.
         labelled: False forgets the labels of the training part. A folder without a test part may then hold images in
             any subfolders.
 
@@ -196,6 +202,9 @@ def load_images(
         raise ConfigError(f"image_size (={image_size}) is a side in pixels: give 1 or more.")
     if name in NAMED:
         found = NAMED[name](_directory(data_dir))
+        if Path(name).is_dir():
+            beside = f"the set of that name is read; the folder '{name}' here is ./{name}"
+            found = replace(found, notes=(*found.notes, beside))
         return found if labelled else found.without_labels()
     if path.is_dir():
         return _checked(path.name, read_folder(path, images_of(image_size), labelled), labelled)
@@ -248,7 +257,18 @@ def _whole(name: str, parts: Parts) -> ImageSet:
     (images, labels), names = parts.train, parts.class_names
     if parts.test is not None:
         return ImageSet(name, images, labels, *parts.test, names)
-    train, test = split(labels, 0.2, seed=0)
+    if images.nbytes > LARGEST:
+        raise DataError(
+            f"'{name}' has {images.nbytes / 2**30:.0f} GiB of pixels and no test part: above {LARGEST / 2**30:.0f} GiB"
+            " none is drawn from it. Put its images into train/CLASS/ and test/CLASS/."
+        )
+    try:
+        train, test = split(labels, 0.2, seed=0)
+    except DataError as error:
+        raise DataError(
+            f"'{name}' has no test part, and none could be drawn: a fifth of each class is taken, which needs at least"
+            " two images of every class. Give more images, or a test part."
+        ) from error
     return ImageSet(name, images[train], labels[train], images[test], labels[test], names, drawn=True)
 
 
@@ -344,20 +364,22 @@ def _read_torchvision(name: str, source: Callable[..., Any], directory: Path) ->
     for train in (True, False):
         try:
             parts.append(source(directory, train=train, download=False))
-        except (RuntimeError, ValueError, AssertionError):
-            parts.append(_download(name, source, directory, train))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            parts.append(_download(name, source, directory, train, error))
     images = [to_pixels(np.asarray(part.data)) for part in parts]
     labels = [torch.as_tensor(part.targets, dtype=torch.int64) for part in parts]
     return ImageSet(name, images[0], labels[0], images[1], labels[1], tuple(parts[0].classes))
 
 
-def _download(name: str, source: Callable[..., Any], directory: Path, train: bool) -> Any:
+def _download(name: str, source: Callable[..., Any], directory: Path, train: bool, before: Exception) -> Any:
     try:
         return source(directory, train=train, download=True)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        why = str(before).partition(". ")[0] or "damaged files"
         raise DataError(
-            f"'{name}' is not in '{directory}' and could not be downloaded ({error}): put '{name}.npz' or torchvision's"
-            f" files there, or name the place with --data-dir or ${ENVIRONMENT}."
+            f"'{name}' cannot be read from '{directory}' ({why}) and could not be downloaded"
+            f" ({error}): put '{name}.npz' or torchvision's files there, or name the place with --data-dir or"
+            f" ${ENVIRONMENT}."
         ) from error
 
 

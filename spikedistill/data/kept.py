@@ -1,28 +1,45 @@
-"""Frames of large folders of recordings, kept on disk, so that they are computed once.
+"""What is computed once from large folders and kept on disk: frames of recordings, pixels of images.
 
-They lie in ``$XDG_CACHE_HOME/spikedistill`` (mostly ``~/.cache/spikedistill``), one folder for each set of files and
-way of reading: the arrays as ``.npy``, and ``facts.json`` with their checksums. A file that was changed, added or
-removed, or another number of frames, gives another folder. All of it may be deleted.
+It lies in ``$XDG_CACHE_HOME/spikedistill`` (mostly ``~/.cache/spikedistill``), one folder for each set of files and way
+of reading. A file that was changed, added or removed, or another number of frames, gives another folder. All of it may
+be deleted.
+
+Frames are ``.npy`` files, with ``facts.json`` for their checksums. They are read into memory. Pixels are one file, of
+which the system reads what is needed, so they are not checked again. They are written in blocks, so that an interrupted
+reading goes on.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
 
+from spikedistill.data.folders import files_below
 from spikedistill.data.parts import Parts
-from spikedistill.files import note
+from spikedistill.errors import DataError
+from spikedistill.files import note, write_text
 
 MANY = 1000
 """Files from which on frames are kept."""
+BLOCK = 1024
+"""Images that are read before they are written to disk."""
+MINUTE = 60.0
+"""Seconds between two lines on progress."""
 VERSION = 1
-"""Of how recordings are read; a change makes all kept frames anew."""
+"""Of how files are read; a change makes everything that is kept anew."""
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -34,13 +51,14 @@ def kept(path: Path, how: str, read: Callable[[], Parts]) -> Parts:
         how: how they are read, in full.
         read: reads them.
     """
-    folder = _place(path, how)
-    if folder is None:
+    files = sorted(files_below(path))
+    if len(files) < MANY:
         return read()
+    folder = _place(path, how, files)
     if folder.exists():
         try:
             return _load(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             note(f"the frames kept in '{folder}' are damaged ({error}), and are made again.")
             shutil.rmtree(folder, ignore_errors=True)
     parts = read()
@@ -52,15 +70,92 @@ def kept(path: Path, how: str, read: Callable[[], Parts]) -> Parts:
     return parts
 
 
-def _place(path: Path, how: str) -> Path | None:
-    """The folder for these files as they are now; None if there are few."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    if len(files) < MANY:
-        return None
+def pixels_on_disk(
+    path: Path,
+    how: str,
+    files: Sequence[Path],
+    shape: tuple[int, ...],
+    tally: Counter[str],
+    read: Callable[[Sequence[Path], Counter[str]], NDArray[np.uint8]],
+) -> Tensor:
+    """Bytes of many images as a tensor that lies on disk and must not be written to: those kept, or read now.
+
+    Args:
+        path: the folder of images, for messages.
+        how: how they are read, in full.
+        files: the images.
+        shape: that of one image.
+        tally: gets what ``read`` counts.
+        read: reads some of the images, ``[n, *shape]``, and counts.
+
+    Raises:
+        DataError: if the disk is too small, or cannot be written to.
+    """
+    folder, each = _place(path, how, files), math.prod(shape)
+    pixels, facts = folder / "pixels.bin", folder / "facts.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):  # other processes wait until everything is there
+            done, counts = _done(pixels, facts, each)
+            needed, free = (len(files) - done) * each, shutil.disk_usage(folder).free
+            if needed > free:
+                raise OSError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
+            if done < len(files):
+                note(f"the pixels of '{path}' are kept in '{folder}', which may be deleted: {len(files):,} images.")
+                _append(pixels, facts, files, done, done * each, counts, read)
+    except OSError as error:
+        raise DataError(
+            f"The pixels of '{path}' cannot be kept in '{folder}' ({error}): set XDG_CACHE_HOME to a folder on a larger"
+            " disk, or give a smaller --image-size."
+        ) from error
+    tally.update(counts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return torch.from_numpy(np.memmap(pixels, np.uint8, "r", shape=(len(files), *shape)))
+
+
+def _done(pixels: Path, facts: Path, each: int) -> tuple[int, Counter[str]]:
+    """How many images an earlier reading has written, and what it counted; none if anything is missing."""
+    try:
+        known = json.loads(facts.read_text(encoding="utf-8"))
+        done, counts = int(known["images"]), Counter({str(name): int(count) for name, count in known["tally"].items()})
+        return (done, counts) if pixels.stat().st_size >= done * each >= 0 else (0, Counter())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return 0, Counter()
+
+
+def _append(
+    pixels: Path,
+    facts: Path,
+    files: Sequence[Path],
+    done: int,
+    place: int,
+    counts: Counter[str],
+    read: Callable[[Sequence[Path], Counter[str]], NDArray[np.uint8]],
+) -> None:
+    """Read the images from number ``done`` on, and write them from byte ``place`` on, block by block."""
+    begun = said = time.monotonic()
+    with pixels.open("r+b" if pixels.exists() else "w+b") as file:
+        file.truncate(place)
+        file.seek(place)
+        for first in range(done, len(files), BLOCK):
+            file.write(read(files[first : first + BLOCK], counts).data)
+            file.flush()
+            os.fsync(file.fileno())  # before the facts say that they are there
+            last = min(first + BLOCK, len(files))
+            write_text(facts, json.dumps({"images": last, "tally": counts}))
+            if time.monotonic() - said > MINUTE:
+                said = time.monotonic()
+                left = (said - begun) / (last - done) * (len(files) - last) / MINUTE
+                note(f"read {last:,} of {len(files):,} images, {left:.0f} min left.")
+
+
+def _place(path: Path, how: str, files: Iterable[Path]) -> Path:
+    """The folder for these files as they are now."""
     digest = hashlib.sha256(f"{VERSION} {path.resolve()} {how}".encode())
     for file in files:
         state = file.stat()
-        digest.update(f"{file.relative_to(path)} {state.st_size} {state.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(file.relative_to(path)) + f" {state.st_size} {state.st_mtime_ns}\n".encode())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "spikedistill" / digest.hexdigest()[:24]
 

@@ -50,7 +50,7 @@ def check_classes(name: str, parts: Parts) -> tuple[str, ...]:
         DataError: if fewer than two classes have training images, or a class has test images only.
     """
     train = set(parts.train[1].unique().tolist())
-    test = train if parts.test is None else set(parts.test[1].unique().tolist())
+    test = train if parts.test is None else set(parts.test[1].unique().tolist()) - {UNKNOWN}
     known = {number for number in range(len(parts.class_names)) if number in train}
     if len(known) < 2:
         raise DataError(

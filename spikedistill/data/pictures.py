@@ -1,7 +1,10 @@
 """Image files: bytes of three colours, turned as their EXIF says, transparent parts white."""
 
+import math
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from spikedistill.data.folders import Kind
+from spikedistill.data.kept import pixels_on_disk
 from spikedistill.errors import DataError
 
 SUFFIXES = (
@@ -20,7 +24,9 @@ SUFFIXES = (
     *(".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 )
 LARGEST = 16 * 2**30
-"""A folder with more bytes of pixels is refused, because this loader keeps everything in memory."""
+"""Bytes of pixels from which on they stay on disk (see ``kept.py``)."""
+AT_ONCE = 256
+"""Images that threads read before the next are begun."""
 ORIENTATION = 0x0112
 """The EXIF tag for the orientation of the camera."""
 
@@ -29,27 +35,45 @@ def images_of(size: int | None) -> Kind:
     """Folders of images.
 
     Args:
-        size: side in pixels to which they are resized. Without it, all must have the same size.
+        size: side in pixels. The largest square in the middle of an image is resized to it. Without it, all must have
+            the same size.
     """
     return Kind("images", SUFFIXES, "image.png", partial(_read_files, size=size))
 
 
 def _read_files(path: Path, files: Sequence[Path], tally: Counter[str], size: int | None) -> Tensor:
     """Images of one size from files below a folder, bytes ``[N, 3, H, W]``."""
-    first = _read_image(files[0], size, Counter())
-    needed = len(files) * first.nbytes
-    if needed > LARGEST:
-        raise DataError(
-            f"'{path}' needs {needed / 2**30:.0f} GiB in memory, more than {LARGEST / 2**30:.0f}: give a smaller "
-            "--image-size, or fewer images."
-        )
-    pixels = np.empty((len(files), *first.shape), np.uint8)
-    for row, file in enumerate(files):
-        image = _read_image(file, size, tally)
-        if image.shape != first.shape:
-            raise DataError(f"'{file}' has shape {image.shape}, '{files[0]}' has {first.shape}: give --image-size.")
-        pixels[row] = image
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    height, width, colours = _read_image(files[0], size, Counter()).shape
+    shape, read = (colours, height, width), partial(_read_some, first=files[0], size=size)
+    if len(files) * math.prod(shape) > LARGEST:
+        return pixels_on_disk(path, f"pixels {size}", files, shape, tally, partial(read, shape=shape))
+    return torch.from_numpy(read(files, tally, shape=shape))
+
+
+def _read_some(
+    files: Sequence[Path], tally: Counter[str], first: Path, size: int | None, shape: tuple[int, ...]
+) -> NDArray[np.uint8]:
+    """Images of one shape, bytes ``[N, 3, H, W]``. ``first`` is an image that has it."""
+    pixels = np.empty((len(files), *shape), np.uint8)
+    for row, (image, seen) in enumerate(_read_ahead(files, size)):
+        if image.transpose(2, 0, 1).shape != shape:
+            theirs = *shape[1:], shape[0]
+            raise DataError(f"'{files[row]}' has shape {image.shape}, '{first}' has {theirs}: give --image-size.")
+        pixels[row] = image.transpose(2, 0, 1)
+        tally.update(seen)
+    return pixels
+
+
+def _read_ahead(files: Sequence[Path], size: int | None) -> Iterator[tuple[NDArray[np.uint8], Counter[str]]]:
+    """Images in order, each with what was counted. Threads read several at a time."""
+
+    def read(file: Path) -> tuple[NDArray[np.uint8], Counter[str]]:
+        seen = Counter[str]()
+        return _read_image(file, size, seen), seen
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(files), AT_ONCE):
+            yield from pool.map(read, files[start : start + AT_ONCE])
 
 
 def _read_image(file: Path, size: int | None, tally: Counter[str]) -> NDArray[np.uint8]:
@@ -67,7 +91,7 @@ def _read_image(file: Path, size: int | None, tally: Counter[str]) -> NDArray[np
                 raise ValueError(f"it holds {frames} images, expected one")
             tally["turned"] += opened.getexif().get(ORIENTATION, 1) in range(2, 9)
             image = _on_white(ImageOps.exif_transpose(opened), tally)
-        return np.asarray(image.resize((size, size), Pillow.Resampling.BILINEAR) if size else image)
+        return np.asarray(ImageOps.fit(image, (size, size), Pillow.Resampling.BILINEAR) if size else image)
     except Exception as error:  # damaged bytes raise anything in Pillow
         reason = str(error) or type(error).__name__
         raise DataError(f"The image '{file}' cannot be read ({reason}): replace, convert or delete it.") from error

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from spikedistill.data.events import Binning, Recording, read_nmnist, to_frames
-from spikedistill.data.folders import Kind
+from spikedistill.data.folders import Kind, files_below
 from spikedistill.data.pictures import SUFFIXES
 from spikedistill.errors import DataError
 
@@ -185,7 +185,7 @@ def read_hdf5(path: Path) -> Recording:
         DataError: see ``read_recording``; also if h5py is not installed.
     """
     try:
-        import h5py  # type: ignore[import-not-found]
+        import h5py
     except ImportError as error:
         raise DataError(f"'{path}' is an HDF5 file, which needs h5py: pip install 'spikedistill[events]'.") from error
 
@@ -210,10 +210,8 @@ def _of_arrays(path: Path, load: Callable[[], Mapping[str, Any]]) -> Recording:
             there = ", ".join(found) or "none"
             raise DataError(f"'{path}' has no array of {name}: it holds {there}, expected {' or '.join(known)}.")
         arrays.append(np.asarray(values).reshape(-1))
-    if len({len(values) for values in arrays}) > 1:
-        lengths = ", ".join(str(len(values)) for values in arrays)
-        raise DataError(f"'{path}' has {lengths} values of t, x, y and p: expected one of each per event.")
-    return _in_order(Recording(*arrays))
+    made = Recording(*arrays)
+    return _in_order(made.checked(f"'{path}'")) if any(map(len, arrays)) else made
 
 
 def _content(path: Path) -> bytes:
@@ -234,7 +232,7 @@ def _unwrapped(t: np.ndarray) -> np.ndarray:
 
 def _in_order(found: Recording) -> Recording:
     """The recording in order of time: sensors send some events a little late."""
-    late = len(found.t) and (np.diff(found.t) < 0).any()
+    late = (found.t[1:] < found.t[:-1]).any()
     return found.of(np.argsort(found.t, kind="stable")) if late else found
 
 
@@ -324,5 +322,5 @@ def _sensor_of(path: Path, extent: tuple[int, int]) -> tuple[int, int]:
 
 def holds_recordings(path: Path) -> bool:
     """Whether there are recordings of events below a folder, and no image among the first ``LOOKED_AT`` files."""
-    endings = [file.suffix.lower() for file in itertools.islice(path.rglob("*.*"), LOOKED_AT)]
+    endings = [file.suffix.lower() for file in itertools.islice(files_below(path), LOOKED_AT)]
     return not any(ending in SUFFIXES for ending in endings) and any(ending in READERS for ending in endings)

@@ -8,7 +8,7 @@ from pathlib import Path
 from spikedistill.deliver.compare import Group, grouped
 from spikedistill.deliver.figures import curves
 from spikedistill.deliver.results import Result, main_measure
-from spikedistill.errors import ConfigError
+from spikedistill.errors import ConfigError, RunError
 from spikedistill.train.run import Run
 
 Points = list[tuple[float, float]]
@@ -29,6 +29,8 @@ def draw_training(path: Path, results: Sequence[Result]) -> None:
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"curves (={path}) is written as PNG: give a name that ends in .png.")
+    if path.exists() and b"Software\0spikedistill" not in path.read_bytes()[:4096]:
+        raise RunError(f"'{path}' exists and is no picture of this command: name another file.")
     groups, _ = grouped(results)
     found = {group.name: (group, over_seeds([history(one) for one in group.results])) for group in groups}
     shown = {name: (group, points) for name, (group, points) in found.items() if points}

@@ -123,6 +123,7 @@ def export(
     for one in forms:
         name = f"{'student' if record.path.is_dir() else record.path.stem}{'-step' if one == 'step' else ''}"
         file = folder / (name + ("-int8" if int8 else "") + SUFFIXES[format])
+        _check_replaceable(file, record.name)
         with progress.part(f"writing '{file}'"):
             made, run = _made(student, to_inputs(images[:2]), format, one, facts, int8)
         with progress.part(f"comparing {len(images)} images", len(images)) as seen:
@@ -130,6 +131,19 @@ def export(
         write_bytes(file, lambda part, content=made: part.write_bytes(content))  # type: ignore[misc]
         done.append(replace(found, path=file, form=one))
     return done
+
+
+def _check_replaceable(file: Path, student: str) -> None:
+    """Refuse to replace a file that is not an earlier export of this student.
+
+    Raises:
+        RunError: if it exists and is something else.
+    """
+    name = student.encode()
+    length = bytes([len(name)] if len(name) < 128 else [len(name) % 128 + 128, len(name) // 128])
+    there = b"student\x12" + length + name, f'"student": {json.dumps(student)}'.encode()  # in .onnx, in .pt2
+    if file.exists() and (not file.is_file() or not any(mark in file.read_bytes() for mark in there)):
+        raise RunError(f"'{file}' exists and is no export of '{student}': give another --out, or move it away.")
 
 
 def _facts(record: Record, student: Student, classes: Sequence[str]) -> dict[str, str]:

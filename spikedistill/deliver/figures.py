@@ -253,7 +253,8 @@ def save(path: str | Path, figure: Any) -> None:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in KINDS:
         raise ConfigError(f"'{path}' is a picture: give a name that ends in .{' or .'.join(KINDS)}.")
-    write_bytes(path, lambda file: figure.savefig(file, format=kind, dpi=130))
+    metadata = {"Software": "spikedistill"} if kind == "png" else None
+    write_bytes(path, lambda file: figure.savefig(file, format=kind, dpi=130, metadata=metadata))
 
 
 def inline_svg(figure: Any, name: str) -> str:

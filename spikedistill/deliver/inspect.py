@@ -30,6 +30,8 @@ CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Of early exit."""
 ROBUST = 200
 """Test images under noise."""
+DRAWN = {"noise": "gaussian", "event": "dropped-events"}
+"""The perturbation whose severities are drawn, of images and of recordings."""
 INSIDE = 6
 """Samples that are seen from inside."""
 APART = 12
@@ -233,16 +235,14 @@ def _robust(
     dtype: torch.dtype,
     name: str,
 ) -> list[Picture]:
-    """Accuracy under Gaussian noise of five severities, or under lost events."""
+    """Accuracy under Gaussian noise of five severities, or for recordings under lost events (``DRAWN``)."""
     networks = {"student": student, **({} if teacher is None else {"teacher": teacher})}
-    kinds = ("event",) if pixels.ndim == 5 else ("noise",)
-    wanted = "gaussian" if pixels.ndim == 4 else "lost-events"
+    kind = "event" if pixels.ndim == 5 else "noise"
+    wanted = DRAWN[kind]
     try:
-        scores = immunity(networks, pixels, labels, kinds=kinds, dtypes=dict.fromkeys(networks, dtype))
+        scores = immunity(networks, pixels, labels, kinds=(kind,), dtypes=dict.fromkeys(networks, dtype))
     except ConfigError:
         return []
-    names = [score.name for score in scores if score.severity]
-    wanted = wanted if wanted in names else names[0]
     curves = {
         who: [(float(one.severity), one.accuracy) for one in scores
               if one.network == who and (one.name == wanted or one.kind == "clean")]
@@ -283,9 +283,13 @@ def _sample(
     pixels: Tensor, label: Tensor, said: Sequence[Tensor], names: Sequence[str], pictures: Sequence[Picture] = ()
 ) -> Sample:
     """A test image with its class and the answers of the student and, if it is known, of the teacher."""
-    true = "" if int(label) == UNKNOWN else names[int(label)]
     student, *teacher = (names[int(one)] for one in said)
-    return Sample(data_uri(pixels), true, student, "".join(teacher), pictures)
+    return Sample(data_uri(pixels), _class(label, names), student, "".join(teacher), pictures)
+
+
+def _class(label: Tensor, names: Sequence[str]) -> str:
+    """The name of a class; empty if it is not known."""
+    return "" if int(label) == UNKNOWN else names[int(label)]
 
 
 def _samples(
@@ -294,12 +298,11 @@ def _samples(
     """Samples with pictures of what happens inside; ``said`` are the answers of student and teacher, ``[N]`` each."""
     found = []
     for number, (image, label) in enumerate(zip(pixels, labels)):
-        known = "" if int(label) == UNKNOWN else names[int(label)]
         drawn = {
             "answer": (
                 "The answer",
                 "Probabilities of the likeliest classes after each time step.",
-                plot.answer(inside, names, number, label=known, title=" "),
+                plot.answer(inside, names, number, label=_class(label, names), title=" "),
             ),
             "raster": (
                 "Spikes",

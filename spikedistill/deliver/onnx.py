@@ -11,7 +11,6 @@ data                           the data set of the run (JSON), by which ``measur
 spikedistill, torch, opset     versions
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from spikedistill.data.augment import to_inputs
-from spikedistill.errors import ConfigError, ShapeError, WeightsError
+from spikedistill.errors import ConfigError, DataError, ShapeError, WeightsError
 from spikedistill.evaluate.accuracy import accuracy_by_step
 from spikedistill.inputs import check_pixels
 from spikedistill.shapes import Logits
+from spikedistill.student.conversion import read_part
 from spikedistill.student.student import State, Student
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data
@@ -195,9 +195,15 @@ class OnnxStudent:
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
             raise WeightsError(f"{self.name} cannot be run by onnxruntime ({error}): export it again.") from error
         self.timesteps = int(self.facts["timesteps"])
-        self.state: list[dict[str, Any]] = json.loads(self.facts.get("state", "[]"))
         names = [one.name for one in self.session.get_inputs()]
-        if self.facts["form"] == "step" and names[1:] != [one["input"] for one in self.state]:
+        try:
+            self.state: list[dict[str, Any]] = json.loads(self.facts.get("state", "[]"))
+            stated = [one["input"] for one in self.state]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise WeightsError(
+                f"The state that {self.name} names cannot be read ({error}): export it again."
+            ) from error
+        if self.facts["form"] == "step" and names[1:] != stated:
             raise WeightsError(f"{self.name} takes {names}, which its metadata do not name: export it again.")
 
     def __call__(self, images: Tensor) -> Logits:
@@ -313,10 +319,12 @@ def measure_onnx(path: Path, data_dir: str | None = None, progress: Progress | N
     """
     student = OnnxStudent(path)
     try:
-        data = Data(**json.loads(student.facts["data"]))
-    except (TypeError, ValueError) as error:
+        data = read_part(Data, json.loads(student.facts["data"]))
+    except (ConfigError, ValueError, RecursionError) as error:
         raise WeightsError(f"The data set that '{path}' names cannot be read ({error}): export it again.") from error
-    images = dataclasses.replace(data, data_dir=data_dir or data.data_dir).load()
+    images = data.at(data_dir).load()
+    if not images.test_labelled:
+        raise DataError(f"'{images.name}' has no labels: the accuracy of '{path}' cannot be measured on it.")
     parts = images.test_images.split(AT_ONCE)
     with (progress or Progress.silent()).part(
         f"measuring on {len(images.test_images)} test images", len(parts)

@@ -12,11 +12,13 @@ from tyro.conf import Positional, arg
 
 from spikedistill.compute.place import Place, Precision
 from spikedistill.data.images import ImageSet, evenly
+from spikedistill.data.parts import class_order, listed
 from spikedistill.deliver.teachers import find_teacher, is_published
-from spikedistill.errors import ConfigError, RunError
+from spikedistill.errors import ConfigError, DataError, RunError
 from spikedistill.evaluate.early_exit import check_confidence
 from spikedistill.evaluate.measure import measure_student, measure_teacher
 from spikedistill.files import note, read_facts, shipped, weights_file
+from spikedistill.student.conversion import read_part
 from spikedistill.student.save import load_student
 from spikedistill.student.student import Student
 from spikedistill.student.substeps import LAYERS, RunSchedule
@@ -120,8 +122,8 @@ class Record:
 
     def _part(self, kind: Any, name: str) -> Any:
         try:
-            return kind(**self.recipe[name])
-        except (KeyError, TypeError) as error:
+            return read_part(kind, self.recipe[name])
+        except (KeyError, ConfigError) as error:
             raise RunError(
                 f"The recipe in '{self.path}' cannot be read ({error}): was it written by a newer version?"
             ) from error
@@ -181,12 +183,18 @@ class Record:
         """Its data set, which may be in another folder by now.
 
         Raises:
-            DataError: if it does not exist.
+            DataError: if it does not exist, or has other classes than the network.
         """
-        found = dataclasses.replace(self.data, data_dir=data_dir or self.data.data_dir).load()
-        if found.labelled:
-            return found
-        return found.with_classes(read_facts(weights_file(self.path)).get("class_names", found.class_names))
+        found = self.data.at(data_dir).load()
+        names = read_facts(weights_file(self.path)).get("class_names", found.class_names)
+        if not found.labelled:
+            return found.with_classes(names)
+        if len(names) != found.classes or class_order(found.class_names, names)[0]:
+            raise DataError(
+                f"The classes of '{found.name}' are {listed(found.class_names)}, but '{self.path}' was trained on"
+                f" {listed(names)}: give the data of the run, with --data-dir if they are in another folder."
+            )
+        return found
 
 
 def read_records(paths: Sequence[Path], data_dir: str | None = None) -> tuple[list[Record], ImageSet]:
@@ -200,7 +208,7 @@ def read_records(paths: Sequence[Path], data_dir: str | None = None) -> tuple[li
     records = [Record.read(path) for path in paths]
     names = [record.name for record in records]
     parts = [record.data for record in records]
-    sets = [f"{data.name} at {data.image_size}" if data.image_size else data.name for data in parts]
+    sets = [data.loaded for data in parts]
     if len(set(names)) < len(names):
         raise ConfigError(f"Two of the runs have one name ({', '.join(names)}): give directories of other names.")
     if len(set(sets)) > 1:

@@ -7,6 +7,7 @@ pictures are those of ``spikedistill.plot``, each with its numbers as a table.
 import base64
 import datetime
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,7 @@ def report(
         comparison, compared = table(results, baseline, repeated), _compared(groups)
     title = records[0].name if len(records) == 1 else f"{len(records)} runs"
     lead = parts[0].lead if len(parts) == 1 else "Runs side by side, then each by itself."
-    again = " ".join(["spikedistill report", *(str(path) for path in runs)])
+    again = shlex.join(["spikedistill", "report", *map(str, runs)])
     page = _page(title, lead, parts, comparison, compared, again)
     if len(page.encode()) > LARGEST:
         for part in parts:
@@ -263,9 +264,10 @@ def _described(part: Part, record: Record, result: Result | None) -> Part:
         for one in made.get("sites", [])
     ]
     verb = "distill" if record.is_student else "teach"
-    finish = [] if result else [f"spikedistill {verb} --config {record.path} --out {record.path} --resume"]
-    again = f"spikedistill {verb} --config {record.path} --out {record.path}-again"
-    part.commands = [*finish, again, *([f"spikedistill evaluate {record.path}"] if result else [])]
+    same, other = shlex.quote(str(record.path)), shlex.quote(f"{record.path}-again")
+    finish = [] if result else [f"spikedistill {verb} --config {same} --out {same} --resume"]
+    again = f"spikedistill {verb} --config {same} --out {other}"
+    part.commands = [*finish, again, *([f"spikedistill evaluate {same}"] if result else [])]
     part.recipe = flat({k: v for k, v in recipe.items() if k not in ("kind", "format", "run", "checksum")})
     environment = run.read("environment") if (record.path / "environment.json").exists() else {}
     part.machine = flat({k: v for k, v in environment.items() if k not in ("run", "checksum")})

@@ -15,7 +15,7 @@ from spikedistill.evaluate.calls import Call, Listener, calls_of
 from spikedistill.student.graph import Charges
 from spikedistill.student.student import Student
 from spikedistill.student.substeps import SubSteps
-from spikedistill.student.synapses import fan_of
+from spikedistill.student.synapses import fan_of, zeros_of
 
 MAPS: dict[str, Callable[..., Tensor]] = {
     "linear": F.linear,
@@ -180,7 +180,7 @@ class _Tally:
         self.site = ""
         self.begins, self.goes_on = True, False
         self.seen: dict[str, Tensor] = {}
-        self.fans: dict[object, tuple[Tensor, Tensor]] = {}
+        self.fans: dict[object, tuple[bytes, Tensor]] = {}
 
     def hear(self, call: Call) -> None:
         """Count a call if it multiplies a signal; products of weights alone do not count."""
@@ -214,11 +214,11 @@ class _Tally:
         self.counts.add(call.where, inputs, fan, self._ever(inputs), self.begins)
 
     def _fan(self, call: Call, shape: Sequence[int], weight: Tensor, options: dict[str, Any]) -> Tensor:
-        """``fan_out``, kept from an earlier call with the same weights."""
-        key = self.site, call.where, call.name, tuple(shape), str(options)
-        held = call.of(1, "weight")
-        if key not in self.fans or self.fans[key][0] is not held:
-            self.fans[key] = held, fan_of(partial(MAPS[call.name], **options), weight, shape)
+        """``fan_out``, kept from an earlier call whose weights had the same zeros."""
+        key = self.site, call.where, call.name, tuple(shape), tuple(weight.shape), str(options)
+        zeros = zeros_of(weight)
+        if key not in self.fans or self.fans[key][0] != zeros:
+            self.fans[key] = zeros, fan_of(partial(MAPS[call.name], **options), weight, shape)
         return self.fans[key][1]
 
     def _ever(self, inputs: Tensor) -> Tensor | None:

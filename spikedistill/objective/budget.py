@@ -4,6 +4,7 @@ The penalty on a quantity q with the target b is ``weight * max(0, q / b - 1)``,
 is this project's choice. Its gradient is that of single spikes (surrogate gradients), so neurons learn to fire less.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +27,8 @@ class Penalty(Objective):
     spikes: float = 0.0
     """Target for spikes per image, of all neurons over all time steps; 0 for none."""
     operations: float = 0.0
-    """Target for synaptic operations per image, as 'energy' counts them; 0 for none."""
+    """Target for synaptic operations per image, as 'energy' counts them; 0 for none. An input that is no spike train,
+    for instance behind batch norm, counts at every sub-step of graded spikes."""
     layers: tuple[str, ...] = ()
     """Layers of neurons whose spikes count (default: all)."""
 
@@ -57,7 +59,7 @@ class Penalty(Objective):
         """A term ``spikes``, a term ``operations``, or both."""
         terms = {}
         if self.spikes:
-            terms["spikes"] = excess(spikes_per_image(batch), self.spikes, batch)
+            terms["spikes"] = excess(spikes_per_image(batch, self.layers), self.spikes, batch)
         if self.operations:
             terms["operations"] = excess(operations_per_image(batch), self.operations, batch)
         return terms
@@ -72,7 +74,8 @@ class Budget(HeterogeneousTemperatures):
     spikes: float = 0.0
     """Target for spikes per image, of all neurons over all time steps; 0 for none."""
     operations: float = 0.0
-    """Target for synaptic operations per image, as 'energy' counts them; 0 for none."""
+    """Target for synaptic operations per image, as 'energy' counts them; 0 for none. An input that is no spike train,
+    for instance behind batch norm, counts at every sub-step of graded spikes."""
     penalty: float = 1.0
     """Weight of what goes beyond a target, relative to it, 0 or more."""
     layers: tuple[str, ...] = ()
@@ -109,9 +112,9 @@ def excess(found: Tensor, target: float, batch: Batch) -> Tensor:
     return torch.where(beyond, found / target - 1, 0.0 * found)
 
 
-def spikes_per_image(batch: Batch) -> Tensor:
-    """The mean over images of the spikes of all observed layers over all time steps, a scalar."""
-    counts = [layer.float().sum() for layer in batch.student.spikes.values()]
+def spikes_per_image(batch: Batch, layers: Sequence[str] = ()) -> Tensor:
+    """The mean over images of the spikes of these layers over all time steps, a scalar; by default of all observed."""
+    counts = [batch.student.spikes[path].float().sum() for path in layers or batch.student.spikes]
     return torch.stack(counts).sum() / batch.student.logits.shape[1]
 
 

@@ -73,7 +73,8 @@ class StudentChoice:
     of T D levels (1 x T for D=1), at the cost of an ANN, and run T steps."""
     recompute: Literal["nothing", "neurons", "stages"] = "nothing"
     """Save memory with the exact gradient by computing activations again instead of keeping them: all but the
-    convolutions (neurons), which also saves time, or everything in a stage (stages), for one more forward pass."""
+    convolutions (neurons), for up to a third more time, or everything in a stage (stages), for one more forward
+    pass."""
     surrogate: Literal["atan", "rectangle", "sigmoid", "triangle"] | None = None
     """Surrogate gradient: what replaces the derivative of a spike (default: triangle for fresh weights, else
     rectangle)."""

@@ -1,6 +1,5 @@
 """Read recipes back: from recipe.json, as a run wrote it, to the frozen value."""
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.methods import CONVERSIONS, find_method, from_written
 from spikedistill.recipes.teach import Teach
-from spikedistill.student.conversion import read_fields
+from spikedistill.student.conversion import read_part
 from spikedistill.student.upgrade import upgrade
 from spikedistill.train.extend import EXTENDED
 from spikedistill.train.recipe import Data, Training
@@ -64,9 +63,9 @@ def read_teach(facts: Mapping[str, Any]) -> Teach:
     Raises:
         ConfigError: if a field is unknown or has the wrong type.
     """
-    parts = {"data": lambda given: _part(Data, given), "training": lambda given: _part(Training, given)}
+    parts = {"data": lambda given: read_part(Data, given), "training": lambda given: read_part(Training, given)}
     about = ("kind", "format", EXTENDED)
-    return _part(Teach, {name: value for name, value in facts.items() if name not in about}, parts)
+    return read_part(Teach, {name: value for name, value in facts.items() if name not in about}, parts)
 
 
 def read_distill(facts: Mapping[str, Any], own: Own) -> Distill:
@@ -82,11 +81,11 @@ def read_distill(facts: Mapping[str, Any], own: Own) -> Distill:
     method = facts.get("method")
     named = method.get("name") if isinstance(method, Mapping) else None
     return Distill(
-        _part(TeacherChoice, facts.get("teacher", {})),
-        _part(StudentChoice, facts.get("student", {})),
+        read_part(TeacherChoice, facts.get("teacher", {})),
+        read_part(StudentChoice, facts.get("student", {})),
         None if named in CONVERSIONS else from_written(method, own),
-        _part(Data, facts.get("data", {})),
-        _part(Training, facts.get("training", {})),
+        read_part(Data, facts.get("data", {})),
+        read_part(Training, facts.get("training", {})),
     )
 
 
@@ -147,13 +146,3 @@ def _own(path: Path, name: str, digest: str, given: Sequence[str], trust_code: b
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-
-
-def _part(kind: type[Kind], given: Any, parts: Mapping[str, Callable[[Any], Any]] | None = None) -> Kind:
-    """A part of a recipe. Fields that an earlier version did not write have their defaults."""
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"its part {kind.__name__} is {str(given)[:80]!r}: expected fields; the file is damaged.")
-    usual = {one.name: getattr(kind(), one.name) for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    readers = {name: read for name, read in (parts or {}).items() if name in given}
-    return read_fields(kind, {**usual, **given, **lists}, readers)

@@ -19,7 +19,7 @@ from spikedistill.objective.spikes import DistillingSpikes
 from spikedistill.objective.temperatures import HeterogeneousTemperatures
 from spikedistill.objective.terms import Objective, Sum
 from spikedistill.student.calibrate import Rule
-from spikedistill.teacher.load import import_object
+from spikedistill.teacher.code import import_object
 
 METHODS: dict[str, type[Objective]] = {
     "direct": Direct,

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from spikedistill.data.feed import calibration_inputs
 from spikedistill.data.images import ImageSet, load_images
 from spikedistill.deliver.record import Record
-from spikedistill.errors import ConfigError, DataError
+from spikedistill.errors import ConfigError, DataError, WeightsError
 from spikedistill.evaluate.firing import firing_rates
 from spikedistill.evaluate.measure import check_fits
 from spikedistill.files import note, read_facts, weights_file
@@ -149,8 +149,14 @@ def _classes(network: str, architecture: str | None, channels: int, classes: int
 
 
 def _network(source: str, architecture: Architecture, named: bool, trust_code: bool) -> Normalised:
-    """The network with the weights of its file, or with random weights where only its name is given."""
+    """The network with the weights of its file, or with random weights where only its name is given.
+
+    Raises:
+        WeightsError: if its network is named, but the file does not exist.
+    """
     if not Path(source).exists():
+        if named:
+            raise WeightsError(f"The weights file '{source}' does not exist: check the path.")
         return Normalised(architecture.build(), (0.5,) * architecture.channels, (0.25,) * architecture.channels)
     facts = read_facts(weights_file(source))
     if facts.get("kind") == "student":

@@ -1,6 +1,6 @@
 """Checks of data and teacher before distillation: printed at once, and written next to the results."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ def introduce(run: Run, say: Callable[[str], object], images: ImageSet, source: 
 def known_images(images: ImageSet, validation: float) -> dict[str, Any]:
     """What a network's file says about its training images. It is used when the network becomes a teacher."""
     samples = training_samples(images, validation)
-    return {"data": images.name, "class_names": list(images.class_names), "samples": samples}
+    shape = list(images.train_images.shape[1:])
+    return {"data": images.name, "class_names": list(images.class_names), "samples": samples, "shape": shape}
 
 
 @torch.no_grad()
@@ -96,7 +97,17 @@ def interview(source: str, teacher: nn.Module, images: ImageSet, validation: flo
     known = facts.get("samples") == training_samples(images, validation)
     stored = facts.get("test_accuracy", facts.get("results", {}).get("test_accuracy"))
     found = examine_teacher(teacher, images, validation, place, stored)
+    found["doubts"] = [*found["doubts"], *_of_another_size(facts.get("shape", []), images)]
     return {**found, "may_have_seen": [] if known else [part for part, there in apart.items() if there]}
+
+
+def _of_another_size(learned: Sequence[int], images: ImageSet) -> list[str]:
+    """A doubt if the teacher learned from images of another size."""
+    sizes = [" x ".join(map(str, shape[-2:])) for shape in (learned, images.train_images.shape)]
+    if not learned or sizes[0] == sizes[1]:
+        return []
+    remedy = f" (--image-size {learned[-1]})" if learned[-1] == learned[-2] else ""
+    return [f"it learned from images of {sizes[0]} pixels and these have {sizes[1]}: give it the size it knows{remedy}"]
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:

@@ -190,6 +190,22 @@ def read_fields(kind: type[Value], given: Any, parts: Mapping[str, Callable[[Any
     return kind(**values)
 
 
+def read_part(kind: type[Value], given: Any, parts: Mapping[str, Callable[[Any], Any]] | None = None) -> Value:
+    """A part of a recipe. Fields that an earlier version did not write have their defaults.
+
+    Raises:
+        ConfigError: see ``read_fields``.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"its part {kind.__name__} is {str(given)[:80]!r}: expected fields; the file is damaged.")
+    usual = {one.name: getattr(kind(), one.name) for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if strange := [name for name in given if name not in usual]:
+        raise ConfigError(f"its part {kind.__name__} has unknown fields, {', '.join(map(repr, strange))[:200]}")
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    readers = {name: read for name, read in (parts or {}).items() if name in given}
+    return read_fields(kind, {**usual, **given, **lists}, readers)
+
+
 def _fits(hint: Any, value: Any) -> bool:
     """Whether a value from JSON has the annotated type: a number, a string, a boolean or None."""
     if get_origin(hint) in (Union, UnionType):

@@ -160,7 +160,7 @@ def read_student(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, A
 
 
 def start_from(student: Student, path: str | Path) -> None:
-    """Load the weights and thresholds of a trained student of the same network into a student, to train it further.
+    """Load weights, thresholds and input normalisation of a trained student of the same network into a student.
 
     If the two differ in levels D, thresholds are multiplied by ``D before / D now``, so that the largest output of a
     neuron, D thresholds, stays.
@@ -170,10 +170,11 @@ def start_from(student: Student, path: str | Path) -> None:
         RunError: if it holds no student.
     """
     file, tensors, facts = read_student(path)
-    before = _header(facts, file).conversion.model.levels
+    header = _header(facts, file)
     fill(student, tensors, f"'{file}'")
+    student.set_normalisation(header.mean, header.std)
     for layer in student.neurons.values():
-        layer.set_threshold(layer.threshold.detach() * (before / layer.neuron.levels))
+        layer.set_threshold(layer.threshold.detach() * (header.conversion.model.levels / layer.neuron.levels))
 
 
 def fill(student: Student, tensors: Mapping[str, Tensor], source: str) -> None:

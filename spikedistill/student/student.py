@@ -77,8 +77,7 @@ class Student(nn.Module):
         self._keys = dict(zip(layers, self.neurons))
         self._takes = first_convolution(core)
         self.states = len(self._keys) + len(core.get_submodule(core.meta["pools"]))  # type: ignore[arg-type]
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.set_normalisation(mean, std)
 
     @property
     def coding(self) -> Coding:
@@ -231,6 +230,12 @@ class Student(nn.Module):
         layers = [*self.neurons.values()]
         potentials = [layer.potential(one).contiguous() for layer, one in zip(layers, after)]
         return (*potentials, *(torch.zeros_like(one) for one in after[len(layers) :]))
+
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take mean and standard deviation per channel as the normalisation of the inputs."""
+        device = next(self.core.parameters(), torch.empty(0)).device
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, device=device).view(-1, 1, 1), persistent=False)
 
     def extra_repr(self) -> str:
         """Time steps, conversion and normalisation, for printing."""

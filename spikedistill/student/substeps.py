@@ -3,8 +3,9 @@
 A layer of neurons first takes in all D sub-steps of the layers before it. Then it fires its own spikes, at most one per
 sub-step, the first ones first: its train is left-aligned. Between layers of neurons everything is affine,
 ``f(x) = W x + b``, or a maximum. The constant part counts once per step, ``f(x_1) + (f(x_2) - b) + ...``, and so does
-the leak. A logical or over left-aligned trains is the maximum of their counts. Pooling of the cumulative input adds up
-as over steps. So every count is that of the graded neuron, except for the rounding of sums.
+the leak. Max pooling of a single step pools what came in so far within the step, and passes on the growth: over
+left-aligned trains a logical or. Pooling of the cumulative input adds up as over steps. So every count is that of the
+graded neuron, except for the rounding of sums.
 """
 
 import copy
@@ -22,8 +23,9 @@ from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import spike
 from spikedistill.student.coding import DirectCoding
 from spikedistill.student.graph import Charges, repeat_time, spike_nodes
-from spikedistill.student.pool import CumulativeMaxPool
+from spikedistill.student.pool import MAX_POOLS, WIDER, CumulativeMaxPool
 from spikedistill.student.student import Student
+from spikedistill.student.trace import POOL_CALLS
 
 RunSchedule = Literal["layer-by-layer", "step-by-step"]
 """In which order the D sub-steps run: each layer all of its own before the next layer begins, or every layer one after
@@ -56,7 +58,7 @@ class SubSteps(Charges):
 
     def spread(self, x: Tensor, repeats: int) -> Tensor:
         """What does not depend on time is there in the first sub-step of every step."""
-        return self.first_alone(repeat_time(x, repeats))
+        return x if self.framed else self.first_alone(repeat_time(x, repeats))
 
     def first_alone(self, x: Tensor) -> Tensor:
         """``[T*B, ...]`` as sub-steps: all of it in the first."""
@@ -84,33 +86,52 @@ class SubSteps(Charges):
         return result
 
     def pool(self, layer: CumulativeMaxPool, x: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
-        """Every sub-step is a step to it."""
+        """Every sub-step is a step to it. Before the first neurons there may be no sub-steps yet."""
+        if len(x) == self.batch:
+            return layer(x, timesteps, repeats, state, keep)
         return layer(x, self.timesteps * self.levels, 1, state, keep)
 
     def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         """Any other layer, its constant part once per step."""
+        if isinstance(layer, MAX_POOLS):
+            return self.largest(super().apply, layer, args, kwargs)
         return self.once(super().apply, layer, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A function, its constant part once per step."""
         if target is repeat_time:
             return super().call_function(target, args, kwargs)
+        if target in POOL_CALLS:
+            return self.largest(super().call_function, target, args, kwargs)
         return self.once(super().call_function, target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A method, its constant part once per step."""
         return self.once(super().call_method, target, args, kwargs)
 
+    def largest(self, call: Callable[..., Any], what: Any, args: Any, kwargs: Any) -> Any:
+        """A max pooling of single steps: in each sub-step the growth of the maximum of what came in so far."""
+        x, *rest = args
+        if self.levels == 1 or len(x) != self.rows:
+            return call(what, args, kwargs)
+        steps = x.to(WIDER.get(x.dtype, x.dtype)).unflatten(0, (self.timesteps, self.levels, self.batch))
+        so_far = call(what, (steps.cumsum(1).flatten(0, 2), *rest), kwargs).unflatten(0, steps.shape[:3])
+        return torch.cat([so_far[:, :1], so_far[:, 1:] - so_far[:, :-1]], 1).flatten(0, 2).to(x.dtype)
+
     def once(self, call: Callable[..., Any], what: Any, args: Any, kwargs: Any) -> Any:
         """A result, its constant part left out of all sub-steps but the first of each step."""
         result = call(what, args, kwargs)
-        signals = [isinstance(one, Tensor) and len(one) == self.rows for one in args]
-        if self.levels == 1 or not any(signals) or not isinstance(result, Tensor) or len(result) != self.rows:
+        signals = [self.is_signal(one) for one in args]
+        if self.levels == 1 or not any(signals) or not self.is_signal(result):
             return result
         zeros = tuple(torch.zeros_like(one) if signal else one for one, signal in zip(args, signals))
         steps = result.unflatten(0, (self.timesteps, self.levels, self.batch))
         constant = self.constant(lambda: call(what, zeros, kwargs)).unflatten(0, steps.shape[:3])
         return torch.cat([steps[:, :1], steps[:, 1:] - constant[:, 1:]], 1).flatten(0, 2)
+
+    def is_signal(self, value: Any) -> bool:
+        """Whether a value has a row for each sub-step and image."""
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.rows
 
     def constant(self, call: Callable[[], Tensor]) -> Tensor:
         """What a call gives of zeros."""

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -31,12 +32,15 @@ WEIGHTED = (
 WEIGHTED_CALLS = {F.conv1d, F.conv2d, F.conv3d, F.linear}
 SIGNED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.AlphaDropout)
 """Layers that do not keep zeros."""
-SIGNED_CALLS = {
-    *(torch.sub, torch.mul, torch.div, operator.sub, operator.mul, operator.truediv, operator.neg),
-    *("sub", "mul", "div"),
+SIGNED_CALLS = {torch.sub, operator.sub, "sub"}
+"""Functions that do not keep zeros."""
+SCALED_CALLS = {
+    *(torch.mul, torch.div, operator.mul, operator.truediv, operator.neg),
+    *("mul", "div"),
 }
-Fans = dict[tuple[str, tuple[int, ...]], Tensor]
-"""The connections of each input value, by node and shape of the input."""
+"""Functions that keep zeros if the only tensor is their first or only factor."""
+Fans = dict[tuple[str, tuple[int, ...]], tuple[bytes, Tensor]]
+"""Where the weights are zero (``zeros_of``) and the connections of each input value, by node and shape of the input."""
 
 
 class Synapses(Charges):
@@ -98,17 +102,19 @@ class Synapses(Charges):
     def _fan(self, node: fx.Node, inputs: Tensor) -> Tensor:
         """The connections of each input value of a layer with weights."""
         key = node.name, tuple(inputs.shape[1:])
-        if key not in self.fans:
-            if node.op == "call_module":
-                fan = fan_out(self.fetch_attr(str(node.target)), key[1])
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        layer: Any = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
+        weight = layer.weight if layer is not None else kwargs["weight"] if "weight" in kwargs else args[1]
+        zeros = zeros_of(weight)
+        if key not in self.fans or self.fans[key][0] != zeros:
+            if layer is not None:
+                fan = fan_out(layer, key[1])
             else:
-                args, kwargs = self.fetch_args_kwargs_from_env(node)
                 function: Any = node.target
                 rest = {name: value for name, value in kwargs.items() if name not in ("input", "weight", "bias")}
-                weight = kwargs["weight"] if "weight" in kwargs else args[1]
                 fan = fan_of(lambda x, w: function(x, w, None, *args[3:], **rest), weight.detach(), key[1])
-            self.fans[key] = fan.float().to(inputs.device)
-        return self.fans[key]
+            self.fans[key] = zeros, fan.float().to(inputs.device)
+        return self.fans[key][1]
 
     def _train(self, node: fx.Node, layer: Any, value: Tensor) -> Tensor | None:
         """In how many sub-steps each value is not zero; None if it is no train."""
@@ -119,6 +125,8 @@ class Synapses(Charges):
             return None
         if isinstance(layer, SIGNED) or node.target in SIGNED_CALLS:
             return None
+        if node.target in SCALED_CALLS:  # by a constant
+            return self.trains[sources[0]] if len(node.all_input_nodes) == 1 and node.args[0] is sources[0] else None
         if isinstance(layer, PASSING):  # dropout
             return self.trains[sources[0]] * (value.detach() != 0)
         counts = self._again(node, [self.trains[one] for one in sources])
@@ -160,6 +168,14 @@ def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:
         return torch.func.functional_call(layer, {**held, "weight": weight}, inputs)
 
     return fan_of(function, held["weight"], shape)
+
+
+def zeros_of(weight: Tensor) -> bytes:
+    """Where a weight is zero, as bytes that are empty if it is nowhere. Connections depend on it and on the shape."""
+    zeros = weight.detach() == 0
+    if not zeros.any():
+        return b""
+    return np.packbits(zeros.cpu().numpy()).tobytes()
 
 
 def fan_of(function: Callable[..., Tensor], weight: Tensor, shape: Sequence[int]) -> Tensor:

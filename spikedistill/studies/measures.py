@@ -176,10 +176,7 @@ def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: P
 
 def measure_front(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
     """Accuracy, and spikes per image on the whole test set, of every method at every setting."""
-    rows = [
-        _teacher_row(study, name, "accuracy", _result(path, "test_accuracy"))
-        for name, (_, path) in study.teachers.items()
-    ]
+    rows = _accuracies(study, [])
     bills = measure_energy([cell.path for cell in cells], None, cells[0].recipe.data.data_dir, progress)
     for cell, bill in zip(cells, bills):
         rows.append(_row(study, cell, "accuracy", _result(cell.path, "test_accuracy"), cell.setting))

@@ -4,9 +4,6 @@
 torch file (``weights.py``; nothing is unpickled). ``Teacher`` freezes it.
 """
 
-import hashlib
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +17,13 @@ from spikedistill.errors import ConfigError, WeightsError, one_of, unknown
 from spikedistill.files import weights_file
 from spikedistill.inputs import AnyLayout, normalise
 from spikedistill.shapes import ClassLogits, Logits
+from spikedistill.teacher.code import own_network
 from spikedistill.teacher.taps import taps
-from spikedistill.teacher.weights import read_weights
+from spikedistill.teacher.weights import check_formats, read_weights, without_wrapper
 from spikedistill.teacher.zoo import ZOO
+
+LARGEST = 2**24
+"""Sizes of networks are below it."""
 
 
 def from_library(name: str) -> bool:
@@ -57,8 +58,8 @@ class Architecture:
     def __post_init__(self) -> None:
         sizes = {"classes": self.classes, "channels": self.channels, "width": 1 if self.width is None else self.width}
         for field, value in sizes.items():
-            if value < 1:
-                raise ConfigError(f"{field} (={value}) of '{self.name}' must be 1 or more.")
+            if type(value) is not int or not 1 <= value < LARGEST:
+                raise ConfigError(f"{field} (={value!r}) of '{self.name}' must be 1 or more, and below {LARGEST:,}.")
         if self.width is not None and is_elsewhere(self.name):
             raise ConfigError(f"width (={self.width}) is for the zoo's networks, '{self.name}' has its own: omit it.")
 
@@ -69,7 +70,7 @@ class Architecture:
             ConfigError: if there is no such architecture, its library is missing, or its code cannot be run.
         """
         if self.names_code:
-            return _own(self.name, self.classes)
+            return own_network(self.name, self.classes)
         if from_library(self.name):
             origin, _, name = self.name.partition("/")
             return _library(origin, name, self.classes, self.channels)
@@ -116,57 +117,16 @@ def _timm(name: str) -> Any:
     return timm
 
 
-def _own(name: str, classes: int) -> nn.Module:
-    maker = import_object(name)
-    try:
-        network = maker(classes=classes)
-    except TypeError as error:
-        raise ConfigError(
-            f"'{name}' cannot be called with classes={classes} ({error}): give it an argument 'classes'."
-        ) from error
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"'{name}' returned {type(network).__name__}: it must return a torch.nn.Module.")
-    return network
-
-
-def import_object(name: str) -> Any:
-    """Execute a file and return the object that ``FILE.py:NAME`` names.
-
-    Raises:
-        ConfigError: if there is no such file, it cannot be imported, or it has no such name.
-    """
-    file, _, wanted = name.rpartition(":")
-    place = hashlib.sha256(str(Path(file).resolve()).encode()).hexdigest()[:8]  # two files may have one name
-    spec = importlib.util.spec_from_file_location(f"spikedistill_own_{Path(file).stem}_{place}", file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
-        raise ConfigError(f"The file '{file}' of '{name}' does not exist: check the path.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    sys.path.insert(0, str(Path(file).resolve().parent))  # for its imports from the same folder
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises
-        raise ConfigError(
-            f"The file '{file}' cannot be imported ({type(error).__name__}: {error}): mend it."
-        ) from error
-    finally:
-        sys.path.pop(0)
-    if not hasattr(module, wanted):
-        raise ConfigError(
-            unknown(f"function or class in '{file}'", wanted, [key for key in vars(module) if key[0] != "_"])
-        )
-    return getattr(module, wanted)
-
-
 def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fill a network with tensors by name. If all names start with ``module.`` (DataParallel), that is removed.
+    """Fill a network with tensors by name. If no name fits, what wrappers put before all of them is removed.
 
     Raises:
         WeightsError: if a tensor is missing, unknown to the network, of the wrong shape or not finite.
     """
     wanted = network.state_dict()
-    if all(name.startswith("module.") for name in tensors) and not wanted.keys() & tensors.keys():
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    if not wanted.keys() & tensors.keys():
+        tensors = without_wrapper(tensors)
+    check_formats(tensors, source)
     optional = {name for name in wanted if name.endswith("num_batches_tracked")}
     faults = [f"'{name}' is missing" for name in wanted.keys() - tensors.keys() - optional]
     faults += [f"'{name}' has no place in the network" for name in tensors.keys() - wanted.keys()]
@@ -174,6 +134,11 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
         f"'{name}' has shape {tuple(tensors[name].shape)}, the network's has {tuple(wanted[name].shape)}"
         for name in wanted.keys() & tensors.keys()
         if tensors[name].shape != wanted[name].shape
+    ]
+    faults += [
+        f"'{name}' holds {tensors[name].dtype}, the network needs {wanted[name].dtype}"
+        for name in wanted.keys() & tensors.keys()
+        if wanted[name].is_floating_point() and not tensors[name].is_floating_point()
     ]
     faults += [f"'{name}' holds NaN or infinity" for name, value in tensors.items() if not torch.isfinite(value).all()]
     if faults:
@@ -382,7 +347,7 @@ def load_teacher(
         try:
             architecture = Architecture(**facts["architecture"])
             refused = architecture.names_code and not trust_code
-        except TypeError as error:
+        except (ConfigError, TypeError) as error:
             raise WeightsError(
                 f"'{path}' names its network in a way that this version does not know ({error}): name the architecture."
             ) from error
@@ -393,6 +358,10 @@ def load_teacher(
         raise ConfigError(
             f"'{path}' does not say how its inputs were normalised: give mean and std, one value per channel."
         )
+    names = facts.get("class_names") or ()
+    numbers = [*mean, *std] if all(isinstance(one, list | tuple) for one in (mean, std, names)) else [None]
+    if not all(isinstance(one, int | float) for one in numbers) or not all(isinstance(one, str) for one in names):
+        raise WeightsError(f"The header of '{path}' holds a damaged mean, std or class_names: put a copy of it back.")
     network = architecture.build()
     load_weights(network, tensors, f"'{path}'")
-    return Teacher(network, mean, std, facts.get("class_names") or ()), architecture
+    return Teacher(network, mean, std, names), architecture

@@ -11,9 +11,19 @@ from torch import Tensor
 from spikedistill.errors import WeightsError
 from spikedistill.files import read_tensors
 
+FORMATS = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+)
+"""Number formats of weights files; integers are for counts."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What wrappers put before all names."""
+
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name from a ``.safetensors``, ``.npz`` or torch file, and the file's facts (empty if it has none).
+
+    A torch file is a state_dict, or a checkpoint that holds one, alone or as ``state_dict``.
 
     Raises:
         WeightsError: if the file is missing, truncated, holds pickled objects or is not a set of tensors.
@@ -23,7 +33,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.suffix == ".npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
-                return {name: torch.from_numpy(np.asarray(pack[name])) for name in pack.files}, {}
+                arrays = {name: np.asarray(pack[name]) for name in pack.files}
+            native = {name: array.astype(array.dtype.newbyteorder("=")) for name, array in arrays.items()}
+            return {name: torch.from_numpy(array) for name, array in native.items()}, {}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise anything in numpy, zipfile and torch
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -31,8 +43,43 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"'{path}' cannot be read safely ({reason}): it is truncated, or it holds pickled Python objects, which are"
             " never loaded; save the state_dict alone, best as .safetensors."
         ) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError(f"'{path}' holds {type(loaded).__name__}, not a state_dict (names to tensors): save one.")
-    return dict(loaded), {}
+    if _is_state(loaded):
+        return dict(loaded), {}
+    held = {str(name): part for name, part in loaded.items() if _is_state(part)} if isinstance(loaded, Mapping) else {}
+    if "state_dict" not in held and len(held) != 1:
+        found = (
+            f"several state_dicts ({', '.join(held)[:200]})" if held else f"{type(loaded).__name__}, not a state_dict"
+        )
+        raise WeightsError(f"'{path}' holds {found}: save the one state_dict (names to tensors) alone.")
+    return dict(held["state_dict"] if "state_dict" in held else held.popitem()[1]), {}
+
+
+def _is_state(held: object) -> bool:
+    """Whether this is a state_dict: tensors by name."""
+    if not isinstance(held, Mapping) or not held:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items())
+
+
+def check_formats(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that are not plain numbers in memory.
+
+    Raises:
+        WeightsError: if any is quantised, sparse, without data, or of an unusual number format.
+    """
+    for name, value in tensors.items():
+        kind = "quantised" if value.is_quantized else "without data" if value.is_meta else str(value.layout)
+        if kind != str(torch.strided) or value.dtype not in FORMATS:
+            kind = kind if kind != str(torch.strided) else str(value.dtype)
+            raise WeightsError(
+                f"'{name}' of {source} is {kind.removeprefix('torch.')}: expected ordinary tensors of float16,"
+                " bfloat16, float32 or float64."
+            )
+
+
+def without_wrapper(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without what DataParallel (``module.``) and torch.compile (``_orig_mod.``) put before names."""
+    found = dict(tensors)
+    while found and (prefix := next((one for one in WRAPPERS if all(name.startswith(one) for name in found)), None)):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found

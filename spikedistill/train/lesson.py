@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spikedistill.answer import Answer
 from spikedistill.compute.place import Place
+from spikedistill.compute.winograd import WinogradConv2d
 from spikedistill.data.feed import Feed, Inputs
 from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.files import fingerprint_of
@@ -195,6 +196,8 @@ class Tutor:
         key["every_step"] = self.needs.every_step
         if self.needs.mirror:  # no entry otherwise, so that earlier caches stay valid
             key["mirror"] = True
+        if any(isinstance(layer, WinogradConv2d) for layer in self.teacher.modules()):
+            key["convolutions"] = "winograd"
         self.cache = Cache(folder, key, self.ask(inputs.shown_to_teacher), feed.views, feed.steps)
         return self.cache
 

@@ -168,8 +168,7 @@ class Processes:
 
     def reseed(self, seed: int) -> None:
         """Seed the random numbers inside the network, differently in each process; process 0 as a single process."""
-        if not self.first:
-            torch.manual_seed((seed * 1_000_003 + self.rank) % 2**63)
+        torch.manual_seed((seed * 1_000_003 + self.rank) % 2**63)
 
     def check_devices(self, device: torch.device) -> None:
         """Refuse two processes on one GPU.

@@ -1,6 +1,6 @@
 """The choices of a run as frozen values, checked together, saved with the weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -34,7 +34,8 @@ class Data:
     data_dir: str | None = None
     """Folder of the named sets (default: $SPIKEDISTILL_DATA, else ./data)."""
     image_size: int | None = None
-    """Side in pixels that the images of a folder are resized to (default: as they are)."""
+    """Side in pixels: the largest square in the middle of each image of a folder is resized to it (default: images stay
+    as they are)."""
     events: Literal["recorded", "simulated"] = "recorded"
     """recorded: those in the data, if they are event recordings. simulated: those that an event camera would send,
     looking at each image along three saccades."""
@@ -51,11 +52,11 @@ class Data:
     validation: float = 0.1
     """Fraction of the training set held out for validation, 0 to 1."""
     crop: int = 0
-    """Augmentation: pixels of padding before a random crop; 0 for none. With --flip it is for event frames too."""
+    """Augmentation: pixels of padding before a random crop; 0 for none. Also for event frames."""
     border: Literal["zeros", "mirror"] = "zeros"
     """Augmentation: padding of the crop, zeros or the image mirrored at its border."""
     flip: bool = False
-    """Augmentation: flip images left to right, each in every other epoch."""
+    """Augmentation: flip images left to right, each in every other epoch. Also for event frames."""
     cutout: int = 0
     """Augmentation: side in pixels of an erased square; 0 for none."""
     policy: Literal["none", "trivial", "autoaugment"] = "none"
@@ -78,6 +79,23 @@ class Data:
             return load_recordings(self.name, Recordings(frames, binning, self.sensor, self.image_size), labelled)
         found = load_images(self.name, self.data_dir, self.image_size, labelled)
         return seen_by_camera(found, EventCamera(frames)) if self.events == "simulated" else found
+
+    def at(self, data_dir: str | None) -> "Data":
+        """The same data in another folder: a named set in it, or a folder or file of the same name in it, or itself."""
+        if data_dir is None:
+            return self
+        place, inside = home(data_dir), home(data_dir) / home(self.name).name
+        if self.name in NAMED or (home(self.name).exists() and not inside.exists()):
+            return replace(self, data_dir=data_dir)
+        return replace(self, name=str(inside if inside.exists() else place), data_dir=data_dir)
+
+    @property
+    def loaded(self) -> str:
+        """In words what decides which samples are loaded, as arrays of which values."""
+        more: dict[str, Any] = {"size": self.image_size, "frames": self.event_frames, "sensor": self.sensor}
+        more |= {"duration": self.event_duration, "events": self.events if self.events != "recorded" else None}
+        more |= {"binning": self.event_binning if self.event_binning != "time" else None}
+        return ", ".join([self.name, *(f"{name} {value}" for name, value in more.items() if value is not None)])
 
     @property
     def holds_recordings(self) -> bool:
@@ -227,6 +245,8 @@ class Training:
             for name, low in least.items()
             if not getattr(self, name) >= low
         ]
+        if not 0 <= self.seed < 2**63:
+            faults.append(f"seed (={self.seed}) must be 0 or more and below 2**63")
         if not self.peak >= 0:
             faults.append(f"lr (={self.lr}) must be 0 or more")
         if 1 <= self.epochs <= self.views and self.cache_dir is None:

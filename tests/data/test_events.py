@@ -93,9 +93,9 @@ class TestFrames:
             to_frames([recording([0]), recording([0, 1], [0, 7])], 2, 4, 5)
         with pytest.raises(DataError, match=r"polarity 2\.\.2: expected"):
             to_frames([recording([0], p=2)], 2, 4, 5)
-        with pytest.raises(DataError, match="Recording 0 has 0, 0, 0, 0 values"):
+        with pytest.raises(DataError, match="0, 0, 0, 0 values of t, x, y and p are in recording 0"):
             to_frames([recording([])], 2, 4, 5)
-        with pytest.raises(DataError, match="Recording 0 has 2, 1, 1, 1 values"):
+        with pytest.raises(DataError, match="2, 1, 1, 1 values of t, x, y and p are in recording 0"):
             to_frames([Recording(np.arange(2), *[np.zeros(1, int)] * 3)], 2, 4, 5)
         with pytest.raises(ConfigError, match=r"\(=0, 4, 5\) must be 1 or more"):
             to_frames([recording([0])], 0, 4, 5)
@@ -167,7 +167,7 @@ class TestUnits:
             ({"t": [False, True]}, "t of recording 0 has the dtype bool: give numbers"),
             ({"x": [False, True]}, "x of recording 0 has the dtype bool"),
             ({"y": [False, True]}, "y of recording 0 has the dtype bool"),
-            ({"x": [[0, 1]]}, r"has 2, \(1, 2\), 2, 2 values"),
+            ({"x": [[0, 1]]}, r"2, \(1, 2\), 2, 2 values"),
         ],
         ids=str,
     )
@@ -236,3 +236,9 @@ class TestDisturbances:
             corrupt(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "hot-pixels", 1)
         with pytest.raises(ConfigError, match=r"'fog' was given the shape \(2, 4, 2, 8, 8\): expected images"):
             corrupt(torch.zeros(2, 4, 2, 8, 8, dtype=torch.uint8), "fog", 1)
+
+
+def test_frames_that_no_memory_holds_are_refused():
+    one = Recording(*np.zeros((4, 2), np.int64))
+    with pytest.raises(DataError, match=r"50000000 frames of 128 x 128 pixels .* GiB, more than 16: give fewer"):
+        to_frames([one], 50_000_000, 128, 128)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms.functional import pil_to_tensor
 
-from spikedistill.data import pictures as module
 from spikedistill.data.images import load_images
 from spikedistill.errors import ConfigError, DataError
 
@@ -86,6 +87,20 @@ class TestFolder:
             read.train_images[:, :, 3, 3], torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8)
         )
 
+    def test_sizes_are_those_of_torchvisions_resize_and_centre_crop(self, tmp_path):
+        usual = Compose([Resize(16), CenterCrop(16)])
+        images = []
+        for number, size in enumerate([(40, 20), (20, 40), (24, 24), (10, 8)]):
+            pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+            images.append(Image.fromarray(pixels).resize((size[1], size[0])))
+            for part in ("train", "test"):
+                file = tmp_path / part / "ab"[number % 2] / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                images[-1].save(file)
+        found = load_images(str(tmp_path), image_size=16).train_images
+        expected = torch.stack([pil_to_tensor(usual(images[number])) for number in (0, 2, 1, 3)])
+        assert (found.int() - expected.int()).abs().max() <= 1
+
     @pytest.mark.parametrize("size", [0, -3])
     def test_a_size_that_no_image_has_is_refused(self, tmp_path, size):
         write_classes(tmp_path, {"cat": 5, "dog": 5})
@@ -142,10 +157,9 @@ class TestFolder:
         with pytest.raises(DataError, match=r"dog/9\.ppm' cannot be read"):
             load_images(str(tmp_path))
 
-    def test_more_than_memory_should_hold_is_refused(self, tmp_path, monkeypatch):
-        write_classes(tmp_path, {"cat": 5, "dog": 5})
-        monkeypatch.setattr(module, "LARGEST", 479)
-        with pytest.raises(DataError, match="give a smaller --image-size"):
+    def test_a_class_of_one_image_without_a_test_part_is_refused_in_these_words(self, tmp_path):
+        write_classes(tmp_path, {"cat": 5, "dog": 1})
+        with pytest.raises(DataError, match=r"has no test part, and none could be drawn: .* two images of every class"):
             load_images(str(tmp_path))
 
     def test_a_path_that_does_not_exist_is_named(self, tmp_path):

@@ -106,6 +106,12 @@ class TestDigits:
         first, second = (rows[np.lexsort(rows.T)] for rows in both)
         np.testing.assert_array_equal(first, second)
 
+    def test_a_folder_of_that_name_is_pointed_to(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert load_images("digits").notes == ()
+        (tmp_path / "digits").mkdir()
+        assert load_images("digits").notes == ("the set of that name is read; the folder 'digits' here is ./digits",)
+
     def test_every_reading_gives_the_same_parts(self):
         torch.testing.assert_close(load_images("digits").test_images, load_images("digits").test_images)
 
@@ -258,7 +264,8 @@ class TestNamed:
 
     @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
     def test_without_files_and_without_network_the_message_says_where_to_put_them(self, tmp_path, offline, name):
-        with pytest.raises(DataError, match=rf"'{name}' is not in '.*no route to host.*put '{name}\.npz'.*--data-dir"):
+        said = rf"'{name}' cannot be read from '.*found.*no route to host.*put '{name}\.npz'.*--data-dir"
+        with pytest.raises(DataError, match=said):
             load_images(name, tmp_path)
 
     @pytest.mark.parametrize("kept", [0, 3, 10, 60])

@@ -1,9 +1,10 @@
 import pytest
+from PIL import Image
 
 from spikedistill.deliver.curves import draw_training, history, over_seeds
 from spikedistill.deliver.record import Record
 from spikedistill.deliver.results import Result
-from spikedistill.errors import ConfigError
+from spikedistill.errors import ConfigError, RunError
 from spikedistill.recipes.distill import Distill
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
@@ -40,6 +41,10 @@ def test_picture_has_a_curve_for_each_recipe(tmp_path):
     runs = [finished(tmp_path / f"run-s{seed}", (60.0, 60.0), (40.0, 50.0), seed) for seed in (0, 1)]
     draw_training(tmp_path / "curves.png", runs)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    draw_training(tmp_path / "curves.png", runs)  # its own picture is replaced
+    Image.new("RGB", (3, 3)).save(tmp_path / "holiday.png")
+    with pytest.raises(RunError, match=r"holiday\.png' exists and is no picture of this command"):
+        draw_training(tmp_path / "holiday.png", runs)
 
 
 @pytest.mark.parametrize(

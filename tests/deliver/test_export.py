@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from spikedistill.deliver.export import check, export, on_threshold
 from spikedistill.deliver.onnx import OnnxStudent, onnx_model, traced
 from spikedistill.errors import ConfigError, RunError, WeightsError
+from spikedistill.files import weights_file
 from spikedistill.neuron.dynamics import LIF, Neuron
 from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
@@ -162,6 +164,22 @@ def test_int8_that_changes_classes_is_refused():
         check(student, lambda x: student(x).roll(1, -1), other, "x", kept=0.98)
 
 
+def test_only_an_export_of_the_same_student_is_replaced(files, tmp_path):
+    given, name = {"form": "step", "out": tmp_path}, f"{SHIPPED}-step.onnx"
+    earlier = files[1].path.read_bytes()
+    (tmp_path / name).write_bytes(earlier)
+    export(Path(SHIPPED), **given)
+    shutil.copyfile(weights_file(SHIPPED), tmp_path / "other.safetensors")
+    for file, content, student in (
+        ("other-step.onnx", earlier, tmp_path / "other.safetensors"),
+        (name, b"notes of mine", Path(SHIPPED)),
+    ):
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(RunError, match="exists and is no export of"):
+            export(student, **given)
+        assert (tmp_path / file).read_bytes() == content
+
+
 def test_a_program_of_torch_does_the_same(tmp_path):
     student, samples = made("graded")
     written = io.BytesIO()
@@ -238,7 +256,37 @@ class TestHostileFiles:
             model.graph.node.insert(0, helper.make_node("Steal", ["image"], ["loot"], domain="com.evil"))
             model.opset_import.append(helper.make_opsetid("com.evil", 1))
 
-        with pytest.raises(WeightsError, match=r"operations of com\.evil|export it again"):
+        with pytest.raises(WeightsError, match=r"com\.evil"):
+            OnnxStudent(self.changed(good, change))
+
+    def test_operations_that_onnxruntime_has_and_export_never_writes_are_refused(self, good):
+        def change(model):
+            model.graph.node.insert(0, helper.make_node("Gelu", ["image"], ["loot"], domain="com.microsoft"))
+            model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+        with pytest.raises(WeightsError, match=r"needs operations of com\.microsoft"):
+            OnnxStudent(self.changed(good, change))
+
+    def test_functions_are_refused(self, good):
+        def change(model):
+            body = [helper.make_node("Relu", ["x"], ["y"])]
+            opsets = [helper.make_opsetid("", 18)]
+            model.functions.append(helper.make_function("", "Own", ["x"], ["y"], body, opsets))
+
+        with pytest.raises(WeightsError, match="needs functions"):
+            OnnxStudent(self.changed(good, change))
+
+    def test_weights_in_a_file_that_is_there_are_refused(self, good, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+        def change(model):
+            tensor = next(one for one in model.graph.initializer if one.raw_data)
+            Path("w.bin").write_bytes(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="w.bin")
+
+        with pytest.raises(WeightsError, match="weights in other files"):
             OnnxStudent(self.changed(good, change))
 
     def test_weights_in_other_files_are_refused(self, good):

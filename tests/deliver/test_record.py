@@ -13,7 +13,7 @@ from spikedistill.deliver import record as module
 from spikedistill.deliver import teachers
 from spikedistill.deliver.record import Record, evaluate, read_records, some_of
 from spikedistill.deliver.teachers import find_teacher
-from spikedistill.errors import ConfigError, RunError, SpikeDistillError
+from spikedistill.errors import ConfigError, DataError, RunError, SpikeDistillError
 from spikedistill.files import read_tensors, write_tensors
 from spikedistill.objective.direct import Direct
 from spikedistill.objective.kdsnn import KDSNN
@@ -175,6 +175,14 @@ class TestSeveralRuns:
         records, images = read_records([home / "teacher", home / "two"])
         assert [record.name for record in records] == ["teacher", "two"] and len(images.test_images) == 24
 
+    def test_that_see_other_frames_are_refused(self, home, tmp_path):
+        recipe = Run(home / "two").read("recipe")
+        for name, binning in (("a", "time"), ("b", "number")):
+            shutil.copytree(home / "two", tmp_path / name)
+            Run(tmp_path / name).write("recipe", {**recipe, "data": {**recipe["data"], "event_binning": binning}})
+        with pytest.raises(ConfigError, match=r"trained on different data .*blobs\.npz, binning number"):
+            read_records([tmp_path / "a", tmp_path / "b"])
+
     def test_none_is_refused(self):
         with pytest.raises(ConfigError, match="No runs were given"):
             read_records([])
@@ -317,6 +325,32 @@ class TestEvaluate:
             np.savez(tmp_path / "blobs.npz", **{**arrays, "test_labels": np.full(24, label)})
             evaluate(tmp_path / "run")
         assert caplog.messages and all("machine and device are those of the run" in said for said in caplog.messages)
+
+    def test_a_file_that_was_moved_is_found_in_the_folder_that_is_given(self, home, tmp_path):
+        shutil.copytree(home / "two", tmp_path / "run")
+        recipe = Run(home / "two").read("recipe")
+        gone = {**recipe, "data": {**recipe["data"], "name": str(tmp_path / "gone" / "blobs.npz")}}
+        Run(tmp_path / "run").write("recipe", gone)
+        with pytest.raises(DataError, match="gone"):
+            evaluate(tmp_path / "run")
+        for place in (home, home / "blobs.npz"):
+            found = evaluate(tmp_path / "run", data_dir=str(place))
+            assert found["test_accuracy"] == evaluate(home / "two")["test_accuracy"]
+
+    @pytest.mark.parametrize("names", [["bird", "cat", "dog"], ["dog", "cat"], ["cat", "dog", "owl", "rat"]])
+    def test_data_of_other_classes_are_refused(self, home, tmp_path, names):
+        recipe, arrays = Run(home / "two").read("recipe"), dict(np.load(home / "blobs.npz"))
+        shutil.copytree(home / "two", tmp_path / "run")
+        tensors, facts = read_tensors(tmp_path / "run" / "model.safetensors")
+        known = [str(name) for name in ("cat", "dog", "rat")][: len(facts["class_names"])]
+        write_tensors(tmp_path / "run" / "model.safetensors", tensors, {**facts, "class_names": known})
+        labels = {f"{part}_labels": arrays[f"{part}_labels"] % len(names) for part in ("train", "test")}
+        np.savez(tmp_path / "blobs.npz", **{**arrays, **labels, "class_names": np.array(names)})
+        Run(tmp_path / "run").write(
+            "recipe", {**recipe, "data": {**recipe["data"], "name": str(tmp_path / "blobs.npz")}}
+        )
+        with pytest.raises(DataError, match=r"The classes of 'blobs' are .* trained on cat, dog"):
+            Record.read(tmp_path / "run").images()
 
     def test_with_damaged_results_is_refused(self, home, tmp_path):
         shutil.copytree(home / "two", tmp_path / "run")

@@ -8,6 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
+from spikedistill.data.noise import CORRUPTIONS
+from spikedistill.deliver.inspect import DRAWN
 from spikedistill.deliver.report import report
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
@@ -190,3 +192,7 @@ def test_a_recipe_that_was_changed_by_hand_is_escaped(home, tmp_path):
     except RunError:
         return  # noticed, which is as good
     assert HOSTILE not in text
+
+
+def test_the_perturbations_that_are_drawn_exist():
+    assert {CORRUPTIONS[name].kind: name for name in DRAWN.values()} == DRAWN

@@ -86,6 +86,12 @@ class TestBudget:
         together = Batch(labels=None, student=given.student, over_processes=lambda found: 0 * found + 10.0)
         assert float(Penalty(spikes=30.0)(together, NONE)["spikes"].detach()) == 0
 
+    def test_only_its_own_layers_count_beside_other_parts(self):
+        given = batch(spikes=50.0)
+        for layers, found in (((), 50.0), (("a",), 25.0)):
+            term = Penalty(spikes=10.0, layers=layers)(given, NONE)["spikes"]
+            assert float(term.detach()) == pytest.approx(found / 10 - 1)
+
     def test_it_adds_to_distillation(self):
         given = batch(spikes=50.0, operations=1200.0)
         made = Budget(temperature=3.0, student_temperature=2.0, spikes=30.0, operations=900.0, penalty=0.5)

@@ -1,8 +1,11 @@
 """Cross KD against closed forms and independent code."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -36,6 +39,13 @@ class TestCKA:
         x = drawn(seed, 12, 4)
         turn, _ = torch.linalg.qr(drawn(seed + 1, 4, 4))
         assert float(linear_cka(x, scale * x @ turn + shift)) == pytest.approx(1, abs=1e-3)
+
+    def test_is_computed_in_float32_whatever_networks_compute_in(self):
+        x, y = drawn(0, 40, 6), drawn(1, 40, 6)
+        usual = linear_cka(x, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(linear_cka(x, y), usual)
+            assert float(linear_cka(x, x)) == pytest.approx(1, abs=1e-5)
 
     def test_of_a_silent_layer_is_zero(self):
         assert float(linear_cka(drawn(0, 6, 3), torch.zeros(6, 2, 2))) == 0
@@ -75,7 +85,8 @@ def test_learned_weights_never_take_the_events_away():
 
 
 def test_its_terms_are_those_of_the_docstring(batch):
-    made = CrossKD(layer="last", temperature=3.0, alpha=0.7, similarity=0.4)
+    made = CrossKD(layer="last", temperature=3.0, alpha=0.7, similarity=0.4, label_smoothing=0.1)
+    assert made.needs.every_step
     modules = made.modules(batch, None)
     with torch.no_grad():
         modules["steps"].logits.copy_(torch.tensor([0.0, 1.0, -2.0]))
@@ -84,9 +95,11 @@ def test_its_terms_are_those_of_the_docstring(batch):
     pairs = zip(batch.student.potentials["last"], batch.source.potentials["last"])
     apart = torch.stack([1 - linear_cka(ours, theirs) for ours, theirs in pairs])
     soft = soft_target_divergence(batch.source.logits.mean(0), batch.teacher.logits[0], 3.0)
+    smooth = partial(F.cross_entropy, target=batch.labels, label_smoothing=0.1)
+    each = torch.stack([smooth(step) for step in batch.student.logits])
     expected = {
-        "events": ((1 - share) * cross_entropies(batch.student.logits, batch.labels)).mean(),
-        "images": cross_entropy_per_step(batch.source.logits, batch.labels),
+        "events": ((1 - share) * each).mean(),
+        "images": cross_entropy_per_step(batch.source.logits, batch.labels, 0.1),
         "soft": 0.7 * soft,
         "dissimilarity": 0.4 * (share * apart).mean(),
     }
@@ -97,6 +110,12 @@ def test_the_teacher_speaks_in_the_first_phase_and_falls_silent(batch):
     made = CrossKD(similarity=0.0, switch=0.5, switch_width=0.2)
     said = [float(made(at(batch, progress), nn.ModuleDict())["soft"]) for progress in (0.0, 0.39, 0.5, 0.61, 1.0)]
     assert said[0] == said[1] > 0 and said[2] == pytest.approx(said[0] / 2, rel=1e-5) and said[3] == said[4] == 0
+
+
+def test_without_similarity_labels_are_smoothed_too(batch):
+    terms = CrossKD(similarity=0.0, label_smoothing=0.1)(batch, nn.ModuleDict())
+    expected = torch.stack([F.cross_entropy(one, batch.labels, label_smoothing=0.1) for one in batch.student.logits])
+    torch.testing.assert_close(terms["events"], expected.mean())
 
 
 def test_events_alone_are_left_when_all_is_switched_off(batch):

@@ -1,5 +1,7 @@
 """Windows over spike trains against counting by hand, and the objective on top of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -39,6 +41,13 @@ def test_windows_side_by_side_hold_every_spike_once_whatever_the_teachers_steps(
     torch.testing.assert_close(found.mean(0), train.mean(0))
 
 
+def test_windows_are_counted_in_float32_whatever_networks_compute_in():
+    train = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = window_rates(train, windows_of(5, 3, 1), 5)
+    torch.testing.assert_close(found[:, 0], torch.tensor([1 / 3, 1 / 3, 2 / 3]))
+
+
 def test_the_whole_train_is_a_window():
     train = torch.rand(5, 2, 3)
     torch.testing.assert_close(window_rates(train, windows_of(4, 0, 1), 4), train.mean(0, keepdim=True))
@@ -74,6 +83,22 @@ def test_the_same_counts_at_other_steps_differ_only_in_windows():
     for window, expected in ((0, 0.0), (2, (1 + 0 + 1) / (1 + 0.25 + 0)), (1, 4 / 2)):
         made = DistillingSpikes(spike_pairs=(("a", "b"),), adapt=False, window=window, weight=3.0)
         assert float(made(given, made.modules(given, None))["distance"]) == pytest.approx(3 * expected)
+
+
+@pytest.mark.parametrize("distance, stride", [("l1", 1), ("l2", 2), ("l1", 2), ("l2", 1)])
+@pytest.mark.parametrize("more", [0.0, 1.0])
+def test_distance_and_stride_are_those_asked_for_and_several_processes_have_one_scale(distance, stride, more):
+    theirs, ours = (torch.rand(6, 2, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    made = DistillingSpikes(
+        spike_pairs=(("a", "b"),), adapt=False, window=2, stride=stride, distance=distance, weight=3.0
+    )
+    given = replace(batch(theirs, ours), over_processes=lambda value: value + more)
+    wanted, seen = (
+        torch.stack([train[first : first + 2].mean(0) for first in range(0, 5, stride)]) for train in (theirs, ours)
+    )
+    power = {"l1": 1, "l2": 2}[distance]
+    expected = (seen - wanted).abs().pow(power).mean() / (wanted.pow(power).mean() + more)
+    assert float(made(given, made.modules(given, None))["distance"]) == pytest.approx(3 * float(expected), rel=1e-5)
 
 
 def test_other_channels_and_sizes_are_adapted():

@@ -31,6 +31,9 @@ FULL = Needs(
     potentials=("e",),
     every_step=True,
     source=True,
+    mirror=True,
+    operations=True,
+    replacement=3.0,
 )
 
 
@@ -69,6 +72,9 @@ class TestBatch:
 
 
 class TestNeeds:
+    def test_all_of_them_are_tried_here(self):
+        assert all(value != getattr(Needs(), name) for name, value in vars(FULL).items())
+
     @pytest.mark.parametrize("name", [name for name in vars(FULL)])
     def test_what_either_needs_both_need_together(self, name):
         one = Needs(**{name: getattr(FULL, name)})

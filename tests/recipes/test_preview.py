@@ -3,7 +3,7 @@
 import pytest
 from commands import run_command as call
 
-from spikedistill.errors import ConfigError, ConversionError
+from spikedistill.errors import ConfigError, ConversionError, WeightsError
 from spikedistill.recipes.preview import preview
 from spikedistill.recipes.teach import Teach, teach
 from spikedistill.teacher.load import Architecture
@@ -87,6 +87,10 @@ class TestPreview:
         assert first == "3 parts of the network cannot be converted:"
         assert [line.split()[0] for line in lines] == ["'sigmoid'", "'tanh'", "'tanh'"]
         assert all("own.py:" in line and "nn.ReLU" in line for line in lines)
+
+    def test_weights_that_do_not_exist_are_no_random_ones(self, tmp_path):
+        with pytest.raises(WeightsError, match=r"typo\.safetensors' does not exist"):
+            preview(str(tmp_path / "typo.safetensors"), architecture="vgg9")
 
     def test_refuses_a_student(self, home, tmp_path):
         options = ("--data", home / "blobs.npz", "--teacher", home / "teacher", "--timesteps", 1)

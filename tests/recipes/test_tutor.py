@@ -1,11 +1,13 @@
 """What is found out about data and teacher before a student is taught, from the command line to the tables."""
 
+import itertools
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from spikedistill.data.images import load_images
@@ -164,3 +166,20 @@ def test_a_teacher_of_before_is_one_whose_samples_are_not_known(home, tmp_path, 
     found = Run(tmp_path / "run").read("results")["teacher"]
     assert (found["class_names"], found["may_have_seen"]) == ("not known", ["validation"])
     assert torch.isfinite(torch.tensor(found["accuracy"]))
+
+
+@pytest.mark.parametrize("size, doubted", [(None, True), (8, False)])
+def test_a_teacher_that_learned_from_another_size_is_doubted(tmp_path, call, capsys, size, doubted):
+    draw = np.random.default_rng(0)
+    for part, name, number in itertools.product(("train", "test"), "ab", range(20)):
+        file = tmp_path / "photos" / part / name / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(file)
+    given = ("--data", tmp_path / "photos", "--epochs", 1, "--batch-size", 8, "--device", "cpu", "--precision", "fp32")
+    small = ("--network", "resnet20", "--width", 4, "--image-size", 8, "--out", tmp_path / "teacher")
+    assert call("teach", *given, *small) == 0
+    sized = () if size is None else ("--image-size", size)
+    run = ("--teacher", tmp_path / "teacher", "--method", "conversion-max", "--timesteps", 2, "--out", tmp_path / "run")
+    assert call("distill", *given, *sized, *run) == 0
+    said = "it learned from images of 8 x 8 pixels and these have 12 x 12: give it the size it knows (--image-size 8)"
+    assert (said in " ".join(capsys.readouterr().err.split())) is doubted

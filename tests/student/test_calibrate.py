@@ -19,6 +19,7 @@ from spikedistill.student.calibrate import (
     staircase,
     thresholds,
 )
+from spikedistill.student.coding import DirectCoding, Frames
 from spikedistill.student.conversion import Conversion
 
 law = settings(max_examples=30)
@@ -145,6 +146,10 @@ NEURONS = st.builds(
     lambda leak, decay, reset, initial: Neuron(leak=leak, decay_input=decay, reset=reset, initial=initial),
     *(st.floats(0.01, 0.99), st.booleans(), st.sampled_from(Reset), st.sampled_from([0.0, 0.5])),
 )
+GRADED = st.builds(
+    lambda leak, levels, initial: Neuron(leak=leak, levels=levels, initial=initial),
+    *(st.sampled_from([1.0, 0.9, 0.5]), st.sampled_from([2, 4, 8]), st.sampled_from([0.0, 0.5])),
+)
 
 
 def true_errors(neuron: Neuron, activations: torch.Tensor, tried: torch.Tensor, timesteps: int) -> torch.Tensor:
@@ -157,14 +162,37 @@ def true_errors(neuron: Neuron, activations: torch.Tensor, tried: torch.Tensor, 
 
 class TestAnyNeuron:
     @law
-    @given(neuron=NEURONS, timesteps=st.integers(1, 8), skew=st.sampled_from([1.0, 2.0]), seed=st.integers(0, 99))
+    @given(
+        neuron=NEURONS | GRADED,
+        timesteps=st.integers(1, 8),
+        skew=st.sampled_from([1.0, 2.0]),
+        seed=st.integers(0, 99),
+    )
     def test_least_squares_is_no_worse_than_a_fine_search_over_the_neuron_itself(self, neuron, timesteps, skew, seed):
         activations = torch.rand(300, generator=torch.Generator().manual_seed(seed)).pow(skew) + 1e-3
-        chosen = choose_threshold(activations, staircase(neuron, timesteps), "least-squares")
+        stairs = staircase(neuron, timesteps)
+        chosen = choose_threshold(activations, stairs, "least-squares", levels=neuron.levels)
         fine = torch.arange(1, 1001) / 1000 * activations.max()
         best = true_errors(neuron, activations, fine, timesteps).min()
         # a hundred thresholds are tried, not a thousand
         assert true_errors(neuron, activations, torch.tensor([chosen]), timesteps) <= 1.15 * best
+
+    @law
+    @given(neuron=GRADED, timesteps=st.integers(1, 4), rule=st.sampled_from(["least-squares", "max", "percentile"]))
+    def test_the_expected_rate_of_graded_neurons_is_theirs(self, neuron, timesteps, rule):
+        activations = torch.rand(500, generator=torch.Generator().manual_seed(1)) * 2
+        chosen, rate = thresholds({"a": activations}, neuron, timesteps, rule, 99.0)["a"]
+        one = torch.ones(())
+        spikes, _ = run((activations / chosen)[None], None, neuron, one * neuron.leak, one, timesteps)
+        assert rate == pytest.approx(float(spikes.mean()), rel=0.03)
+
+    @pytest.mark.parametrize("levels", [1, 3, 8])
+    def test_the_largest_activation_of_a_rule_is_worth_all_spikes_of_a_step(self, levels):
+        neuron, activations = Neuron(initial=0.5, levels=levels), torch.rand(500) * 2
+        stairs = staircase(neuron, 1)
+        for rule, largest in (("max", activations.max()), ("percentile", activations.quantile(0.99))):
+            found = choose_threshold(activations, stairs, rule, 99.0, levels)
+            assert found == pytest.approx(float(largest) / levels, rel=1e-4)
 
     @pytest.mark.parametrize("leak", [0.8, 0.985])
     @pytest.mark.parametrize("timesteps", [1, 2, 8])
@@ -361,6 +389,14 @@ class TestBiases:
         plain = to_spiking(ann, Conversion(**options), calibrate=images)[0].state_dict()
         corrected = to_spiking(ann, Conversion(**options, correct="biases"), calibrate=images)[0].state_dict()
         assert {name for name in plain if not torch.equal(plain[name], corrected[name])} == {"core.norm.bias"}
+
+    def test_see_single_frames_as_images(self):
+        ann, images = self.network(), torch.rand(32, 1, 8, 8)
+        found = [
+            to_spiking(ann, Conversion(3, coding=coding, correct="biases"), calibrate=images)[0].state_dict()
+            for coding in (DirectCoding(), Frames())
+        ]
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
     def test_of_fresh_weights_are_refused(self):
         with pytest.raises(ConfigError, match=r"correct .* needs inherited weights"):

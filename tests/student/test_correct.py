@@ -46,6 +46,17 @@ def converted(ann, images, **options):
     return to_spiking(ann, Conversion(**options), calibrate=images)
 
 
+def test_a_channel_that_batch_norm_silences_keeps_its_weights():
+    images = pictures(64)
+    ann = network()
+    ann.second.weight.data[1] = 0
+    student, _ = converted(ann, images, timesteps=1, neuron=GRADED, correct="layers")
+    held = student.state_dict()
+    assert all(value.isfinite().all() for value in held.values() if value.is_floating_point())
+    assert torch.equal(student.core.conv.weight[1], ann.conv.weight[1])
+    assert not torch.equal(student.core.conv.weight[0], ann.conv.weight[0])
+
+
 @torch.no_grad()
 def error(ann, student, images):
     wanted = ann(images)

@@ -17,7 +17,7 @@ from spikedistill.neuron.dynamics import IF, PLIF
 from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames, Rate
 from spikedistill.student.conversion import ROUNDING, Conversion
-from spikedistill.student.save import load_student, save_student
+from spikedistill.student.save import load_student, save_student, start_from
 from spikedistill.teacher.load import Architecture, Teacher
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +237,16 @@ class TestTheFirstFormat:
         loaded = load_student(tmp_path / "it")
         assert loaded.gradient == "rate" and not loaded.conversion.inherit
         assert loaded.mean.flatten().tolist() == student.mean.flatten().tolist()
+
+
+def test_what_starts_from_a_student_sees_images_as_that_student_did(tmp_path):
+    before, images = made(), torch.rand(6, 1, 8, 8)
+    save_student(tmp_path / "it", before, architecture=ZOO)
+    student, _ = to_spiking(ZOO.build(), Conversion(timesteps=3), calibrate=images, mean=(0.1,), std=(0.9,))
+    for layer in student.neurons.values():
+        layer.backend = "reference"
+    start_from(student, tmp_path / "it")
+    assert torch.equal(student.eval()(images), before(images))
 
 
 @pytest.fixture(scope="module")

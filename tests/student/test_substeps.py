@@ -35,6 +35,35 @@ class Mixed(nn.Module):
         return self.fc2(F.relu(self.fc1(x)))
 
 
+class PooledCurrents(nn.Module):
+    """Max pooling of the image's currents and of those of spikes, before the neurons, and a learned scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.pool1 = nn.Conv2d(2, 4, 3, padding=1), nn.MaxPool2d(2)
+        self.conv2, self.pool2 = nn.Conv2d(4, 8, 3, padding=1), nn.MaxPool2d(3, 2, 1)
+        self.fc, self.scale = nn.Linear(32, 3), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        x = F.relu(self.pool1(self.conv1(x)))
+        x = F.relu(self.pool2(self.conv2(x) * self.scale))
+        return self.fc(x.flatten(1))
+
+
+class PreActivation(nn.Module):
+    """What the first neurons see is also what a later sum sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4 * 64, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.conv1(F.relu(x))
+        return self.fc(F.relu(x).flatten(1))
+
+
 def student(timesteps, levels, on_grid=True, network=Mixed, **options):
     torch.manual_seed(3)
     ann, images = network().eval(), torch.randint(0, 9, (12, 2, 8, 8)) / 8
@@ -78,6 +107,40 @@ class TestBinarySubSteps:
             several += int((found > 1).sum())
         assert (several > 0) is (levels > 1)
         torch.testing.assert_close(binary.logits, graded.logits)
+
+    @pytest.mark.parametrize("timesteps, levels", SPLITS)
+    @pytest.mark.parametrize("max_pool", ["cumulative", "or"])
+    def test_count_the_same_where_currents_are_pooled(self, timesteps, levels, max_pool):
+        made, images = student(timesteps, levels, network=PooledCurrents, max_pool=max_pool)
+        with torch.no_grad():
+            graded = made.observe(images, spikes=made.layers())
+        for path, found in counts(run_in_substeps(made, images, spikes=tuple(made.layers())), timesteps).items():
+            torch.testing.assert_close(found, graded.spikes[path], rtol=0, atol=0)
+            assert found.any()
+
+    @pytest.mark.parametrize("timesteps, levels", SPLITS)
+    @pytest.mark.parametrize("network", [PooledCurrents, PreActivation])
+    @pytest.mark.parametrize("max_pool", ["cumulative", "or"])
+    def test_count_the_same_of_frames(self, timesteps, levels, network, max_pool):
+        made, _ = student(timesteps, levels, network=network, max_pool=max_pool, coding=Frames())
+        frames = torch.randint(0, 9, (timesteps, 6, 2, 8, 8)) / 8
+        with torch.no_grad():
+            graded = made.observe(frames, spikes=made.layers())
+        for path, found in counts(run_in_substeps(made, frames, spikes=tuple(made.layers())), timesteps).items():
+            torch.testing.assert_close(found, graded.spikes[path], rtol=0, atol=0)
+            assert found.any()
+
+    def test_a_stream_of_frames_is_counted_step_by_step(self):
+        made, _ = student(3, 2, network=PooledCurrents, coding=Frames())
+        frames, state, streamed = torch.randint(0, 9, (3, 6, 2, 8, 8)) / 8, None, []
+        with operations(made) as counted, torch.no_grad():
+            for frame in frames:
+                logits, state = made.step(frame, state)
+                streamed.append(logits)
+        with operations(made) as whole, torch.no_grad():
+            logits = made(frames)
+        torch.testing.assert_close(torch.stack(streamed), logits)
+        assert counted.per_image()["acs"] == pytest.approx(whole.per_image()["acs"])
 
     @pytest.mark.parametrize("timesteps, levels", [(1, 4), (2, 2), (4, 1)])
     @pytest.mark.parametrize("name", ["resnet20", "vgg9"])

@@ -1,5 +1,7 @@
 """Synaptic operations with a gradient: the counts of ``evaluate.operations``, and what the gradient is."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,44 @@ def test_agree_with_the_measured_ones_for_every_pooling(max_pool):
     student, images = student_of(Architecture("vgg9", 5, 3, 4).build(), 4, 1, max_pool=max_pool)
     found = student.eval().observe(images, operations=True).operations
     assert float(found.detach().sum(0).mean()) == pytest.approx(measured(student, images), rel=0.01)
+
+
+def test_agree_with_the_measured_ones_where_spikes_are_scaled():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(400, 3)
+
+        def forward(self, x):
+            x = F.relu(self.first(x))
+            x = F.relu(self.second(x * 0.5)) / 3
+            return self.last(torch.flatten(x[..., :10, :10], 1))
+
+    torch.manual_seed(0)
+    student, images = student_of(Scaled(), 1, 4)
+    found = student.eval().observe(images, operations=True).operations
+    assert float(found.detach().sum(0).mean()) == pytest.approx(measured(student, images), rel=0.01)
+    slopes = torch.autograd.grad(found.sum(), [student.core.first.bias, student.core.second.bias])
+    assert all(slope.any() for slope in slopes)
+
+
+def test_connections_are_those_of_the_weights_as_they_are_now():
+    torch.manual_seed(0)
+    ann = Pooled()
+    with torch.no_grad():
+        ann.second.weight[:2] = 0
+        ann.weight[:, 3] = 0
+    student, images = student_of(ann, 2, 2)
+    with operations(student.eval()) as counts, torch.no_grad():
+        for change in (0.0, 0.1):
+            for weight in (student.core.second.weight, student.core.weight):
+                weight += change
+            student(images)
+            found = student.observe(images, operations=True).operations
+            copied = copy.deepcopy(student)  # has counted nothing yet
+            assert torch.equal(found, copied.observe(images, operations=True).operations)
+    both = counts.per_image()["acs"] + counts.per_image()["macs"]
+    assert both > 1.05 * measured(student_of(ann, 2, 2)[0], images)
 
 
 def test_the_other_outputs_are_the_same():

@@ -1,5 +1,6 @@
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,17 +9,18 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from spikedistill.errors import ConfigError, WeightsError
-from spikedistill.files import write_tensors
+from spikedistill.files import read_facts, write_tensors
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
+from spikedistill.teacher.code import import_object
 from spikedistill.teacher.load import (
     Architecture,
     OneStep,
     Teacher,
-    import_object,
     load_teacher,
     load_weights,
     pretrained,
@@ -209,15 +211,34 @@ class TestReadWeights:
         torch.save(tensors, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
         assert_same(read_weights(tmp_path / "w.pt")[0], tensors)
 
-    def test_a_checkpoints_state_dict_is_found(self, tmp_path, tensors):
-        torch.save({"epoch": 3, "state_dict": tensors}, tmp_path / "w.pth")
+    @pytest.mark.parametrize("name", ["state_dict", "model", "net", "model_state_dict"])
+    def test_a_checkpoints_state_dict_is_found(self, tmp_path, tensors, name):
+        optimiser = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9).state_dict()
+        torch.save({"epoch": 3, "acc": 91.2, name: tensors, "optimizer": optimiser}, tmp_path / "w.pth")
         assert_same(read_weights(tmp_path / "w.pth")[0], tensors)
+
+    def test_of_several_state_dicts_the_one_of_that_name_is_taken_or_none(self, tmp_path, tensors):
+        other = {name: tensor + 1 for name, tensor in tensors.items()}
+        torch.save({"state_dict": tensors, "state_dict_ema": other}, tmp_path / "named.pth")
+        assert_same(read_weights(tmp_path / "named.pth")[0], tensors)
+        torch.save({"model": tensors, "model_ema": other}, tmp_path / "open.pth")
+        with pytest.raises(WeightsError, match=r"holds several state_dicts \(model, model_ema\): save the one"):
+            read_weights(tmp_path / "open.pth")
 
     @pytest.mark.parametrize("contents", [{"model": {}}, [1, 2], torch.zeros(2)])
     def test_a_torch_file_of_something_else_is_refused(self, tmp_path, contents):
         torch.save(contents, tmp_path / "w.pt")
         with pytest.raises(WeightsError, match=f"holds {type(contents).__name__}, not a state_dict"):
             read_weights(tmp_path / "w.pt")
+
+    def test_names_that_are_no_text_are_refused(self, tmp_path, tensors):
+        torch.save({0: tensors["weight"]}, tmp_path / "w.pt")
+        with pytest.raises(WeightsError, match="not a state_dict"):
+            read_weights(tmp_path / "w.pt")
+
+    def test_arrays_of_the_other_order_of_bytes_are_read(self, tmp_path, tensors):
+        np.savez(tmp_path / "w.npz", **{name: tensor.numpy().astype(">f4") for name, tensor in tensors.items()})
+        assert_same(read_weights(tmp_path / "w.npz")[0], tensors)
 
     def test_a_pickled_module_is_refused(self, tmp_path):
         torch.save(nn.Linear(3, 2), tmp_path / "w.pt")
@@ -280,15 +301,38 @@ class TestLoadWeights:
         load_weights(network, tensors, "'w.pt'")
         assert_same(network.state_dict(), tensors)
 
-    def test_the_prefix_of_a_parallel_network_is_dropped(self, tensors):
-        network = nn.Linear(3, 2)
-        load_weights(network, {f"module.{name}": tensor for name, tensor in tensors.items()}, "'w.pt'")
+    @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda net: nn.DataParallel(torch.compile(net))])
+    def test_the_prefix_of_a_wrapper_is_dropped(self, tensors, wrap):
+        network, source = nn.Linear(3, 2), nn.Linear(3, 2)
+        source.load_state_dict(tensors)
+        wrapped = wrap(source).state_dict()
+        assert not wrapped.keys() & tensors.keys()
+        load_weights(network, wrapped, "'w.pt'")
         assert_same(network.state_dict(), tensors)
 
     def test_a_part_called_module_keeps_its_name(self):
         source, network = (nn.ModuleDict({"module": nn.Linear(3, 2)}) for _ in range(2))
         load_weights(network, source.state_dict(), "'w.pt'")
         assert_same(network.state_dict(), source.state_dict())
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda x: x.to(torch.float8_e4m3fn), "is float8_e4m3fn: expected ordinary tensors"),
+            (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "is quantised: expected"),
+            (lambda x: x.to_sparse(), "is sparse_coo: expected"),
+            (lambda x: x.to("meta"), "is without data: expected"),
+            (lambda x: x.to(torch.complex64), "is complex64: expected"),
+            (lambda x: (100 * x).to(torch.int8), "holds torch.int8, the network needs torch.float32"),
+            (lambda x: x > 0, "holds torch.bool, the network needs torch.float32"),
+        ],
+    )
+    def test_other_kinds_of_tensors_are_refused(self, tensors, change, message):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other = {**tensors, "weight": change(tensors["weight"])}
+        with pytest.raises(WeightsError, match=message):
+            load_weights(nn.Linear(3, 2), other, "'w.pt'")
 
     def test_the_count_of_batches_may_be_missing(self, network):
         tensors = network.state_dict()
@@ -543,10 +587,44 @@ class TestImportObject:
 
     def test_what_is_no_function_is_no_network(self, tmp_path):
         (tmp_path / "own.py").write_text("tiny = 7\n")
-        with pytest.raises(ConfigError, match=r"own\.py:tiny' cannot be called .*'int' object is not callable"):
+        with pytest.raises(ConfigError, match=r"own\.py:tiny' cannot be called .*7 is not a callable"):
             Architecture(f"{tmp_path}/own.py:tiny").build()
+
+    @pytest.mark.parametrize("body", ["nn.Linear(4, classes, foo=1)", "nn.Linear(-4, classes)", "1 / 0", "nowhere"])
+    def test_a_fault_inside_a_function_is_told_with_its_line(self, tmp_path, body):
+        (tmp_path / "own.py").write_text(f"from torch import nn\n\ndef tiny(classes):\n    return {body}\n")
+        with pytest.raises(ConfigError, match=r"own\.py:tiny', called with classes=3, failed \(.*line \d+: mend it"):
+            Architecture(f"{tmp_path}/own.py:tiny", classes=3).build()
 
     def test_a_function_that_takes_no_classes_is_refused(self, tmp_path):
         (tmp_path / "own.py").write_text("def tiny():\n    return None\n")
         with pytest.raises(ConfigError, match=r"cannot be called with classes=3 .*give it an argument 'classes'"):
             Architecture(f"{tmp_path}/own.py:tiny", classes=3).build()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"mean": "abc"},
+        {"mean": 0.5},
+        {"std": [None]},
+        {"class_names": 5},
+        {"class_names": [1, 2]},
+        {"architecture": {"name": "vgg9", "classes": 2.5}},
+        {"architecture": {"name": "vgg9", "classes": 10**14}},
+        {"architecture": "vgg9"},
+    ],
+)
+def test_a_damaged_header_is_an_error_of_ours(tmp_path, damage):
+    architecture = Architecture("vgg9", 3, 1, 4)
+    facts = {"architecture": architecture.facts(), "mean": [0.5], "std": [0.2], "class_names": ["a", "b", "c"]}
+    write_tensors(tmp_path / "w.safetensors", architecture.build().state_dict(), facts | damage)
+    with pytest.raises(WeightsError, match=r"w\.safetensors"):
+        load_teacher(tmp_path / "w.safetensors")
+
+
+def test_a_header_without_end_is_an_error_of_ours(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors", {"spikedistill": "[" * 200_000})
+    with pytest.raises(WeightsError, match="cannot be read as safetensors"):
+        read_weights(tmp_path / "w.safetensors")
+    assert read_facts(tmp_path / "w.safetensors") == {}

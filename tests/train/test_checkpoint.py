@@ -9,13 +9,25 @@ from spikedistill import files
 from spikedistill.errors import RunError, WeightsError
 from spikedistill.files import read_tensors, write_json, write_tensors
 from spikedistill.train.checkpoint import load_checkpoint, previous, save_checkpoint
+from spikedistill.train.muon import Muon
 
 FACTS = {"epoch": 3, "step": 2, "meters": {"sums": {"labels": 0.1 + 0.2}}, "rate": None}
+
+
+def muon(given):
+    """Muon for kernels of convolutions, SGD for all else, of parameters or groups of them."""
+    parameters = [one for part in given for one in (part["params"] if isinstance(part, dict) else [part])]
+    others = [{"params": [one], "weight_decay": 0.0} for one in parameters if one.ndim != 4]
+    return Muon({"params": [one for one in parameters if one.ndim == 4]}, others, 0.01, 0.9)
+
+
 OPTIMISERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
     "sgd without momentum": lambda p: torch.optim.SGD(p, lr=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "muon": muon,
 }
+STATEFUL = {name: make for name, make in OPTIMISERS.items() if name != "sgd without momentum"}
 
 
 def network():
@@ -63,10 +75,14 @@ class TestRoundTrip:
         assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
         assert torch.equal(torch.get_rng_state(), random)
 
-    def test_state_keeps_the_memory_order_of_its_parameter(self, make, tmp_path):
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+class TestState:
+    def test_keeps_the_memory_order_of_its_parameter(self, make, tmp_path):
         first = network()
         optimiser = make(first.parameters())
         walk(first, optimiser, 1)
+        assert optimiser.state
         save_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, optimiser, FACTS)
         again = make(first.parameters())
         load_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, again)
@@ -80,29 +96,33 @@ class TestRoundTrip:
         assert len(kept) == len(each) * (len(list(first.parameters())) - 1)  # the threshold is a scalar
         assert all(found == wanted for found, wanted in kept)
 
-    def test_state_finds_its_parameter_by_name_whatever_the_optimiser_s_order(self, make, tmp_path):
+    def test_finds_its_parameter_by_name_whatever_the_optimiser_s_order(self, make, tmp_path):
         first = network()
         optimiser = make(first.parameters())
         walk(first, optimiser, 2)
+        assert optimiser.state
         save_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, optimiser, FACTS)
         turned = make([{"params": [p]} for p in reversed(list(first.parameters()))])
         load_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, turned)
         assert_same_state(optimiser, turned)
 
-    def test_state_of_an_earlier_version_is_numbered_and_found(self, make, tmp_path):
-        first = network()
-        optimiser = make(first.parameters())
-        walk(first, optimiser, 2)
-        save_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, optimiser, FACTS)
-        tensors, facts = read_tensors(tmp_path / "c.safetensors")
-        for number, (name, _) in enumerate(first.named_parameters()):
-            for key in [key for key in tensors if key.startswith(f"optimiser.lesson.{name}.")]:
-                tensors[f"optimiser.{number}.{key.rpartition('.')[2]}"] = tensors.pop(key)
-        assert not any(key.startswith("optimiser.lesson") for key in tensors)
-        write_tensors(tmp_path / "c.safetensors", tensors, facts)
-        again = make(first.parameters())
-        load_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, again)
-        assert_same_state(optimiser, again)
+
+@pytest.mark.parametrize("make", [STATEFUL["sgd"], STATEFUL["adamw"]], ids=["sgd", "adamw"])
+def test_state_of_an_earlier_version_is_numbered_and_found(make, tmp_path):
+    first = network()
+    optimiser = make(first.parameters())
+    walk(first, optimiser, 2)
+    assert optimiser.state
+    save_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, optimiser, FACTS)
+    tensors, facts = read_tensors(tmp_path / "c.safetensors")
+    for number, (name, _) in enumerate(first.named_parameters()):
+        for key in [key for key in tensors if key.startswith(f"optimiser.lesson.{name}.")]:
+            tensors[f"optimiser.{number}.{key.rpartition('.')[2]}"] = tensors.pop(key)
+    assert not any(key.startswith("optimiser.lesson") for key in tensors)
+    write_tensors(tmp_path / "c.safetensors", tensors, facts)
+    again = make(first.parameters())
+    load_checkpoint(tmp_path / "c.safetensors", {"lesson": first}, again)
+    assert_same_state(optimiser, again)
 
 
 def assert_same_state(first, second):

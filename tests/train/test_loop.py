@@ -340,8 +340,13 @@ class TestRefusals:
             teach(student, steep, blobs, choices(clip=clip), Run(tmp_path))
         assert same(before, student.state_dict()) and not Run(tmp_path).checkpoint.exists()
 
-    def test_a_student_without_a_gradient_is_no_broken_one(self, blobs, tmp_path):
-        assert teach(learner(flat()), Direct(), blobs, choices(epochs=1), Run(tmp_path))["epoch"] == 1
+    def test_weights_without_a_gradient_break_nothing(self, blobs, tmp_path):
+        student = learner(flat())
+        frozen = next(student.parameters()).requires_grad_(False)
+        before = frozen.clone()
+        student.register_parameter("unused", nn.Parameter(torch.ones(3)))
+        assert teach(student, Direct(), blobs, choices(epochs=1, clip=1.0), Run(tmp_path))["epoch"] == 1
+        assert torch.equal(frozen, before)
 
     @pytest.mark.parametrize(
         "where, remedy",
@@ -859,6 +864,8 @@ class TestViews:
             "teacher": (blobs, config, {"seed": 3}),
             "augmentation": (blobs, config, {"augment": Augment(crop=1)}),
             "objective": (blobs, config, {"objective": KDSNN((("0", "0"),))}),
+            "logits": (blobs, config, {"objective": KDSNNResponse()}),
+            "mirror": (blobs, config, {"objective": KDSNNResponse(mirror=True)}),
             "seed": (blobs, dataclasses.replace(config, seed=1), {}),
             "batch": (blobs, dataclasses.replace(config, batch_size=17), {}),
             "order": (blobs, dataclasses.replace(config, channels_last=True), {}),

@@ -49,10 +49,10 @@ class TestFiringRateMeter:
     def test_looks_now_and_then_and_keeps_the_last_rate(self, student):
         meter, seen = FiringRateMeter(student), []
         for step in range(2 * EVERY + 1):
-            student.core.get_submodule("1").bias.data.fill_(100.0 if step % EVERY else -100.0)
+            student.core.get_submodule("1").bias.data.fill_(100.0 if step % EVERY or step == EVERY else -100.0)
             self.look(meter, student, step)
             seen.append(meter.percent)
-        assert seen == [0.0] * len(seen)
+        assert seen == [0.0] * EVERY + [100.0] * EVERY + [0.0]
 
     def test_of_all_steps_trained_as_one_there_is_none(self):
         student, _ = to_spiking(network(), Conversion(inherit=False))

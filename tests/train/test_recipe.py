@@ -98,6 +98,8 @@ def test_with_a_source_the_feed_is_of_pairs(blobs, write_blobs, tmp_path):
     train, test = (part[:, None, :2].repeat(1, 4, 1, 1, 1) for part in (blobs.train_images, blobs.test_images))
     frames = ImageSet("frames", train, blobs.train_labels, test, blobs.test_labels, blobs.class_names)
     data = Data(source=str(tmp_path / "blobs.npz"))
+    replacing = data.feed(frames, Training(batch_size=8, epochs=5), data.load_source(), 3.0)
+    assert (replacing.replacement, replacing.epochs) == (3.0, 5)
     feed = data.feed(frames, Training(batch_size=8), data.load_source())
     assert isinstance(feed, PairFeed) and feed.events == MemoryFeed(frames, 8)
     assert not feed.paired and len(feed.images.train_images) == 90

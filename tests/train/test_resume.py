@@ -157,6 +157,19 @@ def assert_same_bits(first, second):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.parametrize("learner", ["a student with dropout", "a student with random spikes"])
+def test_numbers_drawn_between_the_steps_do_not_change_them(learner, blobs, tmp_path, monkeypatch):
+    usual, _ = train(learner, blobs, tmp_path / "usual", {})
+    line = Course.line
+
+    def draws(self, *given):
+        torch.rand(7)
+        return line(self, *given)
+
+    monkeypatch.setattr(Course, "line", draws)
+    assert_same_bits(train(learner, blobs, tmp_path / "drawn", {})[0], usual)
+
+
 MUON = {"optimizer": "muon", "lookahead": 3, "norm_lr": 8.0, "schedule": "one-cycle", "lr_first": 0.2, "lr_last": 0.1}
 ADAMW = {"optimizer": "adamw", "lr": 0.01}
 
