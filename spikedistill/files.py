@@ -120,6 +120,15 @@ def has_mark(path: Path, mark: str) -> bool:
         return f"\n{mark}".encode() in b"\n" + file.read(4096)
 
 
+def holds(path: Path, *marks: bytes, within: int = -1) -> bool:
+    """Whether a file of any kind holds one of these marks, within its first bytes or anywhere."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        content = file.read(within)
+    return any(mark in content for mark in marks)
+
+
 def write_bytes(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file of any other kind, atomically: ``write`` gets the path to write to."""
     _replace(path, write)

@@ -19,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -102,7 +102,9 @@ def pixels_on_disk(
                 raise OSError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
             if done < len(files):
                 note(f"the pixels of '{path}' are kept in '{folder}', which may be deleted: {len(files):,} images.")
-                _append(pixels, facts, files, done, done * each, counts, read)
+                with pixels.open("ab") as file:
+                    file.truncate(done * each)
+                    _append(file, facts, files, done, counts, read)
     except OSError as error:
         raise DataError(
             f"The pixels of '{path}' cannot be kept in '{folder}' ({error}): set XDG_CACHE_HOME to a folder on a larger"
@@ -125,29 +127,25 @@ def _done(pixels: Path, facts: Path, each: int) -> tuple[int, Counter[str]]:
 
 
 def _append(
-    pixels: Path,
+    file: BinaryIO,
     facts: Path,
     files: Sequence[Path],
     done: int,
-    place: int,
     counts: Counter[str],
     read: Callable[[Sequence[Path], Counter[str]], NDArray[np.uint8]],
 ) -> None:
-    """Read the images from number ``done`` on, and write them from byte ``place`` on, block by block."""
+    """Read the images from number ``done`` on, and write them behind the others, block by block."""
     begun = said = time.monotonic()
-    with pixels.open("r+b" if pixels.exists() else "w+b") as file:
-        file.truncate(place)
-        file.seek(place)
-        for first in range(done, len(files), BLOCK):
-            file.write(read(files[first : first + BLOCK], counts).data)
-            file.flush()
-            os.fsync(file.fileno())  # before the facts say that they are there
-            last = min(first + BLOCK, len(files))
-            write_text(facts, json.dumps({"images": last, "tally": counts}))
-            if time.monotonic() - said > MINUTE:
-                said = time.monotonic()
-                left = (said - begun) / (last - done) * (len(files) - last) / MINUTE
-                note(f"read {last:,} of {len(files):,} images, {left:.0f} min left.")
+    for first in range(done, len(files), BLOCK):
+        file.write(read(files[first : first + BLOCK], counts).data)
+        file.flush()
+        os.fsync(file.fileno())  # before the facts say that they are there
+        last = min(first + BLOCK, len(files))
+        write_text(facts, json.dumps({"images": last, "tally": counts}))
+        if time.monotonic() - said > MINUTE:
+            said = time.monotonic()
+            left = (said - begun) / (last - done) * (len(files) - last) / MINUTE
+            note(f"read {last:,} of {len(files):,} images, {left:.0f} min left.")
 
 
 def _place(path: Path, how: str, files: Iterable[Path]) -> Path:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spikedistill.deliver.compare import Group, grouped
-from spikedistill.deliver.figures import curves
+from spikedistill.deliver.figures import PROGRAM, curves
 from spikedistill.deliver.results import Result, main_measure
 from spikedistill.errors import ConfigError, RunError
+from spikedistill.files import holds
 from spikedistill.train.run import Run
 
 Points = list[tuple[float, float]]
@@ -26,10 +27,11 @@ def draw_training(path: Path, results: Sequence[Result]) -> None:
 
     Raises:
         ConfigError: if no run is left, or the file's name does not end in .png.
+        RunError: if the file exists and is no picture of this package.
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"curves (={path}) is written as PNG: give a name that ends in .png.")
-    if path.exists() and b"Software\0spikedistill" not in path.read_bytes()[:4096]:
+    if path.exists() and not holds(path, b"Software\0" + PROGRAM.encode(), within=4096):
         raise RunError(f"'{path}' exists and is no picture of this command: name another file.")
     groups, _ = grouped(results)
     found = {group.name: (group, over_seeds([history(one) for one in group.results])) for group in groups}

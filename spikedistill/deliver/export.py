@@ -25,7 +25,7 @@ from spikedistill.data.augment import to_inputs
 from spikedistill.deliver.onnx import Form, OnnxStudent, onnx_model, states_of, traced
 from spikedistill.deliver.record import Record, some_of
 from spikedistill.errors import ConfigError, RunError
-from spikedistill.files import write_bytes
+from spikedistill.files import holds, write_bytes
 from spikedistill.shapes import Logits
 from spikedistill.student.coding import Rate
 from spikedistill.student.student import Student
@@ -142,7 +142,7 @@ def _check_replaceable(file: Path, student: str) -> None:
     name = student.encode()
     length = bytes([len(name)] if len(name) < 128 else [len(name) % 128 + 128, len(name) // 128])
     there = b"student\x12" + length + name, f'"student": {json.dumps(student)}'.encode()  # in .onnx, in .pt2
-    if file.exists() and (not file.is_file() or not any(mark in file.read_bytes() for mark in there)):
+    if file.exists() and not holds(file, *there):
         raise RunError(f"'{file}' exists and is no export of '{student}': give another --out, or move it away.")
 
 

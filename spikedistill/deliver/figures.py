@@ -22,6 +22,8 @@ Groups = Mapping[str, Mapping[str, tuple[float, float]]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v")
 STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+PROGRAM = "spikedistill"
+"""The program that PNG files name."""
 KINDS = ("png", "svg")
 """Kinds of files that pictures are written to."""
 INK = ("#000000", "#262626", "#b0b0b0")
@@ -253,7 +255,7 @@ def save(path: str | Path, figure: Any) -> None:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in KINDS:
         raise ConfigError(f"'{path}' is a picture: give a name that ends in .{' or .'.join(KINDS)}.")
-    metadata = {"Software": "spikedistill"} if kind == "png" else None
+    metadata = {"Software": PROGRAM} if kind == "png" else None
     write_bytes(path, lambda file: figure.savefig(file, format=kind, dpi=130, metadata=metadata))
 
 

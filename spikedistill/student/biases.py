@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.calibrate import by_channel
-from spikedistill.student.coding import DirectCoding, Frames
 from spikedistill.student.graph import repeat_time
 
 
@@ -43,7 +42,6 @@ def correct_biases(
     """
     training = student.training
     student.eval()
-    shown = DirectCoding() if isinstance(student.coding, Frames) else student.coding  # single frames are images here
     calls = {str(node.target): node for node in core.graph.nodes if node.op == "call_module"}
     device = next(student.parameters()).device
     for name, layer in neurons.items():
@@ -59,9 +57,9 @@ def correct_biases(
         handle = layer.register_forward_hook(listen)
         parts = images.split(batch_size)
         for part in parts:
-            rows, repeats = shown.encode(part.to(device), student.timesteps)
+            rows, repeats = student.shown(part.to(device))
             with contextlib.suppress(_Stop):
-                core(student._normalised(rows), student.timesteps, repeats, (None,) * student.states, False)
+                core(rows, student.timesteps, repeats, (None,) * student.states, False)
         handle.remove()
         weights = torch.tensor([len(part) / len(images) for part in parts], device=device)
         lacking = wanted[name].to(device) - (torch.stack(sums) * weights[:, None]).sum(0)

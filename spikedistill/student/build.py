@@ -10,7 +10,7 @@ from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.biases import correct_biases
 from spikedistill.student.calibrate import channel_means, record, silent_layers, thresholds
-from spikedistill.student.coding import DirectCoding, Frames
+from spikedistill.student.coding import DirectCoding
 from spikedistill.student.conversion import USUAL, Conversion
 from spikedistill.student.correct import correct_layers, some_images
 from spikedistill.student.mixing import refuse_mixed
@@ -109,11 +109,9 @@ def _correct_layers(
     student: Student, ann: fx.GraphModule, named: Mapping[str, str], inputs: Tensor, raw: Tensor
 ) -> tuple[tuple[Corrected, ...], list[float | None]]:
     """Correct layer after layer (``correct.py``). Event frames are shown as images, as for calibration."""
-    timesteps = student.timesteps
-    kept = some_images(ann.eval(), inputs, timesteps)
-    shown = DirectCoding() if isinstance(student.coding, Frames) else student.coding
-    rows, repeats = shown.encode(raw[kept].to(inputs), timesteps)
-    given = named, inputs[kept], student._normalised(rows), repeats, student.states
+    kept = some_images(ann.eval(), inputs, student.timesteps)
+    rows, repeats = student.shown(raw[kept].to(inputs))
+    given = named, inputs[kept], rows, repeats, student.states
     done, rates = correct_layers(student.core, ann, *given)
     return done, [rates.get(student._module(path)) for path in student.layers()]
 

@@ -13,7 +13,7 @@ from spikedistill.errors import ConfigError, ShapeError, one_of
 from spikedistill.inputs import normalise
 from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import ClassLogits, Logits
-from spikedistill.student.coding import Coding
+from spikedistill.student.coding import Coding, DirectCoding, Frames
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.graph import Charges, OneStep, first_convolution, spike_nodes, tap
 from spikedistill.student.rate import rate_run
@@ -230,6 +230,15 @@ class Student(nn.Module):
         layers = [*self.neurons.values()]
         potentials = [layer.potential(one).contiguous() for layer, one in zip(layers, after)]
         return (*potentials, *(torch.zeros_like(one) for one in after[len(layers) :]))
+
+    def shown(self, images: Tensor) -> tuple[Tensor, int]:
+        """Calibration images ``[B, C, H, W]`` as the graph takes them: normalised rows, and at how many steps each is.
+
+        Single event frames are shown as images, the same at every step.
+        """
+        coding = DirectCoding() if isinstance(self.coding, Frames) else self.coding
+        rows, repeats = coding.encode(images, self.timesteps)
+        return self._normalised(rows), repeats
 
     def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take mean and standard deviation per channel as the normalisation of the inputs."""

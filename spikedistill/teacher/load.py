@@ -359,9 +359,13 @@ def load_teacher(
             f"'{path}' does not say how its inputs were normalised: give mean and std, one value per channel."
         )
     names = facts.get("class_names") or ()
-    numbers = [*mean, *std] if all(isinstance(one, list | tuple) for one in (mean, std, names)) else [None]
-    if not all(isinstance(one, int | float) for one in numbers) or not all(isinstance(one, str) for one in names):
+    if not (_holds(mean, (int, float)) and _holds(std, (int, float)) and _holds(names, str)):
         raise WeightsError(f"The header of '{path}' holds a damaged mean, std or class_names: put a copy of it back.")
     network = architecture.build()
     load_weights(network, tensors, f"'{path}'")
     return Teacher(network, mean, std, names), architecture
+
+
+def _holds(given: Any, kinds: Any) -> bool:
+    """Whether this is a list of such values."""
+    return isinstance(given, list | tuple) and all(isinstance(one, kinds) for one in given)

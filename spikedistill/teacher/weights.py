@@ -68,13 +68,22 @@ def check_formats(tensors: Mapping[str, Tensor], source: str) -> None:
         WeightsError: if any is quantised, sparse, without data, or of an unusual number format.
     """
     for name, value in tensors.items():
-        kind = "quantised" if value.is_quantized else "without data" if value.is_meta else str(value.layout)
-        if kind != str(torch.strided) or value.dtype not in FORMATS:
-            kind = kind if kind != str(torch.strided) else str(value.dtype)
+        if kind := _strange(value):
             raise WeightsError(
                 f"'{name}' of {source} is {kind.removeprefix('torch.')}: expected ordinary tensors of float16,"
                 " bfloat16, float32 or float64."
             )
+
+
+def _strange(value: Tensor) -> str:
+    """What is unusual about a tensor; empty if nothing is."""
+    if value.is_quantized:
+        return "quantised"
+    if value.is_meta:
+        return "without data"
+    if value.layout is not torch.strided:
+        return str(value.layout)
+    return "" if value.dtype in FORMATS else str(value.dtype)
 
 
 def without_wrapper(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
