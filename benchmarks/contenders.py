@@ -491,9 +491,15 @@ class Worker:
         return idle(found)
 
 
-def idle(found: Any) -> float:
-    """The share of time, from the first kernel in a profile to the end of the last, in which none runs."""
+def idle(found: Any, inner: float = 1.0) -> float:
+    """The share of time, from the first kernel in a profile to the end of the last, in which none runs.
+
+    With ``inner`` only the kernels of this middle share of the time count.
+    """
     ran = sorted((one.time_range.start, one.time_range.end) for one in found.events() if one.device_time > 0)
+    first, last = ran[0][0], max(end for _, end in ran)
+    cut = (1 - inner) / 2 * (last - first)
+    ran = [(start, end) for start, end in ran if start >= first + cut and end <= last - cut]
     busy, end = 0.0, ran[0][0]
     for first, last in ran:
         busy += max(0.0, last - max(first, end))

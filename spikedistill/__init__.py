@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spikedistill.data.images import ImageSet, load_images, split
     from spikedistill.data.recordings import read_recording
     from spikedistill.deliver import plot
-    from spikedistill.deliver.export import export
+    from spikedistill.deliver.export import export, export_student
     from spikedistill.deliver.onnx import OnnxStudent
     from spikedistill.deliver.pretrained import PRETRAINED, pretrained
     from spikedistill.deliver.record import Record
@@ -149,6 +149,7 @@ __all__ = [
     "divergence",
     "early_exit",
     "export",
+    "export_student",
     "firing_rates",
     "fit",
     "fold",
@@ -186,7 +187,7 @@ _NAMES = {
     "data.images": "ImageSet load_images split",
     "data.recordings": "read_recording",
     "deliver": "plot",
-    "deliver.export": "export",
+    "deliver.export": "export export_student",
     "deliver.onnx": "OnnxStudent",
     "deliver.pretrained": "PRETRAINED pretrained",
     "deliver.record": "Record",

@@ -4,7 +4,8 @@ SpikeDistillError
  ├── ConfigError        a recipe or an argument has a value that cannot work
  ├── DataError          a data set is missing, empty, broken or of the wrong shape
  ├── WeightsError       a weights file is missing, truncated, unsafe, or does not fit its network
- ├── ConversionError    a network has a part with no spiking meaning
+ ├── ConversionError    a network cannot be converted
+ │    └── UnsupportedError  a network has a part with no spiking meaning, or cannot be traced
  ├── ShapeError         a tensor does not have the shape that the call needs
  └── RunError           a run directory cannot be read, resumed or written
       └── ProcessError  another process of the run has ended, and this one cannot go on
@@ -36,7 +37,11 @@ class WeightsError(SpikeDistillError):
 
 
 class ConversionError(SpikeDistillError):
-    """A network has a part with no spiking meaning."""
+    """A network cannot be converted."""
+
+
+class UnsupportedError(ConversionError):
+    """A network has a part with no spiking meaning, or cannot be traced."""
 
 
 class ShapeError(SpikeDistillError):
@@ -88,6 +93,17 @@ def one_of(kind: str, value: str, options: Iterable[str]) -> None:
     known = list(options)
     if value not in known:
         raise ConfigError(unknown(kind, value, known))
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What torch or Python says if memory has run out, in one line; empty for any other error.
+
+    >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("shapes differ"))
+    ('MemoryError', '')
+    """
+    said = next(iter(str(error).splitlines()), "").partition(". GPU ")[0]
+    ours = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return (said or type(error).__name__) if ours or "can't allocate memory" in said else ""
 
 
 def ended_by(error: BaseException, parser: str) -> str | None:

@@ -1,10 +1,11 @@
-"""Inputs of a network: raw pixels are checked, normalised per channel, and accepted in any memory order."""
+"""Inputs of a network: raw pixels are checked, normalised per channel, and accepted in any memory order; its mode."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
@@ -63,6 +64,19 @@ def check_pixels(images: Tensor) -> None:
             f"Images with values up to {float(images[far].max()):.4g} were given: expected pixels in 0..1; divide bytes"
             " by 255."
         )
+
+
+@contextlib.contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Networks in evaluation mode for a while. Then each of their modules is in its own mode again."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class AnyLayout(TorchFunctionMode):

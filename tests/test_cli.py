@@ -495,6 +495,41 @@ class TestControlC:
         assert "going on after epoch 1, step 0" in capsys.readouterr().err
         assert [line["epoch"] for line in Run(tmp_path / "run").lines("metrics")] == [1, 2]
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB in all."),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 9"),
+            MemoryError("Unable to allocate 9 GiB"),
+        ],
+    )
+    def test_that_ran_out_of_memory_says_what_takes_less_and_goes_on_with_it(
+        self, home, tmp_path, monkeypatch, capsys, error
+    ):
+        arguments = (
+            "teach",
+            "--network",
+            "vgg9",
+            "--width",
+            4,
+            "--data",
+            home / "blobs.npz",
+            "--out",
+            tmp_path / "run",
+        )
+        arguments += tuple(QUICK.split())
+
+        def full(*_):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Course, "step", full)
+            assert call(*arguments) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"memory ran out ({str(error).partition('. GPU')[0]}). Give a smaller --batch-size in another" in said
+        assert call(*arguments, "--resume", "--no-keep-memory") == 0
+        assert "keep_memory was True, now False" in capsys.readouterr().err
+
 
 class TestWhileItRuns:
     """What happens to a run directory while a command works in it."""

@@ -1,14 +1,17 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spikedistill.errors import ShapeError
 from spikedistill.evaluate.accuracy import predict
-from spikedistill.inputs import LARGEST, check_pixels, normalise
+from spikedistill.inputs import LARGEST, check_pixels, evaluating, normalise
 from spikedistill.student.build import to_spiking
 from spikedistill.student.coding import Frames
 from spikedistill.student.conversion import Conversion
+from spikedistill.student.mixing import refuse_mixed
+from spikedistill.student.trace import constants_of, trace
 from spikedistill.teacher.load import Teacher
 
 SHAPES = [(4, 3), (4, 3, 5), (4, 3, 5, 5), (4, 3, 2, 5, 5)]
@@ -120,3 +123,43 @@ def test_features_in_frames():
     frames = torch.randn(4, 6, 5)
     student, _ = to_spiking(network, Conversion(timesteps=4, coding=Frames()), calibrate=frames.flatten(0, 1))
     assert student.eval()(frames).shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_evaluation_each_module_is_in_its_own_mode_again(fails):
+    """A frozen batch norm within a network that trains stays frozen, whatever happens meanwhile."""
+    network, other = convolutions().train(), nn.Dropout().eval()
+    frozen = next(network.children()).eval()
+    try:
+        with evaluating(network, other):
+            assert not any(module.training for module in (*network.modules(), other))
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    assert network.training and not frozen.training and not other.training
+    trained = [module for module in network.modules() if module not in set(frozen.modules())]
+    assert len(trained) > 1 and all(module.training for module in trained)
+
+
+def test_tracing_and_trying_a_network_leave_a_frozen_layer_as_it_was():
+    network = convolutions().train()
+    frozen = next(network.children()).eval()
+    module, _ = trace(network)
+    assert module.training and network.training and not frozen.training
+    refuse_mixed(module, torch.rand(4, 3, 4, 4), constants_of(module.graph))
+    assert network.training and not frozen.training
+
+
+class Dropped(nn.Module):
+    """Dropout as a function, which becomes a layer when it is traced."""
+
+    def forward(self, x):
+        return F.dropout(x.flatten(1), 0.5, self.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_stands_for_a_function_has_the_mode_of_its_network(training):
+    module, _ = trace(Dropped().train(training))
+    dropouts = [layer for layer in module.modules() if isinstance(layer, nn.Dropout)]
+    assert len(dropouts) == 1 and dropouts[0].training is training and module.training is training

@@ -27,9 +27,16 @@ ADDRESS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_P
 
 
 def environment(**more):
-    """Of processes that have one thread and compile nothing."""
+    """Of processes that have one thread, compile nothing and say where they were when they abort."""
     path = os.pathsep.join([str(HERE), str(Path(spikedistill.__file__).parents[1])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONFAULTHANDLER": "1",
+        **more,
+    }
 
 
 def distill(folder, out, *more):
@@ -170,6 +177,14 @@ class TestCommand:
         assert (first["code"], second["code"]) == (2, 2)
         assert message in first["said"] and second["said"] == ""
         assert not (killed[0] / "odd").exists()
+
+
+class TestEnd:
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_no_thread_of_a_connection_lives_when_python_ends(self, both):
+        """Such a thread, if it holds a tensor then, aborts the process after all work is done."""
+        for rank in (0, 1):
+            assert both("serving", rank)[0] > 0 == both("ended", rank)[0]
 
 
 class TestKill:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from spikedistill import __version__
 from spikedistill.cli.plain import write_plainly
-from spikedistill.errors import ProcessError, SpikeDistillError, ended_by, is_heard, one_of
+from spikedistill.errors import ProcessError, SpikeDistillError, ended_by, is_heard, one_of, out_of_memory
 
 USAGE = """usage: spikedistill COMMAND [OPTIONS] | --help | --version
 
@@ -37,6 +37,15 @@ Begin with: spikedistill demo"""
 AGAIN = dict.fromkeys(("distill", "immunity", "teach"), "the same command with --resume goes on, if the run had begun")
 AGAIN |= dict.fromkeys(("demo", "reproduce"), "the same command goes on")
 """What an interrupted command leaves, if anything."""
+
+LESS = {
+    "distill": (
+        "Take less by --recompute neurons, then --recompute stages, on a CPU also by --no-keep-memory: the same command"
+        " with one of them and --resume goes on, if the run had begun. Then give a new run a smaller --batch-size."
+    ),
+    "teach": "Give a smaller --batch-size in another --out. On a CPU --no-keep-memory and --resume may be enough.",
+}
+"""What to do when memory has run out, by command."""
 
 TO_STDERR = logging.lastResort or logging.StreamHandler()
 """Prints notes as they are to standard error."""
@@ -79,6 +88,10 @@ def main() -> None:
         if type(error) is KeyboardInterrupt:
             print(f"\nspikedistill: interrupted; {AGAIN.get(arguments[0], 'nothing was kept')}.", file=sys.stderr)
             sys.exit(130)
+        if said := out_of_memory(error):
+            less = LESS.get(arguments[0], "Give fewer images, a smaller network, or another --device.")
+            print(f"spikedistill: memory ran out ({said}). {less}", file=sys.stderr)
+            sys.exit(2)
         if isinstance(error.__context__, BrokenPipeError):  # rich has left
             leave_pipe()
         import tyro

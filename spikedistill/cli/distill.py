@@ -149,5 +149,6 @@ def _check_shared(base: Distill, asked: Sequence[str], arguments: Sequence[str])
         if word.partition("=")[0] in own:
             raise ConfigError(
                 f"{word} is an option of one method, and {len(asked)} are given ({', '.join(asked)}), which are trained"
-                " with their usual values: give one --method, or leave the option out."
+                " with their usual values: leave the option out, or train one --method after another with --seeds and"
+                " the same --out DIR, whose runs 'spikedistill compare DIR' takes together."
             )

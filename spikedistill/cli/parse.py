@@ -18,7 +18,7 @@ from spikedistill.recipes.methods import name_of
 FEW = {
     "data": ("name", "labels", "data_dir", "image_size", "crop", "flip"),
     "training": ("epochs", "batch_size", "lr", "seed", "device"),
-    "teacher": ("source", "network"),
+    "teacher": ("source", "network", "mean", "std"),
     "student": ("network", "timesteps", "levels", "neuron", "inherit", "gradient"),
 }
 """The fields of each group that --help shows; of other groups it shows all."""

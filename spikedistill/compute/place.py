@@ -84,7 +84,8 @@ def choose_place(
 
     Args:
         device: cpu, cuda, mps ...; ``auto`` takes CUDA, then Apple's MPS, then the CPU.
-        precision: bfloat16 or float32; ``auto`` takes bfloat16 if the hardware computes it.
+        precision: bfloat16 or float32; ``auto`` takes bfloat16 if the hardware computes it. On a CUDA card ``fp32``
+            switches TF32 off for this process.
         channels_last: whether images have their channels last in memory.
         convolutions: PyTorch's, or ours by Winograd's algorithm; ``auto`` takes ours on processors where we measured
             them to be faster.
@@ -96,6 +97,8 @@ def choose_place(
     one_of("precision", precision, get_args(Precision))
     one_of("choice of convolutions", convolutions, get_args(Convolutions))
     where = _device(device)
+    if where.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"  # else float32 convolutions have 10 bits there
     layout = torch.channels_last if channels_last else torch.contiguous_format
     dtype, reason = _precision(precision, where)
     why = _torch_convolutions(convolutions, where, layout, dtype)
@@ -107,7 +110,7 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device)  # an empty one would not touch the card
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"The device '{name}' cannot be used here ({reason}): give --device cpu, or auto.") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from spikedistill.deliver.results import Result, main_measure, read_results
 from spikedistill.deliver.tables import Table
 from spikedistill.errors import ConfigError, unknown
-from spikedistill.evaluate.paired import error_of, gaps, p_value, verdict, with_deviation
+from spikedistill.evaluate.paired import error_of, gaps, interval_of, p_value, verdict, with_deviation
 from spikedistill.shapes import steps_by_levels
 
 FEW = 8
@@ -229,14 +229,15 @@ def _steps(result: Result) -> str:
 
 def _difference(gains: Sequence[float] | str) -> dict[str, str]:
     """The columns of a paired difference; the baseline has the word ``baseline`` instead."""
-    columns = ["difference (points)", "s.e. (points)", "p", "positive in"]
+    columns = ["difference (points)", "s.e. (points)", "95 % interval", "p", "positive in"]
     if isinstance(gains, str) or not gains:
-        return dict(zip(columns, [gains if isinstance(gains, str) else "", "", "", ""]))
-    error, p = error_of(gains), p_value(gains)
+        return dict(zip(columns, [gains if isinstance(gains, str) else "", "", "", "", ""]))
+    error, interval, p = error_of(gains), interval_of(gains), p_value(gains)
     shown = "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
     positive = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-    cells = [with_deviation(gains, sign=True), "" if error is None else f"{error:.2f}", shown, positive]
-    return dict(zip(columns, cells))
+    cells = [with_deviation(gains, sign=True), "" if error is None else f"{error:.2f}"]
+    cells.append("" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}")
+    return dict(zip(columns, [*cells, shown, positive]))
 
 
 def _teacher(group: Group) -> str:

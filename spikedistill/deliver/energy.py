@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spikedistill.compute.place import Precision
 from spikedistill.data.parts import UNKNOWN
 from spikedistill.deliver.record import RunDirectories, read_records, some_of
-from spikedistill.evaluate.accuracy import accuracy_by_step, predict, standard_error
+from spikedistill.evaluate.accuracy import accuracy_by_step, at_once, predict, standard_error
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, micro, verdicts
 from spikedistill.evaluate.firing import firing_rates
 from spikedistill.evaluate.operations import operations
@@ -136,9 +136,9 @@ def bill_of(
 ) -> Bill:
     """The energy of a student or an ANN for these images (bytes)."""
     levels = network.conversion.model.levels if isinstance(network, Student) else 1
-    at_once = max(1, network.at_once // levels) if isinstance(network, Student) else None  # sub-steps are rows too
+    size = max(1, at_once(network, pixels) // levels)  # sub-steps are rows too
     with firing_rates(network) as rates, operations(network) as counted:
-        logits = predict(network, pixels, dtype, at_once, seen)
+        logits = predict(network, pixels, dtype, size, seen)
     accuracy = math.nan if int(labels[0]) == UNKNOWN else accuracy_by_step(logits, labels)[-1]
     updates = float(sum(rates.chances.values()))
     if isinstance(network, Student):

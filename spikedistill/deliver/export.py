@@ -10,7 +10,7 @@ not, the export fails.
 import copy
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -101,31 +101,75 @@ def export(
         RunError: if the run is not finished, or a file does not do what the student does. Such a file is not written.
         DataError: if the data do not exist.
     """
-    progress = progress or Progress.silent()
     record = Record.read(path)
     if not record.is_student:
         raise ConfigError(f"'{path}' holds a teacher: torch.onnx.export writes an ANN; give a run of 'distill'.")
-    if int8 and format != "onnx":
-        raise ConfigError("int8 is for --format onnx: omit it.")
     student = record.network(trust_code)
     assert isinstance(student, Student)
-    student.float().cpu().eval()
+    data, folder = record.images(data_dir), record.path.is_dir()
+    images, _ = some_of(data, min(CHECKED, len(data.test_images)))
+    stored = record.stored_accuracy()
+    facts = {"data": json.dumps(asdict(replace(record.data, data_dir=None))), "student": record.name}
+    facts |= {"test_accuracy": f"{stored:.2f}"} if stored is not None else {}
+    name, out = "student" if folder else record.path.stem, out or (record.path if folder else Path())
+    return export_student(
+        student, images, out, name, format, form, int8, classes=data.class_names, facts=facts, progress=progress
+    )
+
+
+def export_student(
+    student: Student,
+    images: Tensor,
+    out: Path,
+    name: str = "student",
+    format: Format = "onnx",
+    form: Literal["sequence", "step", "both"] = "both",
+    int8: bool = False,
+    *,
+    classes: Sequence[str] = (),
+    facts: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> list[Exported]:
+    """``export`` for a student in memory, as your own training loop leaves it. The student is not changed.
+
+    Args:
+        student: any student, on any device.
+        images: the samples of the check, bytes ``[N, C, H, W]`` or event frames ``[N, T, 2, H, W]``; N is 2 or more.
+        out: folder of the files, ``NAME.onnx`` and ``NAME-step.onnx``.
+        name: begins the names of the files. Files of this name that ``export`` wrote are replaced.
+        format: see ``export``.
+        form: see ``export``.
+        int8: see ``export``.
+        classes: names of the classes in the order of the logits.
+        facts: more metadata, names and texts.
+        progress: shows the work; silent by default.
+
+    Raises:
+        ConfigError: if the packages for ONNX are missing, there are fewer than two samples, or the input coding draws
+            at random.
+        RunError: if a file does not do what the student does, or would replace another one. It is not written.
+    """
+    progress = progress or Progress.silent()
+    if int8 and format != "onnx":
+        raise ConfigError("int8 is for --format onnx: omit it.")
     forms: list[Form] = ["sequence", "step"] if form == "both" else [form]
     if isinstance(student.coding, Rate) and "sequence" in forms:
         raise ConfigError(
             "Rate coding draws spikes at random, which no file can repeat: give --form step, whose caller draws them."
         )
-    data = record.images(data_dir)
-    images, _ = some_of(data, min(CHECKED, len(data.test_images)))
-    facts = _facts(record, student, data.class_names)
-    folder = out or (record.path if record.path.is_dir() else Path())
+    if len(images) < 2 or images.dtype is not torch.uint8:
+        kind = str(images.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{len(images)} samples of {kind} were given for the check: expected two or more, as bytes (uint8)."
+        )
+    student, images = copy.deepcopy(student).float().cpu().eval(), images.cpu()
+    known = {**_facts(student, classes), "student": name, **(facts or {})}
     done = []
     for one in forms:
-        name = f"{'student' if record.path.is_dir() else record.path.stem}{'-step' if one == 'step' else ''}"
-        file = folder / (name + ("-int8" if int8 else "") + SUFFIXES[format])
-        _check_replaceable(file, record.name)
+        file = out / f"{name}{'-step' if one == 'step' else ''}{'-int8' if int8 else ''}{SUFFIXES[format]}"
+        _check_replaceable(file, known["student"])
         with progress.part(f"writing '{file}'"):
-            made, run = _made(student, to_inputs(images[:2]), format, one, facts, int8)
+            made, run = _made(student, to_inputs(images[:2]), format, one, known, int8)
         with progress.part(f"comparing {len(images)} images", len(images)) as seen:
             found = check(student, run, images, str(file), kept=KEPT if int8 else None, seen=seen)
         write_bytes(file, lambda part, content=made: part.write_bytes(content))  # type: ignore[misc]
@@ -146,10 +190,9 @@ def _check_replaceable(file: Path, student: str) -> None:
         raise RunError(f"'{file}' exists and is no export of '{student}': give another --out, or move it away.")
 
 
-def _facts(record: Record, student: Student, classes: Sequence[str]) -> dict[str, str]:
+def _facts(student: Student, classes: Sequence[str]) -> dict[str, str]:
     """The metadata of all forms."""
-    stored = record.stored_accuracy()
-    facts = {
+    return {
         "spikedistill": __version__,
         "torch": torch.__version__,
         "timesteps": str(student.timesteps),
@@ -158,10 +201,7 @@ def _facts(record: Record, student: Student, classes: Sequence[str]) -> dict[str
         "input": "float32 pixels, bytes / 255, channels first; they are normalised inside",
         "answer": ANSWER,
         "classes": json.dumps(list(classes)),
-        "data": json.dumps(asdict(replace(record.data, data_dir=None))),
-        "student": record.name,
     }
-    return facts | ({"test_accuracy": f"{stored:.2f}"} if stored is not None else {})
 
 
 def _made(

@@ -266,7 +266,7 @@ def _checked(content: bytes, name: str) -> dict[str, str]:
         what = f"operations of {', '.join(strange)}" if strange else "functions"
         what = f"weights in other files ({outside[0]})" if outside else what
         raise WeightsError(f"{name} needs {what}, which 'export' never writes: it is not used.")
-    missing = [key for key in ("spikedistill", "form", "timesteps", "levels", "data") if key not in facts]
+    missing = [key for key in ("spikedistill", "form", "timesteps", "levels") if key not in facts]
     if missing:
         raise WeightsError(f"{name} has no {', '.join(missing)} in its metadata: give a file that 'export' wrote.")
     if facts["form"] not in ("sequence", "step") or not facts["timesteps"].isdecimal():
@@ -313,11 +313,15 @@ def measure_onnx(path: Path, data_dir: str | None = None, progress: Progress | N
         ``test_accuracy`` in percent, ``accuracy_by_step`` and ``timesteps``.
 
     Raises:
-        ConfigError: if the packages for ONNX are missing.
+        ConfigError: if the packages for ONNX are missing, or the file names no data set.
         WeightsError: if the file cannot be used; see ``OnnxStudent``.
         DataError: if the data do not exist, or have no labels.
     """
     student = OnnxStudent(path)
+    if "data" not in student.facts:
+        raise ConfigError(
+            f"'{path}' names no data set, since it was not exported from a run: give OnnxStudent images of yours."
+        )
     try:
         data = read_part(Data, json.loads(student.facts["data"]))
     except (ConfigError, ValueError, RecursionError) as error:

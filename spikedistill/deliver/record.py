@@ -24,10 +24,11 @@ from spikedistill.student.student import Student
 from spikedistill.student.substeps import LAYERS, RunSchedule
 from spikedistill.student.upgrade import upgrade
 from spikedistill.teacher.load import Teacher, load_teacher
+from spikedistill.train.changes import differences
 from spikedistill.train.machine import environment
 from spikedistill.train.progress import Progress, Seen
 from spikedistill.train.recipe import Data, Training
-from spikedistill.train.run import Run, differences
+from spikedistill.train.run import Run
 
 RunDirectories = Annotated[Sequence[Path], Positional, arg(metavar="RUN ...")]
 """Paths of runs, positional arguments on the command line."""

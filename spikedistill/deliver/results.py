@@ -9,8 +9,9 @@ from typing import Any
 from spikedistill.deliver.record import Record
 from spikedistill.deliver.teachers import NO_TEACHER
 from spikedistill.errors import RunError
+from spikedistill.train.changes import without_how
 from spikedistill.train.extend import trains
-from spikedistill.train.run import NO_MATTER, Run
+from spikedistill.train.run import Run
 
 KINDS = ("distill", "teach")
 """Kinds of runs that can be compared."""
@@ -118,11 +119,8 @@ class Result:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """Its recipe without the seed and without values that do not change the result."""
-        recipe = {name: part for name, part in self.record.recipe.items() if name != "format"}
-        left_out = ("seed", *NO_MATTER)
-        recipe["training"] = {name: value for name, value in recipe["training"].items() if name not in left_out}
-        recipe["data"] = {name: value for name, value in recipe["data"].items() if name != "data_dir"}
+        """Its recipe without the seed, and without where and how it was computed."""
+        recipe = {name: part for name, part in without_how(self.record.recipe, "seed").items() if name != "format"}
         if self.record.is_student:
             recipe["teacher"] = {**recipe["teacher"], "source": self.teacher[0]}
         return recipe

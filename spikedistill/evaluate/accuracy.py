@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from spikedistill.data.augment import to_inputs
 from spikedistill.errors import ConfigError
-from spikedistill.inputs import AnyLayout
+from spikedistill.inputs import AnyLayout, evaluating
 from spikedistill.shapes import Labels, Logits
 from spikedistill.student.student import Student
 
 Result = TypeVar("Result")
+USUAL_PIXELS = 64 * 64
+"""Above this size of an image, fewer are evaluated at a time."""
 
 
 def predict(
@@ -30,7 +32,7 @@ def predict(
             ``[B, K]``. It is left in its own mode, training or evaluation.
         images: bytes ``[N, C, H, W]``, or event frames ``[N, T, 2, H, W]``.
         dtype: number format of the large operations.
-        batch_size: images at a time (default: 250, fewer for a student with more than four time steps).
+        batch_size: images at a time (default: see ``at_once``).
         seen: called after each batch with the number of its images.
 
     Returns:
@@ -41,9 +43,18 @@ def predict(
         logits = network(batch)
         return (logits if logits.ndim == 3 else logits[None]).float().cpu()
 
-    if batch_size is None:
-        batch_size = network.at_once if isinstance(network, Student) else 250
-    return torch.cat(in_batches(network, forward, images, dtype, batch_size, seen), dim=1)
+    size = at_once(network, images) if batch_size is None else batch_size
+    return torch.cat(in_batches(network, forward, images, dtype, size, seen), dim=1)
+
+
+def at_once(network: nn.Module, images: Tensor) -> int:
+    """How many images to evaluate in one call: 250, fewer with more than four time steps or 64 x 64 pixels.
+
+    >>> at_once(nn.Identity(), torch.empty(1, 3, 224, 224))
+    20
+    """
+    rows = network.at_once if isinstance(network, Student) else 250
+    return max(1, rows * USUAL_PIXELS // max(USUAL_PIXELS, images.shape[-2] * images.shape[-1]))
 
 
 @torch.no_grad()
@@ -58,17 +69,14 @@ def in_batches(
     """The results of ``work`` for each batch of a whole set, with the network in evaluation mode; see ``predict``."""
     first = next(network.parameters())
     layout = _layout(network)
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     results = []
-    for pixels in images.split(batch_size):
-        with AnyLayout(), torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
-            given = to_inputs(pixels)
-            order = layout if given.ndim == 4 else torch.preserve_format
-            results.append(work(given.to(first.device, memory_format=order)))
-        seen(len(pixels))
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(network):
+        for pixels in images.split(batch_size):
+            with AnyLayout(), torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
+                given = to_inputs(pixels)
+                order = layout if given.ndim == 4 else torch.preserve_format
+                results.append(work(given.to(first.device, memory_format=order)))
+            seen(len(pixels))
     return results
 
 

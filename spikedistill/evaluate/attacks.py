@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from spikedistill.errors import ConfigError
-from spikedistill.evaluate.accuracy import in_batches
+from spikedistill.evaluate.accuracy import at_once, in_batches
+from spikedistill.inputs import evaluating
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import ATan, Sigmoid, Surrogate, Triangle
 from spikedistill.shapes import Image, Labels
@@ -133,8 +134,8 @@ class Target:
         return self._right[name, severity, gradient]
 
     def _withstands(self, name: str, severity: int, gradient: str) -> Tensor:
-        at_once = min(AT_ONCE, self.network.at_once) if isinstance(self.network, Student) else AT_ONCE
-        generator, truths = Generator().manual_seed(self.seed), iter(self.labels.split(at_once))
+        size = min(AT_ONCE, at_once(self.network, self.images))
+        generator, truths = Generator().manual_seed(self.seed), iter(self.labels.split(size))
         source = self.teacher if gradient == TEACHER and self.teacher is not None else self.network
 
         def work(batch: Tensor) -> Tensor:
@@ -146,8 +147,8 @@ class Target:
                     batch = attack(source, batch, truth, reach=reach, steps=steps, generator=generator)
             return (_mean_logits(self.network, batch).argmax(-1) == truth).cpu()
 
-        with _evaluating(source):
-            return torch.cat(in_batches(self.network, work, self.images, self.dtype, at_once))
+        with evaluating(source):
+            return torch.cat(in_batches(self.network, work, self.images, self.dtype, size))
 
 
 def _mean_logits(network: nn.Module, images: Image) -> Tensor:
@@ -167,15 +168,3 @@ def _through(network: nn.Module, surrogate: Surrogate | None) -> Iterator[None]:
     finally:
         for layer, own in neurons:
             layer.neuron = own
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

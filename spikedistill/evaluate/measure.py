@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from spikedistill.compute.place import Place
 from spikedistill.data.augment import to_inputs
 from spikedistill.data.images import ImageSet, evenly
-from spikedistill.errors import ConfigError
+from spikedistill.errors import ConfigError, out_of_memory
 from spikedistill.evaluate.accuracy import accuracy_by_step, check_finite, predict
 from spikedistill.evaluate.agreement import agreement, divergence
 from spikedistill.evaluate.early_exit import predict_early
 from spikedistill.evaluate.firing import FiringRates, firing_rates
 from spikedistill.evaluate.latency import latency_facts
-from spikedistill.inputs import AnyLayout
+from spikedistill.inputs import AnyLayout, evaluating
 from spikedistill.student.student import Student
 from spikedistill.student.substeps import LAYERS, RunSchedule, step_by_step
 from spikedistill.teacher.load import Normalised
@@ -120,19 +120,17 @@ def check_fits(network: nn.Module, images: ImageSet, name: str) -> None:
             known), or returns probabilities.
     """
     inputs = to_inputs(images.train_images[:2])
-    training = network.training
-    network.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):
             logits = _logits(network, inputs[0] if images.frames and isinstance(network, Normalised) else inputs)
     except Exception as error:  # whatever a third-party network raises
+        if out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{name} does not accept the images of '{images.name}' of shape {tuple(images.train_images.shape[1:])}"
             f" ({reason}). Give a network for such images; for a folder of images you can also change --image-size."
         ) from error
-    finally:
-        network.train(training)
     if logits.shape[-2:] != (2, images.classes or logits.shape[-1]) or logits.ndim not in (2, 3):
         raise ConfigError(
             f"{name} returns logits of shape {tuple(logits.shape[1:])}, but '{images.name}' has {images.classes}"

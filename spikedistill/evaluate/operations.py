@@ -214,7 +214,7 @@ class _Tally:
         self.counts.add(call.where, inputs, fan, self._ever(inputs), self.begins)
 
     def _fan(self, call: Call, shape: Sequence[int], weight: Tensor, options: dict[str, Any]) -> Tensor:
-        """``fan_out``, kept from an earlier call whose weights had the same zeros."""
+        """``fan_of``, kept from an earlier call whose weights had the same zeros."""
         key = self.site, call.where, call.name, tuple(shape), tuple(weight.shape), str(options)
         zeros = zeros_of(weight)
         if key not in self.fans or self.fans[key][0] != zeros:

@@ -61,6 +61,23 @@ def error_of(gains: Sequence[float]) -> float | None:
     return deviation_of(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
 
 
+def interval_of(gains: Sequence[float]) -> tuple[float, float] | None:
+    """The confidence interval of a mean gain at 95 % (1 - ``LEVEL``), by Student's t; None where ``p_value`` is.
+
+    >>> [round(end, 2) for end in interval_of([1.0, 2.0, 3.0])]
+    [-0.48, 4.48]
+    """
+    error = error_of(gains)
+    if error is None or p_value(gains) is None:
+        return None
+    low, high = 0.0, 1e3  # of t, which is 12.7 for two gains and less for more
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if beyond(middle, len(gains) - 1) > LEVEL else (low, middle)
+    mean = statistics.fmean(gains)
+    return mean - high * error, mean + high * error
+
+
 def error_over(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> float | None:
     """The standard error of a mean gain, if seeds and test samples are both drawn at random.
 

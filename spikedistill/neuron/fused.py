@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikedistill.errors import out_of_memory
 from spikedistill.files import note
 from spikedistill.neuron.dynamics import Neuron, Reset, slope_step
 from spikedistill.neuron.surrogate import slope_of, spikes_of
@@ -191,7 +192,7 @@ def _compiled(function: Kernel, neuron: Neuron, *facts: object) -> Kernel:
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
     )
-    return functools.partial(torch.compile(own, fullgraph=True, options=this_processor()), neuron)
+    return functools.partial(torch.compile(own, fullgraph=True, options=this_processor() | _on_gpu()), neuron)
 
 
 def this_processor() -> dict[str, Any]:
@@ -203,6 +204,18 @@ def this_processor() -> dict[str, Any]:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     return {"cpp.simdlen": pick_vec_isa().bit_width()}
+
+
+def _on_gpu() -> dict[str, Any]:
+    """Options for kernels of Triton, as far as this version of torch has them; none without a GPU.
+
+    The results of all steps are written by the loop that computes them, not by a second one that computes them again.
+    Divisions are rounded as everywhere else, so that the same neurons fire. Neither was measured yet.
+    """
+    wanted = {"max_pointwise_cat_inputs": 0, "max_complex_pointwise_cat_inputs": 0}
+    wanted |= {"eager_numerics.division_rounding": True}
+    known = torch._inductor.config.get_config_copy() if torch.cuda.is_available() else {}
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 def _facts(argument: Tensor) -> tuple[object, ...]:
@@ -338,6 +351,13 @@ def fused_run_with_slope(
     return _joined(parts), rate, slope
 
 
+REMEDY = {
+    "cpu": "Install a C++ compiler (on Debian: apt-get install g++).",
+    "cuda": "It needs Triton, a C compiler with the headers of Python, and a card of compute capability 7.0 or more.",
+}
+"""What makes compilation possible, by device."""
+
+
 @functools.cache
 def works(device_type: str) -> bool:
     """Whether this machine can compile for the device. If not, it warns once.
@@ -358,7 +378,7 @@ def works(device_type: str) -> bool:
     if reason:
         warnings.warn(
             f"torch.compile does not work here ({reason}): neurons run step by step, several times slower and with "
-            "more memory. Install a C++ compiler (on Debian: apt-get install g++).",
+            f"more memory. {REMEDY.get(device_type, REMEDY['cpu'])}",
             stacklevel=3,
         )
     return not reason
@@ -374,5 +394,7 @@ def _failure(device_type: str) -> str:
     try:
         _call(_probe, Neuron(), torch.zeros(1, 8, device=device_type), 1)
     except Exception as error:  # whatever a missing or broken compiler raises
+        if out_of_memory(error):
+            raise
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return ""

@@ -1,7 +1,9 @@
 """A layer of neurons as a module. It holds threshold and leak, and chooses the backend. It never holds state."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -246,6 +248,19 @@ def restore_rows(flat: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
         return flat.reshape(shape)
     rows, channels, height, width = shape
     return flat.reshape(rows, height, width, channels).permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def by_reference(*layers: Spiking) -> Iterator[None]:
+    """Run layers step by step for a while, so that nothing is compiled for a few images."""
+    backends = [layer.backend for layer in layers]
+    for layer in layers:
+        layer.backend = "reference"
+    try:
+        yield
+    finally:
+        for layer, backend in zip(layers, backends, strict=True):
+            layer.backend = backend
 
 
 def _spread(values: Tensor, batch: int, by_channel: bool) -> Tensor:

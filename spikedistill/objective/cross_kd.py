@@ -11,8 +11,10 @@ the paper's abstract and figure:
 What the paper does not tell us follows its ancestor's code as far as it is known (He et al., AAAI 2024, arXiv
 2303.13077): replacement with the third power of progress, linear CKA with a learned weight per time step, which the
 cross-entropy of the events shares, and cross-entropy at every step of both streams. These are this project's choices:
-that the learned weights are relative to their mean, to take the potentials of the last layer of neurons, the
-temperature, when the phases change, and all other constants.
+one classifier for both streams, where that code has one each; no regulariser of logits beside the cross-entropy; that
+the learned weights are relative to their mean and begin at 1/2; running statistics of batch norm that are those of the
+events alone; to take the potentials of the last layer of neurons; the temperature, when the phases change, and all
+other constants.
 """
 
 from dataclasses import dataclass, replace

@@ -1,11 +1,12 @@
 """Energy-efficient distillation: teacher and student have temperatures of their own (Lee et al., arXiv 2106.07172).
 
-The paper's finding, known to us from its abstract: a student fires more if it is distilled from an ANN. With equal
-temperatures its logits must grow as large as the teacher's, and large logits take spikes. With a lower temperature of
-its own it reaches the same probabilities with smaller logits.
+The paper's finding, known to us from its abstract: a student fires more if it is distilled from an ANN, and with two
+temperatures less.
 
-We do not know the paper's values. The temperatures here and the factor ``tau_T tau_S`` are this project's choice. With
-equal temperatures the objective is that of response-based KDSNN.
+This project's reading, not measured: with equal temperatures the student's logits must grow as large as the teacher's,
+and large logits take spikes; with a lower temperature of its own it reaches the same probabilities with smaller ones.
+The temperatures here, which of them is lower, and the factor ``tau_T tau_S`` are our choice. With equal temperatures
+the objective is that of response-based KDSNN.
 """
 
 from dataclasses import dataclass

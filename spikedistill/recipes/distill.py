@@ -13,7 +13,7 @@ from spikedistill.compute.place import return_freed_memory
 from spikedistill.data.feed import Feed, calibration_inputs
 from spikedistill.data.images import ImageSet
 from spikedistill.deliver.teachers import NO_TEACHER, find_teacher
-from spikedistill.errors import ConfigError
+from spikedistill.errors import ConfigError, UnsupportedError
 from spikedistill.evaluate.measure import check_fits, measure_student
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.objective.qcfs import QCFS
@@ -175,11 +175,12 @@ def distill(
     progress = progress if progress is not None and processes.first else Progress.silent()
     if not recipe.training.keep_memory:
         return_freed_memory()
+    run = Run(out)
     with processes.first_before_others():
+        run.check(recipe.written(), resume)  # before data are read, which can take long
         made = prepare(recipe, trust_code, progress)
         feed = None if made.method is None else made.feed(recipe)
         feed = feed and feed.shared(processes.rank, processes.count)
-    run = Run(out)
     with progress:
         processes.by_first(lambda: _begin(recipe, made, run, resume, progress, processes.count))
         if made.method is not None and feed is not None:
@@ -214,6 +215,7 @@ class Made:
 def prepare(recipe: Distill, trust_code: bool, progress: Progress) -> Made:
     """Load and build everything that a recipe without open values names; nothing is written."""
     check(recipe, recipe.student, recipe.data, recipe.training)
+    recipe.training.place()
     images, source = recipe.data.load(), recipe.data.load_source()
     choice = recipe.teacher
     teacher, architecture = find_teacher(
@@ -226,7 +228,6 @@ def prepare(recipe: Distill, trust_code: bool, progress: Progress) -> Made:
         student, report, network = build_student(recipe, teacher, architecture, images)
     method = method and settle_objective(method, student, teacher, report.inherited)
     names = None if teacher is None else compare_classes(choice.source, teacher, source or images)
-    recipe.training.place()
     return Made(images, source, teacher, student, report, network, method, names)
 
 
@@ -251,8 +252,10 @@ def _begin(recipe: Distill, made: Made, run: Run, resume: bool, progress: Progre
             with progress.part("checking the teacher"):
                 known = interview(recipe.teacher.source, made.teacher, shown, recipe.data.validation, place)
             run.write("teacher", {**known, "class_names": made.class_names})
-        for sentence in sentences(run.read("teacher")):
-            progress.say(sentence)
+        facts, doubts = sentences(run.read("teacher"))
+        for show, lines in ((progress.say, facts), (progress.warn, doubts)):
+            for line in lines:
+                show(line)
     if not resume or not (run.path / "before.json").exists():
         with progress.part("measuring before training, on training images"):
             run.write("before", measure_student(made.student, made.compared, made.images, place, 1000))
@@ -291,6 +294,13 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     return [*([accuracy] if accuracy else []), f"{likeness}firing rate {results['firing_rate']:.2f} %"]
 
 
+CAN_TEACH = (
+    "It can teach another network as it is: name one that converts by --student, for instance resnet20 or"
+    " torchvision/resnet18, with --method kdsnn-response."
+)
+"""What a network that cannot be a student is still good for."""
+
+
 def build_student(
     recipe: Distill, teacher: nn.Module | None, architecture: Architecture | None, images: ImageSet
 ) -> tuple[Student, Report, Architecture]:
@@ -299,13 +309,14 @@ def build_student(
     Raises:
         ConfigError: if the student is to start from a teacher's network or weights and there is no ANN as teacher, or
             if the student does not fit the data.
+        ConversionError: if the student's network cannot be converted.
     """
     choice, ann = recipe.student, None
     if choice.network != "same":
         architecture = Architecture(choice.network, images.classes, images.channels, choice.width)
     elif isinstance(teacher, Normalised):
         ann = teacher
-    _check_origin(recipe, teacher, architecture)
+    _check_origin(recipe, teacher, architecture, images)
     assert architecture is not None
     if bool(images.frames) != (choice.coding == "frames") or (images.frames and images.frames != choice.timesteps):
         raise ConfigError(
@@ -319,14 +330,19 @@ def build_student(
         check_fits(Normalised(made, mean, std), images, f"The student '{choice.network}'")
     calibrate = calibration_inputs(images, choice.calibration if choice.inherits else FEW)
     calibrate = calibrate.flatten(0, 1) if images.frames else calibrate  # each frame is a sample here
-    student, report = to_spiking(ann or made, choice.conversion(), calibrate=calibrate, mean=mean, std=std)
+    try:
+        student, report = to_spiking(ann or made, choice.conversion(), calibrate=calibrate, mean=mean, std=std)
+    except UnsupportedError as error:
+        raise UnsupportedError(str(error) if ann is None else f"{error}\n{CAN_TEACH}") from error
     student.gradient, student.recompute = choice.gradient, choice.recompute
     if choice.start is not None:
         start_from(student, choice.start)
     return student, report, architecture
 
 
-def _check_origin(recipe: Distill, teacher: nn.Module | None, architecture: Architecture | None) -> None:
+def _check_origin(
+    recipe: Distill, teacher: nn.Module | None, architecture: Architecture | None, images: ImageSet
+) -> None:
     """Refuse a student that is to start from a network or weights that do not exist."""
     source, choice = recipe.teacher.source, recipe.student
     if architecture is None:
@@ -338,6 +354,13 @@ def _check_origin(recipe: Distill, teacher: nn.Module | None, architecture: Arch
         raise ConfigError(
             f"The student is to start from the weights of an ANN, but the teacher '{source}' is not one: name a student"
             " by --student, or give --inherit False, and --start RUN to go on from a finished student."
+        )
+    same = choice.network == "same" and isinstance(teacher, Normalised)
+    if same and (channels := teacher.mean.numel()) != images.channels:  # type: ignore[union-attr, operator]
+        raise ConfigError(
+            f"The student is to have the network of '{source}', whose inputs have {channels} channels, but"
+            f" '{images.name}' has {images.channels}{' (events have two)' if images.frames else ''}: name a student's"
+            " network by --student, for instance vgg9."
         )
 
 

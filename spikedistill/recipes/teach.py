@@ -72,10 +72,11 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
     progress = progress if progress is not None and processes.first else Progress.silent()
     if not recipe.training.keep_memory:
         return_freed_memory()
+    run = Run(out)
     with processes.first_before_others():
+        run.check(recipe.written(), resume)  # before data are read, which can take long
         images, architecture, network = _prepare(recipe, progress)
         feed = recipe.data.feed(images, recipe.training).shared(processes.rank, processes.count)
-    run = Run(out)
     with progress:
         processes.by_first(lambda: _begin(recipe, images, run, resume, progress, processes.count))
         fit(network, Direct(recipe.label_smoothing), feed, recipe.training, run, progress=progress)
@@ -85,6 +86,7 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
 def _prepare(recipe: Teach, progress: Progress) -> tuple[ImageSet, Architecture, OneStep]:
     """Load and build everything that a recipe names; nothing is written."""
     check(recipe.data, recipe.training)
+    recipe.training.place()
     images = recipe.data.load()
     if images.frames:
         raise ConfigError(
@@ -100,7 +102,6 @@ def _prepare(recipe: Teach, progress: Progress) -> tuple[ImageSet, Architecture,
     mean, std = images.statistics()
     network = OneStep(architecture.build(), mean, std)
     check_fits(network, images, f"The network '{recipe.network}'")
-    recipe.training.place()
     if isinstance(network.network, StartsFromImages):
         some = calibration_inputs(images, min(WHITENED, len(images.train_images)))
         network.network.start_from_images(network.normalise(some))

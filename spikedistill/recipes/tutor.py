@@ -110,8 +110,8 @@ def _of_another_size(learned: Sequence[int], images: ImageSet) -> list[str]:
     return [f"it learned from images of {sizes[0]} pixels and these have {sizes[1]}: give it the size it knows{remedy}"]
 
 
-def sentences(found: Mapping[str, Any]) -> list[str]:
-    """The results of ``interview`` as sentences, doubts as warnings."""
+def sentences(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The results of ``interview`` as sentences: facts, and doubts."""
     where = "images held out of training" if found["held_out"] else "training images (none are held out)"
     if "accuracy" in found:
         said = [f"the teacher has {found['accuracy']:.2f} % on {found['images']} {where}"]
@@ -120,15 +120,15 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             f"the teacher names {found['classes']} classes on {found['images']} {where}, with a mean confidence of"
             f" {found['confidence']:.1f} %"
         ]
-    said += [f"warning: check the teacher: {doubt}" for doubt in found["doubts"]]
+    doubts = [f"check the teacher: {doubt}" for doubt in found["doubts"]]
     if str(found["class_names"]).startswith("other"):
-        said.append(f"warning: the teacher has other names for classes ({found['class_names']}): are they the same?")
+        doubts.append(f"the teacher has other names for classes ({found['class_names']}): are they the same?")
     if found["may_have_seen"]:
         parts = " and ".join(found["may_have_seen"])
         said.append(
             f"the teacher may have seen images of {parts} in its training: {_measures(found)} on them may be too high"
         )
-    return said
+    return said, doubts
 
 
 def _measures(found: Mapping[str, Any]) -> str:

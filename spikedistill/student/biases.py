@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from spikedistill.inputs import evaluating
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.calibrate import by_channel
 from spikedistill.student.graph import repeat_time
@@ -40,8 +41,6 @@ def correct_biases(
         images: raw images in 0..1.
         batch_size: images at a time.
     """
-    training = student.training
-    student.eval()
     calls = {str(node.target): node for node in core.graph.nodes if node.op == "call_module"}
     device = next(student.parameters()).device
     for name, layer in neurons.items():
@@ -58,13 +57,12 @@ def correct_biases(
         parts = images.split(batch_size)
         for part in parts:
             rows, repeats = student.shown(part.to(device))
-            with contextlib.suppress(_Stop):
+            with contextlib.suppress(_Stop), evaluating(student):
                 core(rows, student.timesteps, repeats, (None,) * student.states, False)
         handle.remove()
         weights = torch.tensor([len(part) / len(images) for part in parts], device=device)
         lacking = wanted[name].to(device) - (torch.stack(sums) * weights[:, None]).sum(0)
         before.bias += lacking.to(before.bias)
-    student.train(training)
 
 
 SUMS = (operator.add, torch.add, "add")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from spikedistill.errors import ConfigError, ConversionError
+from spikedistill.errors import ConfigError, ConversionError, out_of_memory
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.biases import correct_biases
 from spikedistill.student.calibrate import channel_means, record, silent_layers, thresholds
@@ -136,6 +136,8 @@ def _try(module: fx.GraphModule, inputs: Tensor) -> None:
     try:
         refuse_mixed(module, inputs, constants_of(module.graph))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:  # what layers raise on other shapes
+        if out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
             f"The network does not accept the calibration images of shape {tuple(inputs.shape)} ({reason}): give images"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from spikedistill.errors import ConversionError
+from spikedistill.inputs import evaluating
 from spikedistill.neuron.dynamics import Neuron, run
-from spikedistill.neuron.layer import Spiking
+from spikedistill.neuron.layer import Spiking, by_reference
 from spikedistill.student.graph import Walk
 
 Rule = Literal["least-squares", "max", "percentile"]
@@ -65,12 +66,10 @@ class _Recorder(Walk):
 def _look(
     module: fx.GraphModule, nodes: set[str], images: Tensor, batch_size: int, look: Callable[[Tensor], Tensor]
 ) -> dict[str, list[Tensor]]:
-    training = module.training
-    module.eval()
     recorder = _Recorder(module, nodes, look)
-    for part in images.chunk(math.ceil(len(images) / batch_size)):
-        recorder.run(part)
-    module.train(training)
+    with evaluating(module):
+        for part in images.chunk(math.ceil(len(images) / batch_size)):
+            recorder.run(part)
     if not recorder.finite:
         raise ConversionError(NOT_FINITE)
     return recorder.seen
@@ -271,22 +270,16 @@ def silent_layers(
         timesteps: T.
         batch_size: images at a time. The search ends as soon as every layer has fired.
     """
-    training, backends = core.training, {layer: layer.backend for layer in neurons.values()}
-    core.eval()
     silent = set(neurons)
-    for layer in backends:
-        layer.backend = "reference"  # nothing is compiled for a few images
 
     def listen(name: str) -> Callable[..., None]:
         return lambda _, __, result: silent.discard(name) if result[0].any() else None
 
     handles = [layer.register_forward_hook(listen(name)) for name, layer in neurons.items()]
-    for part in inputs.split(batch_size):
-        if silent:
-            core(part, timesteps, timesteps, (None,) * states, False)
+    with evaluating(core), by_reference(*neurons.values()):
+        for part in inputs.split(batch_size):
+            if silent:
+                core(part, timesteps, timesteps, (None,) * states, False)
     for handle in handles:
         handle.remove()
-    for layer, backend in backends.items():
-        layer.backend = backend
-    core.train(training)
     return silent

@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from spikedistill.inputs import evaluating
 from spikedistill.neuron.dynamics import run
-from spikedistill.neuron.layer import Spiking
+from spikedistill.neuron.layer import Spiking, by_reference
 from spikedistill.student.biases import PASSING, SUMS, preceding_layer
 from spikedistill.student.graph import Walk
 from spikedistill.student.rate import NORMS
@@ -73,19 +74,10 @@ def correct_layers(
     Returns:
         What was done, in order, and the mean firing rate of each layer of neurons by its path in the graph.
     """
-    modes = {module: module.training for whole in (core, ann) for module in whole.modules()}
-    backends = {layer: layer.backend for layer in core.modules() if isinstance(layer, Spiking)}
-    for whole in (core, ann):
-        whole.eval()
-    for layer in backends:
-        layer.backend = "reference"  # nothing is compiled for one pass
     given = rows, len(rows) * repeats // len(images), repeats, (None,) * states, False
     side_by_side = _SideBySide(_Stepwise(core, *given), _Stepwise(ann, images), named, len(images), given[1])
-    side_by_side.run()
-    for module, mode in modes.items():
-        module.training = mode
-    for layer, backend in backends.items():
-        layer.backend = backend
+    with evaluating(core, ann), by_reference(*(layer for layer in core.modules() if isinstance(layer, Spiking))):
+        side_by_side.run()
     return tuple(side_by_side.done), side_by_side.rates
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConversionError
+from spikedistill.inputs import evaluating
 from spikedistill.student.graph import Walk
 from spikedistill.student.trace import source_of
 
@@ -122,10 +123,8 @@ def refuse_mixed(module: fx.GraphModule, inputs: Tensor, constants: set[fx.Node]
     one, two = inputs[:1], inputs[-1:]
     other = inputs.amax() + inputs.amin() - one
     batches = (torch.cat(given) for given in ((one, two), (one, other, other), (other, two)))
-    training = module.training
-    module.eval()
-    both, first, second = (_sums(module, batch) for batch in batches)
-    module.train(training)
+    with evaluating(module):
+        both, first, second = (_sums(module, batch) for batch in batches)
     for node, sums in both.items():
         if node in constants:
             continue

@@ -10,6 +10,9 @@ once, on the means, with gradients:
 - Batch norms use the statistics of the first pass; the part of them that depends on the means is differentiated.
 - Convolutions return the mean of their first output, so nothing is computed twice.
 
+The authors' code differs: it divides the gradient of the loss by T, and has LIF neurons with a sigmoid as surrogate.
+Here neurons, surrogate and learning rate are those of the exact gradient.
+
 At T = 1 this is the exact gradient. Only the first pass grows with T.
 
 Max pooling is not linear: the second pass pools the means, and the gradient goes to the largest mean. For max pooling

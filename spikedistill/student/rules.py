@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from spikedistill.errors import ConversionError
+from spikedistill.errors import ConversionError, UnsupportedError
 from spikedistill.student.mixing import refuse_mixing
 from spikedistill.student.pool import MAX_POOLS, MaxPool
 from spikedistill.student.trace import POOL_CALLS, argument, constants_of, source_of, squeeze_places
@@ -140,7 +140,7 @@ def find_activations(module: fx.GraphModule) -> list[CallSite]:
         except ConversionError as error:
             refused.append(str(error))
     if refused:
-        raise ConversionError(_all_refused(refused))
+        raise UnsupportedError(_all_refused(refused))
     if not found:
         raise ConversionError(
             "The network has no ReLU, ReLU6 or LeakyReLU, so nothing would spike: give a network with activations."

@@ -162,7 +162,7 @@ def fan_out(layer: nn.Module, shape: Sequence[int]) -> Tensor:
     >>> fan_out(nn.Conv2d(1, 2, 3, padding=1), (1, 2, 3))[0].int().tolist()
     [[8, 12, 8], [8, 12, 8]]
     """
-    held = {name: value.detach().double() for name, value in layer.named_parameters()}
+    held = {name: value.detach().to("cpu", torch.float64) for name, value in layer.named_parameters()}
 
     def function(inputs: Tensor, weight: Tensor) -> Any:
         return torch.func.functional_call(layer, {**held, "weight": weight}, inputs)

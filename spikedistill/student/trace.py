@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from spikedistill.compute.winograd import WinogradConv2d
-from spikedistill.errors import ConversionError
-from spikedistill.inputs import NAMES
+from spikedistill.errors import ConversionError, UnsupportedError
+from spikedistill.inputs import NAMES, evaluating
 
 DROPOUT_CALLS = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}
 NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -122,20 +122,18 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
         ConversionError: if the network cannot be traced, or does not map one tensor to one tensor.
     """
     tracer = _Tracer()
-    training = network.training
-    network.eval()
     try:
-        graph = tracer.trace(network, concrete_args=_defaults(network))
+        with evaluating(network):
+            graph = tracer.trace(network, concrete_args=_defaults(network))
     except Exception as error:  # whatever the user's forward raises on proxies
-        raise ConversionError(
+        raise UnsupportedError(
             f"{type(network).__name__} cannot be traced by torch.fx ({_first_line(error)}) at {_line_of(error)}:"
             " its forward depends on the values of tensors or converts them. Rewrite that part with fixed shapes and"
             " branches, or pass only the inner network."
         ) from error
-    finally:
-        network.train(training)
     _drop_fixed_arguments(graph)
     _input_first(graph)
+    known = set(network.modules())
     moved = {
         **_functional_dropout(network, graph),
         **_functional_norm(network, graph),
@@ -145,7 +143,9 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     _keep_batches_of_one(graph)
     _follow_in_place(network, graph)
     module = fx.GraphModule(network, graph)
-    module.train(training)
+    for part in module.modules():
+        if part not in known:  # the root, and what stands for functions
+            part.training = network.training
     return module, {path: moved.get(node, node) for path, node in tracer.ends.items()}
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,10 @@ CONTRASTS = {
     ("kdsnn-feature", "kdsnn-response"): "Feature-based gains more than response-based",
     ("distilling-spikes-stages", "distilling-spikes"): "Two stages gain more than one",
     ("distilling-spikes", "kdsnn-response"): "Spikes of the teacher gain more than its logits",
+    ("cross-kd", "tet"): "Cross KD gains more than its loss on events alone",
+    ("cross-kd", "cross-kd-without-replacement"): "Replacement adds to Cross KD",
+    ("cross-kd", "cross-kd-without-similarity"): "Similarity adds to Cross KD",
+    ("cross-kd", "cross-kd-without-teacher"): "The teacher's logits add to Cross KD",
 }
 """Pairs of methods that are compared, and what is said if the first wins."""
 ENERGY = "energy_uJ_"
@@ -131,7 +136,12 @@ def _note(rows: Sequence[Row], images: int | None) -> str:
     some = f"{images} test images" if images else "test set"
     if len(seeds) < 2:
         return f"{some}, one seed ({', '.join(map(str, seeds))})"
-    return f"{some}, mean of n = {len(seeds)} seeds ({', '.join(map(str, seeds))})"
+    students = {
+        (row.method, row.setting, row.seed) for row in rows if row.method != "teacher" and row.seed != ALL_SEEDS
+    }
+    counts = Counter((method, setting) for method, setting, _ in students).values()
+    fewest = f"{min(counts)} to " if min(counts) < len(seeds) else ""
+    return f"{some}, mean of n = {fewest}{len(seeds)} seeds ({', '.join(map(str, seeds))})"
 
 
 def report_pairs(rows: Sequence[Row]) -> str:
@@ -145,7 +155,11 @@ def report_pairs(rows: Sequence[Row]) -> str:
     for pair, found in pairs.items():
         for method in gains:
             gains[method][pair] = gaps(found[method], found.get("direct", {}))
-        accuracies = [with_deviation([*by_seed.values()]) for by_seed in found.values()]
+        equal = len({len(by_seed) for by_seed in found.values()}) == 1
+        accuracies = [
+            with_deviation([*by_seed.values()]) + ("" if equal else f" (n = {len(by_seed)})")
+            for by_seed in found.values()
+        ]
         written = [with_test(of_pair[pair]) for of_pair in gains.values()]
         lines.append([pair, f"{anns[pair.split(' -> ')[0]]:.2f}", *accuracies, *written])
         for (first, second), said in CONTRASTS.items():

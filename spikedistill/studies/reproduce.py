@@ -142,14 +142,13 @@ def _needed_again(teacher: Path, cells: Sequence[Cell]) -> bool:
 
 
 def _check_recipe(path: Path, recipe: Teach | Distill) -> None:
-    """Refuse a finished run with another recipe; the folder of its data may differ.
+    """Refuse a finished run with another recipe.
 
     Raises:
         RunError: if the recipe differs.
     """
     if Run(path).finished:
         changes = Run(path).changes(recipe.written(), type(recipe)().written())
-        changes = [line for line in changes if not line.startswith("data_dir ")]
         if changes:
             raise RunError(
                 f"'{path}' has another recipe than the study ({'; '.join(changes[:3])}): move it away, or give another"

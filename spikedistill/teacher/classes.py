@@ -7,7 +7,7 @@ import torch
 from spikedistill.errors import ConfigError
 from spikedistill.files import weights_file
 from spikedistill.teacher.load import Architecture
-from spikedistill.teacher.weights import read_weights, without_wrapper
+from spikedistill.teacher.weights import of_network, read_weights
 
 
 def count_classes(source: str | Path, name: str, channels: int, width: int | None = None) -> int:
@@ -20,11 +20,11 @@ def count_classes(source: str | Path, name: str, channels: int, width: int | Non
         ConfigError: if the network cannot be built, or the file lacks the tensor that says it.
     """
     tensors, _ = read_weights(weights_file(source))
-    tensors = without_wrapper(tensors)
     with torch.random.fork_rng(devices=[]):
         few, more = (Architecture(name, count, channels, width).build().state_dict() for count in (2, 3))
     if all(value.shape == more[path].shape for path, value in few.items()):
         return next((len(value) for value in reversed(few.values()) if value.ndim), 1)
+    tensors = of_network(tensors, few, f"'{source}'")
     for path, value in few.items():
         changed = [axis for axis, size in enumerate(value.shape) if size != more[path].shape[axis]]
         if len(changed) == 1 and path in tensors and tensors[path].ndim == value.ndim:

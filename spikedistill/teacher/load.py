@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from spikedistill.answer import Answer, Learner
 from spikedistill.errors import ConfigError, WeightsError, one_of, unknown
-from spikedistill.files import weights_file
+from spikedistill.files import note, weights_file
 from spikedistill.inputs import AnyLayout, normalise
 from spikedistill.shapes import ClassLogits, Logits
 from spikedistill.teacher.code import own_network
 from spikedistill.teacher.taps import taps
-from spikedistill.teacher.weights import check_formats, read_weights, without_wrapper
+from spikedistill.teacher.weights import check_formats, of_network, read_weights
 from spikedistill.teacher.zoo import ZOO
 
 LARGEST = 2**24
@@ -118,16 +118,17 @@ def _timm(name: str) -> Any:
 
 
 def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fill a network with tensors by name. If no name fits, what wrappers put before all of them is removed.
+    """Fill a network with tensors by name. If no name fits, what is put before all of them is removed: ``of_network``.
 
     Raises:
         WeightsError: if a tensor is missing, unknown to the network, of the wrong shape or not finite.
     """
     wanted = network.state_dict()
-    if not wanted.keys() & tensors.keys():
-        tensors = without_wrapper(tensors)
-    check_formats(tensors, source)
     optional = {name for name in wanted if name.endswith("num_batches_tracked")}
+    held, tensors = len(tensors), of_network(tensors, wanted, source)
+    if others := held - len(tensors):
+        note(f"{source} holds {others} tensors beside those of the network, which are left out.")
+    check_formats(tensors, source)
     faults = [f"'{name}' is missing" for name in wanted.keys() - tensors.keys() - optional]
     faults += [f"'{name}' has no place in the network" for name in tensors.keys() - wanted.keys()]
     faults += [
@@ -343,7 +344,9 @@ def load_teacher(
     tensors, facts = read_weights(path)
     if architecture is None:
         if "architecture" not in facts:
-            raise ConfigError(f"'{path}' does not say which network its weights belong to: name the architecture.")
+            raise ConfigError(
+                f"'{path}' does not say which network its weights belong to: name the architecture (--teacher-network)."
+            )
         try:
             architecture = Architecture(**facts["architecture"])
             refused = architecture.names_code and not trust_code
@@ -356,7 +359,8 @@ def load_teacher(
     mean, std = mean or facts.get("mean"), std or facts.get("std")
     if mean is None or std is None:
         raise ConfigError(
-            f"'{path}' does not say how its inputs were normalised: give mean and std, one value per channel."
+            f"'{path}' does not say how its inputs were normalised: give mean and std, one value per channel"
+            " (--teacher-mean and --teacher-std)."
         )
     names = facts.get("class_names") or ()
     if not (_holds(mean, (int, float)) and _holds(std, (int, float)) and _holds(names, str)):

@@ -1,6 +1,7 @@
 """Tensors from weights files of every kind. Nothing is unpickled."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ FORMATS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
 )
 """Number formats of weights files; integers are for counts."""
-WRAPPERS = ("module.", "_orig_mod.")
-"""What wrappers put before all names."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -41,7 +40,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"'{path}' cannot be read safely ({reason}): it is truncated, or it holds pickled Python objects, which are"
-            " never loaded; save the state_dict alone, best as .safetensors."
+            " never loaded. Save the state_dict alone, where you trust the file: torch.save(torch.load(FILE,"
+            " weights_only=False)['state_dict'], 'weights.pt') does it for a checkpoint of Lightning."
         ) from error
     if _is_state(loaded):
         return dict(loaded), {}
@@ -86,9 +86,28 @@ def _strange(value: Tensor) -> str:
     return "" if value.dtype in FORMATS else str(value.dtype)
 
 
-def without_wrapper(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without what DataParallel (``module.``) and torch.compile (``_orig_mod.``) put before names."""
-    found = dict(tensors)
-    while found and (prefix := next((one for one in WRAPPERS if all(name.startswith(one) for name in found)), None)):
-        found = {name.removeprefix(prefix): value for name, value in found.items()}
-    return found
+def of_network(tensors: Mapping[str, Tensor], wanted: Iterable[str], source: str) -> dict[str, Tensor]:
+    """The tensors under the names that a network wants, without a prefix and without what lies beside them.
+
+    DataParallel puts ``module.`` before names, torch.compile ``_orig_mod.``, Lightning often ``model.``. If no name
+    fits, the prefix is taken under which most of the wanted names are found.
+
+    Raises:
+        WeightsError: if all are found under more than one prefix, as in a checkpoint of a network and its average.
+    """
+    needed = {name for name in wanted if not name.endswith("num_batches_tracked")}
+    if needed & tensors.keys():
+        return dict(tensors)
+    found: Counter[str] = Counter()
+    for name in tensors:
+        parts = name.split(".")
+        found.update(".".join(parts[:n]) + "." for n in range(1, len(parts)) if ".".join(parts[n:]) in needed)
+    most = max(found.values(), default=0)
+    best = [prefix for prefix, count in found.items() if count == most]
+    if len(best) > 1 and most == len(needed):
+        raise WeightsError(
+            f"{source} holds several such networks, under {', '.join(best[:4])}: save the state_dict of one alone."
+        )
+    if len(best) != 1:
+        return dict(tensors)
+    return {name.removeprefix(best[0]): value for name, value in tensors.items() if name.startswith(best[0])}

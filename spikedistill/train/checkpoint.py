@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikedistill.errors import RunError, WeightsError
+from spikedistill.errors import RunError, WeightsError, out_of_memory
 from spikedistill.files import note, read_tensors, write_tensors
 
 
@@ -52,6 +52,8 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimiser: tor
             module.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
         _restore_optimiser(optimiser, modules, tensors)
     except (RuntimeError, IndexError, KeyError) as error:
+        if out_of_memory(error):
+            raise
         raise RunError(
             f"The checkpoint '{path}' belongs to another network or optimiser ({str(error).splitlines()[0]}): resume"
             " with the recipe of that run, or start in a new directory."
@@ -117,7 +119,7 @@ def _restore_optimiser(
         if name.startswith("optimiser."):
             parameter, _, key = name.removeprefix("optimiser.").rpartition(".")
             place = places[parameter]
-            state.setdefault(place, {})[key] = _placed(value, learned[place])
+            state.setdefault(place, {})[key] = value if key == "step" else _placed(value, learned[place])
     optimiser.load_state_dict(
         {"state": dict(sorted(state.items())), "param_groups": optimiser.state_dict()["param_groups"]}
     )

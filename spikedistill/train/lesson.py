@@ -1,7 +1,8 @@
 """What is computed in one training step: outputs of teacher and student, and the objective's terms."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from spikedistill.compute.winograd import WinogradConv2d
 from spikedistill.data.feed import Feed, Inputs
 from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.files import fingerprint_of
+from spikedistill.inputs import evaluating
 from spikedistill.objective.terms import NO_LABELS, NO_SOURCE, NO_TEACHER, Batch, Needs, Objective, Terms, as_it_is
 from spikedistill.shapes import Labels, Logits
 from spikedistill.student.fold import fold
@@ -52,17 +54,41 @@ class Lesson(nn.Module):
     def forward(
         self, inputs: Tensor, labels: Labels | None, teacher: Answer | None, source: Tensor | None, progress: Tensor
     ) -> tuple[Logits, Terms]:
-        """The logits ``[T, B, K]`` for a batch, in the student's number format, and the named terms of the loss."""
-        answer = observe(self.student, inputs, self.needs)
+        """The logits ``[T, B, K]`` for a batch, in the student's number format, and the named terms of the loss.
+
+        A second stream is normalised by its own batch, but running statistics are those of ``inputs`` alone, which the
+        student will see.
+        """
+        answer, second = observe(self.student, inputs, self.needs), None
+        if source is not None:
+            with statistics_kept(self.student):
+                second = in_float32(observe(self.student, source, self.needs))
         batch = Batch(
             labels=labels,
             student=in_float32(answer),
             teacher=teacher,
-            source=None if source is None else in_float32(observe(self.student, source, self.needs)),
+            source=second,
             progress=progress,
             over_processes=self.over_processes,
         )
         return answer.logits.detach(), self.objective(batch, self.adapters)
+
+
+@contextlib.contextmanager
+def statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of batch norms, and their counts of batches, as they are."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counts = [None if (count := norm.num_batches_tracked) is None else count.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            if count is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(count)
 
 
 def observe(student: Any, inputs: Tensor, needs: Needs) -> Answer:
@@ -141,12 +167,10 @@ def make_lesson(
         empty = Answer(torch.zeros(1, len(inputs.samples), 0))
         modules = objective.modules(Batch(labels=inputs.labels, student=empty), None)
         return Lesson(student, objective, modules, over_processes)
-    training = student.training
-    student.eval()
     theirs = None if tutor is None else tutor.ask(inputs.shown_to_teacher)
-    ours = observe(student, inputs.student, needs)
-    source = observe(student, inputs.source, needs) if needs.source and inputs.source is not None else None
-    student.train(training)
+    with evaluating(student):
+        ours = observe(student, inputs.student, needs)
+        source = observe(student, inputs.source, needs) if needs.source and inputs.source is not None else None
     probe = Batch(labels=inputs.labels, student=ours, teacher=theirs, source=source)
     modules = objective.modules(probe, None if tutor is None else tutor.teacher)
     return Lesson(student, objective, modules, over_processes)

@@ -1,7 +1,8 @@
 """The only training loop. It trains spiking students and, as networks with one time step, their teachers.
 
 One step: take a batch from the feed, run the teacher, run the student, compute the loss terms and take a gradient step
-on their sum. All random numbers depend only on (seed, epoch, step), so a resumed run continues with the same bits.
+on their sum. All random numbers depend only on (seed, epoch, step), so on a CPU a resumed run continues with the
+same bits.
 
 With several processes each computes its rows of every batch. Gradients, loss terms, accuracy and firing rate are means
 over all processes. Process 0 writes the files, and validates while the others wait. Buffers, such as the running
@@ -182,7 +183,7 @@ class Course:
         """One gradient step. Returns the terms, the number of correct predictions, and the number of samples."""
         inputs = self._moved(inputs)
         gone = ((epoch - 1) * self.feed.steps + step) / (self.config.epochs * self.feed.steps)
-        progress = torch.tensor(gone, device=self.place.device)
+        progress = torch.full((), gone, device=self.place.device)  # needs no copy
         set_learning_rate(self.optimiser, self._rate(epoch, step))
         self.processes.reseed(step_seed(self.config.seed, epoch, step))
         with self.place.autocast(), self.firing.at(step):
@@ -192,7 +193,7 @@ class Course:
             logits, terms = trained(inputs.student, inputs.labels, teacher, source, progress)
         check_terms(terms)
         right = inputs.labels if teacher is None or inputs.labels is not None else teacher.logits.mean(0).argmax(-1)
-        values, correct = self._counted(terms, int((logits.float().mean(0).argmax(-1) == right).sum()))
+        values, correct = self._counted(terms, (logits.float().mean(0).argmax(-1) == right).sum())
         given = [inputs.student, inputs.teacher, inputs.source]
         seen = {"inputs": given, "teacher's outputs": teacher, "student's logits": logits}
         if not math.isfinite(sum(values.values())):
@@ -213,11 +214,13 @@ class Course:
             self.lookahead.update(self.student, done, steps)
         return values, correct, len(inputs.samples) * self.processes.count
 
-    def _counted(self, terms: Mapping[str, torch.Tensor], correct: int) -> tuple[dict[str, float], int]:
+    def _counted(self, terms: Mapping[str, torch.Tensor], correct: torch.Tensor) -> tuple[dict[str, float], int]:
         """Mean terms and correct predictions over all processes; the firing rate, and whether process 0 would save."""
-        own = [float(term.detach()) for term in terms.values()]
+        own = torch.stack(
+            [one.detach().float() for one in (*terms.values(), correct)]
+        ).tolist()  # a GPU is waited for once
         due = self.processes.first and time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes
-        *sums, right, rate, late = self.processes.summed([*own, float(correct), self.firing.percent or 0.0, float(due)])
+        *sums, right, rate, late = self.processes.summed([*own, self.firing.percent or 0.0, float(due)])
         self.due = bool(late)
         count = self.processes.count
         self.firing.percent = None if self.firing.percent is None else rate / count

@@ -9,6 +9,8 @@ import atexit
 import contextlib
 import datetime
 import functools
+import gc
+import importlib
 import logging
 import os
 import re
@@ -16,14 +18,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spikedistill.errors import ConfigError, Heard, ProcessError, SpikeDistillError
+from spikedistill.errors import ConfigError, Heard, ProcessError, SpikeDistillError, out_of_memory
 
 Result = TypeVar("Result")
 
@@ -44,14 +46,13 @@ class Processes:
     Args:
         rank: the number of this process, from 0.
         count: the number of processes.
-        stepping: the process group for communication within a step, on the CPU.
-        waiting: the process group in which the others wait for process 0.
+        groups: the process groups of torch: ``stepping`` for communication within a step, on the CPU, and ``waiting``,
+            in which the others wait for process 0. Empty at the end.
     """
 
     rank: int = 0
     count: int = 1
-    stepping: Any = None
-    waiting: Any = None
+    groups: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def first(self) -> bool:
@@ -111,7 +112,7 @@ class Processes:
             return [value]
         values: list[Any] = [None] * self.count
         with self._connected():
-            dist.all_gather_object(values, value, group=self.waiting)
+            dist.all_gather_object(values, value, group=self.groups["waiting"])
         return values
 
     def summed(self, values: Sequence[float]) -> list[float]:
@@ -120,7 +121,7 @@ class Processes:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
         with self._connected():
-            dist.all_reduce(sums, group=self.stepping)
+            dist.all_reduce(sums, group=self.groups["stepping"])
         return sums.tolist()
 
     def mean(self, statistic: Tensor) -> Tensor:
@@ -149,8 +150,9 @@ class Processes:
         flat = torch.cat([*(part.reshape(-1) for part in parts), given])
         with self._connected():
             dist.all_reduce(flat, group=self._group(flat))
-        *means, given = flat.split([*(p.numel() for p in learned), len(learned)])
-        for parameter, mean, there in zip(learned, means, given.tolist(), strict=True):
+            *means, given = flat.split([*(p.numel() for p in learned), len(learned)])
+            gradients = given.tolist()  # NCCL waits here
+        for parameter, mean, there in zip(learned, means, gradients, strict=True):
             if there:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad.copy_(mean.view_as(parameter) / self.count)
@@ -191,18 +193,20 @@ class Processes:
         """The value of process 0, in all processes."""
         told = [value]
         with self._connected():
-            dist.broadcast_object_list(told, 0, group=self.waiting)
+            dist.broadcast_object_list(told, 0, group=self.groups["waiting"])
         return told[0]
 
     def _group(self, tensor: Tensor) -> Any:
         """The process group that can transfer a tensor: on a GPU the default group of torch."""
-        return self.stepping if tensor.device.type == "cpu" else None
+        return self.groups["stepping"] if tensor.device.type == "cpu" else None
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise self._lost(f"another one has ended or cannot be reached ({_reason(error)})") from error
 
     def _lost(self, why: str) -> ProcessError:
@@ -215,8 +219,8 @@ class Processes:
         )
 
     def terminate(self, *_: Any) -> None:
-        """Handler of SIGTERM, which torchrun sends to the others when a process has ended."""
-        raise self._lost("it got SIGTERM, which torchrun sends when another process has ended")
+        """Handler of SIGTERM, which torchrun sends when a process has ended, and a scheduler when time is up."""
+        raise self._lost("it got SIGTERM: another process has ended, or a scheduler ends the job")
 
 
 def launched() -> int:
@@ -241,12 +245,14 @@ def join() -> Processes:
 def _join() -> Processes:
     if torch.cuda.is_available() and (local := int(os.environ.get("LOCAL_RANK", "0"))) < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    if not dist.is_initialized():
+    if ours := not dist.is_initialized():
         _meet()
     if dist.get_world_size() == 1:
         return Processes()
-    stepping, waiting = (dist.new_group(backend="gloo", timeout=time) for time in (PATIENCE, FOREVER))
-    made = Processes(dist.get_rank(), dist.get_world_size(), stepping, waiting)
+    made = Processes(dist.get_rank(), dist.get_world_size())
+    atexit.register(_part, made.groups, ours)
+    for name, time in (("stepping", PATIENCE), ("waiting", FOREVER)):
+        made.groups[name] = dist.new_group(backend="gloo", timeout=time)
     if not made.first:
         logging.getLogger("spikedistill").setLevel(logging.ERROR)
     with contextlib.suppress(ValueError):  # not in the main thread
@@ -256,9 +262,9 @@ def _join() -> Processes:
 
 
 def _meet() -> None:
+    importlib.import_module("torch.distributed.nn")  # imported later, its functions would hold the group for ever
     try:
-        dist.init_process_group()
-        atexit.register(_part)
+        dist.init_process_group(timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         place = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ConfigError(
@@ -267,11 +273,21 @@ def _meet() -> None:
         ) from error
 
 
-def _part() -> None:
-    """Close the connections at the end. Torch may abort a process that ends while its threads still serve others."""
+def _part(groups: dict[str, Any], ours: bool) -> None:
+    """Close the connections at the end, and end their threads, which live for as long as anything refers to a group.
+
+    A thread of gloo that still holds a tensor while Python ends aborts the process (PyTorch pull request 179291).
+
+    Args:
+        groups: what refers to the groups; emptied.
+        ours: whether the default group is ours to close.
+    """
     if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError, ValueError):
+            for group in (None,) if ours else groups.values():  # None: all
+                dist.destroy_process_group(group)
+    groups.clear()
+    gc.collect()
 
 
 def _reason(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from spikedistill.errors import ConfigError
+from spikedistill.files import note
 
 BAR, LONGEST = 10, 32
 """Terminal columns of a bar, and of the name beside it."""
@@ -95,6 +96,13 @@ class Progress:
         """Print a line that stays."""
         self.said = self.clock()
         self.console.print(f"{self.label}: {text}" if self.label else text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a line that must not be missed. If nothing is shown, as from Python, it is logged."""
+        if self.console.quiet:
+            note(text)
+        else:
+            self.say(f"warning: {text}")
 
     def epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
         """A new epoch begins; ``done`` of its steps are done already."""

@@ -46,14 +46,13 @@ from spikedistill.files import (
     write_text,
 )
 from spikedistill.student.upgrade import upgrade
+from spikedistill.train.changes import NO_MATTER, differences, taken_over, without_how
 from spikedistill.train.checkpoint import previous
 from spikedistill.train.extend import check_extension, earlier_names, epochs_of, extend, without_epochs
 from spikedistill.train.machine import environment
 
 KINDS = ("distill", "immunity", "teach")
 """The kinds of recipes."""
-NO_MATTER = ("checkpoint_minutes", "tensorboard")
-"""Choices of a training that do not change its results."""
 PLAIN = ("metrics", "timing")
 """Logs whose lines have no checksum, so that other programs can read them."""
 
@@ -121,19 +120,9 @@ class Run:
             RunError: if the directory holds a run that is not to be resumed or has another recipe, another process
                 works there, or nothing can be written.
         """
-        if resume and not (self.path / "recipe.json").exists():
-            raise RunError(f"There is no run in '{self.path}' to resume: check --out, or omit --resume.")
-        if resume:
-            self.read("recipe")
-        self._check_place(recipe)
-        if not resume:
-            self._check_kind(recipe)
+        self.check(recipe, resume)
         self._take()
-        before = previous(self.checkpoint)
-        files = (self.checkpoint, before, self.model, self.path / "scores.jsonl")
-        worth_keeping = self.finished or any(file.exists() for file in files)
-        if worth_keeping and not resume:
-            raise RunError(f"'{self.path}' already holds a run: go on with it by --resume, or choose another --out.")
+        self._check_free(resume)
         if not resume:
             machine = {**environment(), "processes": processes}
             write_json(self.path / ENVIRONMENT, machine, _name(recipe, machine))
@@ -146,17 +135,46 @@ class Run:
                 " with that version, or start again in another --out."
             )
         kept, (now, usual) = self.recipe(), json.loads(json.dumps([recipe, defaults or {}]))
-        if changed := differences(without_epochs(kept), without_epochs(now), usual):
+        if changed := self.changes(without_epochs(now), usual, without_epochs(kept)):
             raise RunError(
                 f"'{self.path}' was begun with another recipe ({'; '.join(changed[:3])}): give the same, or another"
                 " --out."
             )
-        if before.exists() and not self.checkpoint.exists():
+        if (before := previous(self.checkpoint)).exists() and not self.checkpoint.exists():
             note(f"'{self.checkpoint}' is missing: going on from the previous checkpoint.")
             os.replace(before, self.checkpoint)
-        if (planned := epochs_of(kept, usual)) != epochs_of(now):
-            at = check_extension(self.path, written, now, planned, self.finished)
+        planned = epochs_of(kept, usual)
+        at = None if planned == epochs_of(now) else check_extension(self.path, written, now, planned, self.finished)
+        others = differences(without_epochs(kept), without_epochs(now), usual)
+        if others and not self.finished:
+            note(f"'{self.path}' was begun in another way ({'; '.join(others)}) and goes on in this one.")
+            self.write("recipe", taken_over(written, now))
+        if at is not None:
             self.write("recipe", extend(self.path, written, now, at))
+
+    def check(self, recipe: Mapping[str, Any], resume: bool) -> None:
+        """Check that a run can begin or go on in this directory, as far as that can be said without locking it.
+
+        Raises:
+            RunError: if there is nothing to resume, something else lies here, or a run that is not to be resumed.
+        """
+        if resume and not (self.path / "recipe.json").exists():
+            raise RunError(f"There is no run in '{self.path}' to resume: check --out, or omit --resume.")
+        if resume:
+            self.read("recipe")
+        self._check_place(recipe)
+        if not resume:
+            self._check_kind(recipe)
+        self._check_free(resume)
+
+    def _check_free(self, resume: bool) -> None:
+        """Refuse to begin a run where one lies that is worth keeping."""
+        files = (self.checkpoint, previous(self.checkpoint), self.model, self.path / "scores.jsonl")
+        if not resume and (self.finished or any(file.exists() for file in files)):
+            raise RunError(
+                f"'{self.path}' already holds a run: go on with it by --resume (in Python resume=True), or"
+                " choose another --out."
+            )
 
     def _check_place(self, recipe: Mapping[str, Any]) -> None:
         """Refuse a directory that holds other files than a run, or that is inside a folder of images."""
@@ -211,10 +229,18 @@ class Run:
                 f"'{self.path}' could not be written ({error}): check the path, or choose another --out."
             ) from error
 
-    def changes(self, recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
-        """The differences between the recipe in the directory and another one; see ``differences``."""
+    def changes(
+        self,
+        recipe: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+        kept: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """The differences between the recipe in the directory, or ``kept``, and another one; see ``differences``.
+
+        Where and how a run is computed (``HOW``) does not count.
+        """
         now, usual = json.loads(json.dumps([recipe, defaults or {}]))
-        return differences(self.recipe(), now, usual)
+        return differences(without_how(self.recipe() if kept is None else kept), without_how(now), usual)
 
     def unfinished(self) -> str:
         """The progress of an unfinished run, as text."""
@@ -366,24 +392,3 @@ def unless_done(path: Path, work: Callable[[bool], object], say: Callable[[], ob
     if not Run(path).finished:
         say()
         work((path / "recipe.json").exists())
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """The fields in which two recipes differ, with both values.
-
-    If the version that wrote ``before`` did not have a field yet, its value is taken from ``defaults``.
-
-    >>> differences({"training": {"lr": 0.1, "seed": 0}}, {"training": {"lr": 0.2, "seed": 0}}, {})
-    ['lr was 0.1, now 0.2']
-    """
-    if before.get("kind") != now.get("kind"):
-        return [f"kind was {before.get('kind')!r}, now {now.get('kind')!r}"]
-    found = []
-    for name in [*before, *(name for name in now if name not in before)]:
-        usual = defaults.get(name)
-        old, new = before.get(name, usual), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, usual if isinstance(usual, dict) else {})
-        elif old != new:
-            found.append(f"{name} was {old!r}, now {new!r}")
-    return found

@@ -21,7 +21,7 @@ from spikedistill.train.run import Run
 TRAINING = Training(epochs=1, batch_size=16, lr=0.05, precision="fp32", device="cpu")
 METHODS = {"direct": Direct(), "kdsnn-response": KDSNNResponse(), "kdsnn": KDSNN()}
 STEPS = ["t=1 (%)", "t=2 (%)", "t=3 (%)"]
-STATISTICS = ["difference (points)", "s.e. (points)", "p", "positive in"]
+STATISTICS = ["difference (points)", "s.e. (points)", "95 % interval", "p", "positive in"]
 
 
 pytestmark = pytest.mark.usefixtures("without_compiler")
@@ -164,6 +164,8 @@ class TestRunsOverSeeds:
         gains = [a - b for a, b in zip(ours, theirs)]
         assert row["difference (points)"] == f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}"
         assert float(row["s.e. (points)"]) == pytest.approx(scipy.stats.sem(gains), abs=0.0051)
+        ends = scipy.stats.t.interval(0.95, len(gains) - 1, statistics.mean(gains), scipy.stats.sem(gains))
+        assert [float(end) for end in row["95 % interval"].split(" to ")] == pytest.approx(ends, abs=0.0051)
         p = scipy.stats.ttest_rel(ours, theirs).pvalue
         assert p < 0.00101 if row["p"] == "< 0.001" else float(row["p"]) == pytest.approx(p, abs=0.00051)
         assert row["positive in"] == f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
@@ -184,7 +186,7 @@ class TestRunsOverSeeds:
         assert (row["difference (points)"], row["positive in"]) == ("+3.50 ± 0.71", "2 of 2")
         other = [*found[:3], made(tmp_path, "kdsnn", seed=7)]
         shown = table(other)
-        assert [rows(shown)["kdsnn-t2-s7"][name] for name in STATISTICS] == [""] * 4
+        assert [rows(shown)["kdsnn-t2-s7"][name] for name in STATISTICS] == [""] * 5
         assert "kdsnn-t2-s7 has no difference: it shares no seed with direct-t2." in shown.notes
 
     def test_say_what_is_significant_and_that_the_teacher_is_one(self, tmp_path):
@@ -197,7 +199,9 @@ class TestRunsOverSeeds:
         for changed in ({"training": {"lr": 0.7}}, {"student": {"leak": 0.3, "neuron": "lif"}}, {"timesteps": 4}):
             names = list(rows(table([one, two, made(tmp_path, seed=2, name="x", **changed)])))
             assert names == ["direct-t2", "x"], changed
-        for same in ({"training": {"checkpoint_minutes": 9.0, "tensorboard": True}}, {"data": Data(data_dir="there")}):
+        ways = ({"checkpoint_minutes": 9.0, "tensorboard": True}, {"device": "cpu", "keep_memory": False})
+        ways = (*({"training": way} for way in ways), {"student": {"recompute": "stages"}})
+        for same in (*ways, {"data": Data(data_dir="there")}):
             assert rows(table([one, two, made(tmp_path, seed=2, **same)]))["direct-t2"]["n"] == "3", same
 
     def test_with_the_same_seed_count_once(self, tmp_path):
@@ -270,7 +274,7 @@ class TestTheBaseline:
         found = over_seeds(tmp_path, direct=[90.0, 91.0])
         found += [made(tmp_path, "kdsnn", seed, 95.0, **change) for seed in (0, 1)]
         shown = table(found)
-        assert [rows(shown)["kdsnn-t2"][name] for name in STATISTICS] == [""] * 4
+        assert [rows(shown)["kdsnn-t2"][name] for name in STATISTICS] == [""] * 5
         assert f"kdsnn-t2 has no difference: {said}." in shown.notes
 
     def test_without_a_teacher_may_be_compared(self, tmp_path):
@@ -283,7 +287,7 @@ class TestTheBaseline:
         recipe = Teach("vgg9", data=Data(), training=Training(seed=0)).written()
         ann = Result(Record(tmp_path / "ann", recipe), {"test_accuracy": 97.0}, "vgg9", "", {}, 1, 2.0)
         shown = table([ann, *found])
-        assert [rows(shown)["ann"][name] for name in STATISTICS] == [""] * 4
+        assert [rows(shown)["ann"][name] for name in STATISTICS] == [""] * 5
         assert not any("ann" in note for note in shown.notes) and shown.bold == frozenset()
 
 

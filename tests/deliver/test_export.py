@@ -1,5 +1,6 @@
 """Exported files do what the student does, in other programs too; files that do not, or are not ours, are refused."""
 
+import copy
 import functools
 import io
 import json
@@ -15,7 +16,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from spikedistill.deliver.export import check, export, on_threshold
+from spikedistill.deliver.export import check, export, export_student, on_threshold
 from spikedistill.deliver.onnx import OnnxStudent, onnx_model, traced
 from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.files import weights_file
@@ -110,6 +111,24 @@ def test_a_shipped_student_is_written_in_both_forms(files):
         assert json.loads(facts["classes"]) == [str(number) for number in range(10)]
         assert json.loads(facts["data"])["data_dir"] is None
         assert str(Path.cwd()).encode() not in file.path.read_bytes(), "it names this machine's folders"
+
+
+def test_a_student_in_memory_is_written_and_stays_as_it_is(tmp_path, call, capsys):
+    student, samples = copy.deepcopy(made("graded")[0]).train(), made("graded")[1]
+    pixels = (255 * samples).round().to(torch.uint8)
+    whole, step = export_student(student, pixels, tmp_path / "files", "mine", classes=tuple("abcde"))
+    assert [whole.path, step.path] == [tmp_path / "files" / name for name in ("mine.onnx", "mine-step.onnx")]
+    assert student.training and (whole.images, whole.same_class) == (67, 1.0)
+    runs = OnnxStudent(whole.path)
+    assert json.loads(runs.facts["classes"]) == [*"abcde"] and runs.facts["student"] == "mine"
+    with torch.no_grad():
+        assert torch.allclose(runs(pixels / 255), student.eval()(pixels / 255), atol=1e-4)
+    assert call("evaluate", whole.path) == 2
+    assert "mine.onnx' names no data set, since it was not exported from a run" in capsys.readouterr().err
+    export_student(student, pixels, tmp_path / "files", "mine", form="sequence")  # its own file is replaced
+    for wrong, said in ((pixels[:1], "1 samples of uint8"), (samples, "67 samples of float32")):
+        with pytest.raises(ConfigError, match=f"{said} were given for the check: expected two or more, as bytes"):
+            export_student(student, wrong, tmp_path / "other")
 
 
 def test_a_process_without_torch_gives_the_same_answers(files, tmp_path):

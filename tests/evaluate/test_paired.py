@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikedistill.evaluate.paired import beyond, gaps, holm, p_value, verdict, with_deviation, with_test
+from spikedistill.evaluate.paired import beyond, gaps, holm, interval_of, p_value, verdict, with_deviation, with_test
 
 SLEEP = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
 """Hours of sleep gained by ten patients, the example of Student's paper of 1908: t = 4.0621 with 9 degrees."""
@@ -42,11 +43,13 @@ def test_p_is_that_of_the_paired_test(gains):
     found = gaps(dict(enumerate(taught)), dict(enumerate(direct)))
     assert p_value(found) == pytest.approx(scipy.stats.ttest_rel(taught, direct).pvalue, abs=1e-6)
     assert p_value(found) == pytest.approx(p_value([-gain for gain in found]))
+    ends = scipy.stats.t.interval(0.95, len(found) - 1, np.mean(found), scipy.stats.sem(found))
+    assert interval_of(found) == pytest.approx(ends, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("gains", [[], [1.87], [0.5, 0.5, 0.5], [0.0, 0.0], [0.1 + 0.2, 0.3]])
 def test_one_seed_and_seeds_without_difference_are_not_tested(gains):
-    assert p_value(gains) is None
+    assert p_value(gains) is None and interval_of(gains) is None
     assert "p =" not in with_test(gains)
 
 

@@ -10,7 +10,7 @@ from scores import percent_right
 from spikedistill.data.images import NAMED, load_images
 from spikedistill.deliver.record import Record, evaluate
 from spikedistill.deliver.teachers import find_teacher
-from spikedistill.errors import ConfigError, RunError, WeightsError
+from spikedistill.errors import ConfigError, RunError, UnsupportedError, WeightsError
 from spikedistill.evaluate.accuracy import predict
 from spikedistill.files import read_tensors
 from spikedistill.neuron.dynamics import Neuron, Reset
@@ -449,6 +449,18 @@ def _interrupted(*_, **__):
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("train, made", [(distill, Distill()), (teach, Teach())])
+    def test_of_place_and_device_come_before_data_are_read(self, train, made, tmp_path):
+        made = dataclasses.replace(made, data=Data(str(tmp_path / "nothing.npz")), training=TRAINING)
+        began = Run(tmp_path / "run")
+        began.start(made.written(), resume=False)
+        began.checkpoint.touch()
+        with pytest.raises(RunError, match="already holds a run: go on with it by --resume"):
+            train(made, tmp_path / "run")
+        absent = dataclasses.replace(made, training=dataclasses.replace(TRAINING, device="cuda:99"))
+        with pytest.raises(ConfigError, match="'cuda:99' cannot be used here"):
+            train(absent, tmp_path / "other")
+
     @pytest.mark.parametrize(
         "changes, message",
         [
@@ -468,7 +480,23 @@ class TestRefusals:
         own += "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))\n"
         (tmp_path / "own.py").write_text(own)
         with pytest.raises(ConfigError, match="give --pairs TEACHER-PATH STUDENT-PATH"):
-            distill(dataclasses.replace(recipe(home), student=StudentChoice(f"{tmp_path / 'own.py'}:make")), tmp_path)
+            distill(
+                dataclasses.replace(recipe(home), student=StudentChoice(f"{tmp_path / 'own.py'}:make")),
+                tmp_path / "run",
+            )
+
+    def test_a_teacher_that_cannot_be_a_student_teaches_another_network(self, home, tmp_path):
+        own = "from torch import nn\ndef make(classes):\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(),"
+        own += " nn.Flatten(), nn.LayerNorm(144), nn.Linear(144, classes))\n"
+        (tmp_path / "own.py").write_text(own)
+        network = f"{tmp_path / 'own.py'}:make"
+        teach(Teach(network, data=Data(str(home / "blobs.npz")), training=TRAINING), tmp_path / "teacher")
+        taught = recipe(home, "kdsnn-response", teacher=TeacherChoice(str(tmp_path / "teacher")))
+        with pytest.raises(UnsupportedError, match=r"(?s)GELU.*LayerNorm.*can teach another network as it is"):
+            distill(taught, tmp_path / "run", trust_code=True)
+        student = dataclasses.replace(recipe(home, student="vgg9").student)
+        results = distill(dataclasses.replace(taught, student=student), tmp_path / "run", trust_code=True)
+        assert "teacher_accuracy" in results
 
     def test_a_teacher_that_is_gone(self, home, tmp_path):
         shutil.copytree(home / "teacher", tmp_path / "teacher")

@@ -123,6 +123,15 @@ def test_cross_kd_learns_events_from_an_image_teacher(home, tmp_path, call):
     assert call("evaluate", tmp_path / "simulated") == 0
 
 
+def test_events_do_not_go_into_the_network_of_an_image_teacher(home, tmp_path, call, capsys):
+    ann = ("teach", "--network", "vgg9", "--width", 4, "--data", home / "blobs.npz", *QUICK, "--out", tmp_path / "ann")
+    assert call(*ann) == 0
+    pair = ("--source", home / "blobs.npz", "--teacher", tmp_path / "ann", "--method", "cross-kd")
+    assert call("distill", "--data", home / "events.npz", *QUICK, *FRAMES, *pair, "--out", tmp_path / "out") == 2
+    said = "whose inputs have 3 channels, but 'events' has 2 (events have two): name a student's network by --student"
+    assert said in capsys.readouterr().err
+
+
 def test_a_folder_of_recordings_needs_no_other_word(home, tmp_path, call, capsys):
     random = np.random.default_rng(0)
     for part, label, number in itertools.product(("train", "test"), ("0", "1", "2"), range(8)):

@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from spikedistill.data.images import load_images
 from spikedistill.files import read_tensors, write_tensors
+from spikedistill.recipes.config import read_config
+from spikedistill.recipes.distill import Distill
+from spikedistill.recipes.distill import distill as again
 from spikedistill.train.run import Run
 
 QUICK = ("--epochs", 1, "--batch-size", 16, "--lr", 0.05, "--device", "cpu", "--precision", "fp32")
@@ -122,6 +125,13 @@ def test_a_teacher_of_other_order_is_warned_of_and_marked(home, tmp_path, call, 
     assert "warning: check the teacher: with its classes in another order it has" in caught.err
     assert "warning: check the teacher: its accuracy is no better than that of a guess" in caught.err
     assert f"{Run(tmp_path / 'run').read('results')['teacher_accuracy']:.2f} ?" in caught.out
+
+
+def test_from_python_where_nothing_is_shown_doubts_are_logged(home, tmp_path, call, caplog):
+    assert call(*distill(home, tmp_path / "run", *BARE, teacher="turned.safetensors")) == 0
+    caplog.clear()
+    again(read_config(tmp_path / "run", Distill), tmp_path / "again")
+    assert "note: check the teacher: with its classes in another order it has" in caplog.text
 
 
 def test_known_names_in_another_order_are_refused_before_anything_is_written(home, tmp_path, call, capsys):

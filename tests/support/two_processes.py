@@ -4,6 +4,7 @@
 process ``CASE-RANK.safetensors``, the weights, and ``CASE-RANK.json``, the last line of metrics or the refusal.
 """
 
+import atexit
 import contextlib
 import io
 import json
@@ -169,6 +170,11 @@ def alone_refuses(rank: int):
             raise ConfigError(f"process {rank} refuses")
 
 
+def threads_of_gloo() -> int:
+    """How many threads of this process serve its connections, on Linux."""
+    return sum("gloo" in task.read_text() for task in Path("/proc/self/task").glob("*/comm"))
+
+
 def work(folder: Path) -> None:
     """All cases, in this process of several."""
     rank, commands = join().rank, json.loads((folder / "commands.json").read_text())
@@ -180,6 +186,7 @@ def work(folder: Path) -> None:
             )
         (folder / f"{name}-{rank}.json").write_text(json.dumps(facts))
 
+    keep("serving", {}, threads_of_gloo())
     for name in equal_cases():
         keep(name, *train_case(name, folder))
     whole, again = make_student(dropout=0.5), make_student(dropout=0.5)
@@ -209,4 +216,6 @@ def work(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.chdir(sys.argv[1])
+    left = Path(f"ended-{os.environ['RANK']}.json")
+    atexit.register(lambda: left.write_text(json.dumps(threads_of_gloo())))  # after what join() registers later
     work(Path(sys.argv[1]))

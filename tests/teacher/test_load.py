@@ -310,6 +310,18 @@ class TestLoadWeights:
         load_weights(network, wrapped, "'w.pt'")
         assert_same(network.state_dict(), tensors)
 
+    def test_the_prefix_of_a_training_framework_and_what_lies_beside_are_dropped(self, tensors, caplog):
+        network = nn.Linear(3, 2)
+        others = {"loss.weight": torch.ones(4), "metric.count": torch.tensor(3)}
+        load_weights(network, {f"net.{name}": value for name, value in tensors.items()} | others, "'w.ckpt'")
+        assert_same(network.state_dict(), tensors)
+        assert "'w.ckpt' holds 2 tensors beside those of the network, which are left out" in caplog.text
+
+    def test_two_networks_in_one_file_are_refused(self, tensors):
+        both = {f"{who}.{name}": value for who in ("net", "average") for name, value in tensors.items()}
+        with pytest.raises(WeightsError, match=r"'w.ckpt' holds several such networks, under net\., average\.: save"):
+            load_weights(nn.Linear(3, 2), both, "'w.ckpt'")
+
     def test_a_part_called_module_keeps_its_name(self):
         source, network = (nn.ModuleDict({"module": nn.Linear(3, 2)}) for _ in range(2))
         load_weights(network, source.state_dict(), "'w.pt'")

@@ -145,6 +145,16 @@ class TestAFinishedRun:
         assert Record.read(path).results() == results and "extended" not in Record.read(path).recipe
 
 
+def test_fewer_epochs_beside_another_device_change_nothing(recipe, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    cut_after(monkeypatch, 7, lambda: teach(recipe(2), path))
+    before = (path / "recipe.json").read_bytes()
+    other = replace(recipe(1), training=replace(recipe(1).training, keep_memory=False))
+    with pytest.raises(RunError, match="a run can be extended but not shortened"):
+        teach(other, path, resume=True)
+    assert (path / "recipe.json").read_bytes() == before
+
+
 def test_an_unfinished_run_is_extended_from_where_it_is(recipe, tmp_path, monkeypatch):
     path = tmp_path / "run"
     cut_after(monkeypatch, 7, lambda: teach(recipe(2), path))

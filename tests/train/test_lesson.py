@@ -145,6 +145,22 @@ class TestLesson:
         torch.testing.assert_close(Remembers.shown.student.logits, student(given.student), rtol=0, atol=0)
         torch.testing.assert_close(Remembers.shown.source.logits, student(given.source), rtol=0, atol=0)
 
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    @pytest.mark.parametrize("gradient", ["exact", "rate"])
+    def test_running_statistics_are_those_of_the_first_stream_alone(self, gradient, momentum):
+        (alone, both), given = (spiking(), spiking()), inputs(source=5 * torch.rand(8, 3, 8, 8))
+        for student, needs in ((alone, Needs()), (both, Needs(source=True))):
+            student.gradient = gradient
+            next(m for m in student.modules() if isinstance(m, nn.BatchNorm2d)).momentum = momentum
+            lesson = Lesson(student, Looks(needs), nn.ModuleDict()).train()
+            for scale in (1.0, 2.0):
+                images = scale * given.student / 2
+                self.one(lesson, replace(given, student=images, source=given.source if needs.source else None))
+        ours, expected = (next(m for m in s.modules() if isinstance(m, nn.BatchNorm2d)) for s in (both, alone))
+        assert ours.momentum == momentum and ours.running_mean.abs().max() > 1e-3
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(getattr(ours, name), getattr(expected, name))
+
     def test_judges_logits_in_float32_whatever_the_student_computes_in(self):
         given = inputs()
         with torch.autocast("cpu", torch.bfloat16):

@@ -195,6 +195,32 @@ def test_interrupted_and_resumed_equals_uninterrupted(learner, changes, blobs, t
     assert_resumes(lambda path: train(learner, blobs, path, changes), tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("recompute", ["neurons", "stages"])
+def test_resumed_in_another_way_is_the_same_up_to_rounding(recompute, optimizer, blobs, tmp_path, monkeypatch):
+    """With less memory, in another memory order: as after an end for lack of memory."""
+    changes = {"optimizer": optimizer, "lr": 0.01}
+    whole, line = train("a student", blobs, tmp_path / "whole", changes)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut(patch, Course, "step", 4)
+        train("a student", blobs, tmp_path / "cut", changes)
+
+    def saving():
+        student = spiking(DirectCoding())
+        student.recompute = recompute
+        return student
+
+    monkeypatch.setitem(LEARNERS, "a student", saving)
+    others = {"channels_last": False, "convolutions": "torch", "keep_memory": False}
+    resumed, again = train("a student", blobs, tmp_path / "cut", changes | others)
+    assert again == pytest.approx(line, rel=1e-4)
+    for name, value in whole.items():
+        # batch norm undoes the bias before it: its gradient is rounding alone, and AdamW makes whole steps of that
+        if value.is_floating_point() and value.shape == (6,) and optimizer == "adamw" and "weight" not in name:
+            continue
+        torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("learner", ["an ANN with dropout", "a student"])
 def test_a_sum_with_schedules_and_adapters_is_resumed_like_any_objective(learner, blobs, tmp_path, monkeypatch):
     parts = ((Ramp(), KDSNN((("2", "2"),))), (Switch(), KDSNNFeature((("0", "0"),), adapt=True)))

@@ -59,6 +59,21 @@ class TestStart:
             run.start(replace(BASE, **changed).written(), resume=True)
         assert untouched not in str(caught.value)
 
+    def test_goes_on_with_other_choices_of_where_and_how_and_says_so(self, run, caplog):
+        """On another device, with less memory, from another place: none of them changes what is computed."""
+        training = replace(BASE.training, device="cpu", keep_memory=False, checkpoint_minutes=1.0)
+        student, data = replace(BASE.student, recompute="stages"), replace(BASE.data, data_dir="there")
+        other = replace(BASE, student=student, training=training, data=data).written()
+        run.start(other, resume=True)
+        assert run.read("recipe") == json.loads(json.dumps(other))
+        (said,) = caplog.messages
+        assert (
+            "begun in another way (recompute was 'nothing', now 'stages'; " in said and "device was 'auto', now" in said
+        )
+        with pytest.raises(RunError, match=r"another recipe \(lr was 0\.1, now 0\.3\)"):
+            run.start(replace(BASE, training=replace(training, lr=0.3)).written(), resume=True)
+        assert run.read("recipe") == json.loads(json.dumps(other))
+
     def test_another_kind_of_run_is_refused(self, run):
         with pytest.raises(RunError, match="kind was 'distill', now 'teach'"):
             run.start({**RECIPE, "kind": "teach"}, resume=True)
