@@ -464,20 +464,16 @@ class TestOutput:
         assert call("demo", "--csv", out) == 2 and len(asked) == 1 and out.read_text() == "mine"
 
 
+def train_two_epochs(home, out, *options):
+    return call(
+        *("teach", "--network", "vgg9", "--width", 4, "--data", home / "blobs.npz", "--out", out),
+        *QUICK.replace("--epochs 1", "--epochs 2").split(),
+        *options,
+    )
+
+
 class TestControlC:
     def test_ends_with_130_and_says_how_to_go_on(self, home, tmp_path, monkeypatch, capsys):
-        arguments = (
-            "teach",
-            "--network",
-            "vgg9",
-            "--width",
-            4,
-            "--data",
-            home / "blobs.npz",
-            "--out",
-            tmp_path / "run",
-        )
-        arguments += tuple(QUICK.replace("--epochs 1", "--epochs 2").split())
         step, left = Course.step, [3]
 
         def interrupted(*args):
@@ -488,10 +484,10 @@ class TestControlC:
 
         with monkeypatch.context() as patch:
             patch.setattr(Course, "step", interrupted)
-            assert call(*arguments) == 130
+            assert train_two_epochs(home, tmp_path / "run") == 130
         caught = capsys.readouterr()
         assert "--resume" in caught.err.splitlines()[-1] and "Traceback" not in caught.err
-        assert call(*arguments, "--resume") == 0
+        assert train_two_epochs(home, tmp_path / "run", "--resume") == 0
         assert "going on after epoch 1, step 0" in capsys.readouterr().err
         assert [line["epoch"] for line in Run(tmp_path / "run").lines("metrics")] == [1, 2]
 
@@ -506,40 +502,21 @@ class TestControlC:
     def test_that_ran_out_of_memory_says_what_takes_less_and_goes_on_with_it(
         self, home, tmp_path, monkeypatch, capsys, error
     ):
-        arguments = (
-            "teach",
-            "--network",
-            "vgg9",
-            "--width",
-            4,
-            "--data",
-            home / "blobs.npz",
-            "--out",
-            tmp_path / "run",
-        )
-        arguments += tuple(QUICK.split())
 
         def full(*_):
             raise error
 
         with monkeypatch.context() as patch:
             patch.setattr(Course, "step", full)
-            assert call(*arguments) == 2
+            assert train_two_epochs(home, tmp_path / "run") == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert f"memory ran out ({str(error).partition('. GPU')[0]}). Give a smaller --batch-size in another" in said
-        assert call(*arguments, "--resume", "--no-keep-memory") == 0
+        assert train_two_epochs(home, tmp_path / "run", "--resume", "--no-keep-memory") == 0
         assert "keep_memory was True, now False" in capsys.readouterr().err
 
 
 class TestWhileItRuns:
     """What happens to a run directory while a command works in it."""
-
-    def train(self, home, out, *options):
-        return call(
-            *("teach", "--network", "vgg9", "--width", 4, "--data", home / "blobs.npz", "--out", out),
-            *QUICK.replace("--epochs 1", "--epochs 2").split(),
-            *options,
-        )
 
     def at_step(self, patch, number, do):
         step, left = Course.step, [number]
@@ -560,7 +537,7 @@ class TestWhileItRuns:
         vanish = lambda: (shutil.rmtree(out), out.mkdir() if replaced else None)  # noqa: E731
         with monkeypatch.context() as patch:
             self.at_step(patch, step, vanish)
-            assert self.train(home, out, "--checkpoint-minutes", minutes) == 2
+            assert train_two_epochs(home, out, "--checkpoint-minutes", minutes) == 2
         caught = capsys.readouterr()
         assert f"The run directory '{out}' was removed or replaced while this run worked in it" in caught.err
         assert "the teacher is in" not in caught.out and out.exists() is replaced
@@ -570,7 +547,7 @@ class TestWhileItRuns:
         out, measure = tmp_path / "run", teach.measure_teacher
         with monkeypatch.context() as patch:
             patch.setattr(teach, "measure_teacher", lambda *given: shutil.rmtree(out) or measure(*given))
-            assert self.train(home, out) == 2
+            assert train_two_epochs(home, out) == 2
         assert "was removed or replaced" in capsys.readouterr().err and not out.exists()
 
     def test_a_damaged_checkpoint_and_a_shorter_log_are_mended_to_the_same_bits(
@@ -580,16 +557,16 @@ class TestWhileItRuns:
             raise KeyboardInterrupt
 
         whole, out = tmp_path / "whole", tmp_path / "cut"
-        assert self.train(home, whole) == 0
+        assert train_two_epochs(home, whole) == 0
         with monkeypatch.context() as patch:
             self.at_step(patch, 4, interrupted)
-            assert self.train(home, out, "--checkpoint-minutes", 0) == 130
+            assert train_two_epochs(home, out, "--checkpoint-minutes", 0) == 130
         newest, log = out / "checkpoint.safetensors", out / "metrics.jsonl"
         content = newest.read_bytes()
         newest.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
         log.write_bytes(b"")
         capsys.readouterr()
-        assert self.train(home, out, "--checkpoint-minutes", 0, "--resume") == 0
+        assert train_two_epochs(home, out, "--checkpoint-minutes", 0, "--resume") == 0
         said = capsys.readouterr().err
         assert f"note: '{newest}' is damaged" in said and "Going on from the previous one." in said
         assert f"note: '{log}' was shorter than the checkpoint, or damaged, and is repaired from it." in said
@@ -600,20 +577,20 @@ class TestWhileItRuns:
 
     def test_a_checkpoint_that_is_gone_gives_way_to_the_one_before(self, home, tmp_path, capsys):
         out = tmp_path / "run"
-        assert self.train(home, out, "--checkpoint-minutes", 0) == 0
+        assert train_two_epochs(home, out, "--checkpoint-minutes", 0) == 0
         for name in ("checkpoint.safetensors", "results.json"):
             (out / name).unlink()
-        assert self.train(home, out, "--checkpoint-minutes", 0) == 2  # it still holds a run
-        assert self.train(home, out, "--checkpoint-minutes", 0, "--resume") == 0
+        assert train_two_epochs(home, out, "--checkpoint-minutes", 0) == 2  # it still holds a run
+        assert train_two_epochs(home, out, "--checkpoint-minutes", 0, "--resume") == 0
         said = capsys.readouterr().err
         assert "checkpoint.safetensors' is missing: going on from the previous checkpoint." in said
         assert "going on after epoch 1, step" in said
 
     def test_the_checkpoint_of_another_run_is_refused(self, home, tmp_path, capsys):
         for number in (0, 1):
-            assert self.train(home, tmp_path / str(number), "--seed", number) == 0
+            assert train_two_epochs(home, tmp_path / str(number), "--seed", number) == 0
         shutil.copy(tmp_path / "0" / "checkpoint.safetensors", tmp_path / "1")
-        assert self.train(home, tmp_path / "1", "--seed", 1, "--resume") == 2
+        assert train_two_epochs(home, tmp_path / "1", "--seed", 1, "--resume") == 2
         assert "1/checkpoint.safetensors' was written by another run (" in capsys.readouterr().err
 
 
