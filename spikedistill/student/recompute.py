@@ -148,7 +148,7 @@ class _Stage(Walk):
     def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self.convolutions and is_plain(layer):
             return self._convolution(layer, *args, **kwargs)
-        with _unmoved(layer) if self.again and isinstance(layer, _BatchNorm) else contextlib.nullcontext():
+        with unmoved(layer) if self.again and isinstance(layer, _BatchNorm) else contextlib.nullcontext():
             return layer(*args, **kwargs)
 
     def _convolution(self, layer: Any, x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class _Stage(Walk):
 
 
 @contextlib.contextmanager
-def _unmoved(layer: nn.Module) -> Iterator[None]:
+def unmoved(layer: nn.Module) -> Iterator[None]:
     """Let a layer write to copies of its buffers, so that the buffers themselves stay as they are."""
     kept = dict(layer._buffers)
     layer._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in kept.items()})

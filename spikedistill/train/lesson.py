@@ -20,6 +20,7 @@ from spikedistill.inputs import evaluating
 from spikedistill.objective.terms import NO_LABELS, NO_SOURCE, NO_TEACHER, Batch, Needs, Objective, Terms, as_it_is
 from spikedistill.shapes import Labels, Logits
 from spikedistill.student.fold import fold
+from spikedistill.student.recompute import unmoved
 from spikedistill.student.student import Student
 from spikedistill.teacher.cache import Cache
 from spikedistill.teacher.load import Normalised
@@ -77,18 +78,11 @@ class Lesson(nn.Module):
 @contextlib.contextmanager
 def statistics_kept(network: nn.Module) -> Iterator[None]:
     """Leave the running statistics of batch norms, and their counts of batches, as they are."""
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    counts = [None if (count := norm.num_batches_tracked) is None else count.clone() for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
+    with contextlib.ExitStack() as kept:
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                kept.enter_context(unmoved(module))
         yield
-    finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
-            norm.momentum = momentum
-            if count is not None and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.copy_(count)
 
 
 def observe(student: Any, inputs: Tensor, needs: Needs) -> Answer:

@@ -1,5 +1,7 @@
 import contextlib
 import copy
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -166,6 +168,42 @@ class TestLesson:
         with torch.autocast("cpu", torch.bfloat16):
             self.one(Lesson(spiking(), Remembers(Needs()), nn.ModuleDict()), given)
         assert Remembers.shown.student.logits.dtype == torch.float32
+
+
+COMPILED = """
+import copy, torch
+from torch import nn
+from spikedistill.train.lesson import statistics_kept
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, first, second):
+        one = self.part(first)
+        with statistics_kept(self.part):
+            return (one * self.part(second)).sum()
+
+torch.manual_seed(0)
+given = torch.randn(4, 3, 8, 8), 5 * torch.randn(4, 3, 8, 8)
+plain, alone = Two(), Two()
+both = copy.deepcopy(plain)
+alone.load_state_dict(plain.state_dict())
+for _ in range(2):
+    plain(*given).backward()
+    torch.compile(both, backend="eager", fullgraph=True)(*given).backward()
+    alone.part(given[0])
+for name, value in both.state_dict().items():
+    assert torch.equal(value, plain.state_dict()[name]) and torch.equal(value, alone.state_dict()[name]), name
+for ours, theirs in zip(both.parameters(), plain.parameters()):
+    torch.testing.assert_close(ours.grad, theirs.grad)
+"""
+
+
+def test_the_second_stream_can_be_compiled_in_one_graph():
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 class TestMakeLesson:
