@@ -193,11 +193,11 @@ class Own(OwnConvolutions):
         from spikedistill import KDSNN, Answer, Batch
         from spikedistill.objective.terms import total
         from spikedistill.teacher.cache import Cache
-        from spikedistill.train.lesson import Tutor, in_float32, observe
+        from spikedistill.train.training_step import TeacherRunner, in_float32, observe
 
         paths = [f"stages.{(stage + 1) * self.options.blocks - 1}" for stage in range(4)]
         objective = KDSNN(pairs=tuple((path, path) for path in paths), temperature=2.0, alpha=0.7, adapt=False)
-        asking = functools.partial(Tutor(teacher, objective.needs).ask, images)
+        asking = functools.partial(TeacherRunner(teacher, objective.needs).ask, images)
         if self.options.teacher == "cached" and self.kept is None:
             self.folder = tempfile.TemporaryDirectory()
             self.kept = Cache(Path(self.folder.name), {"benchmark": 1}, asking(), 1, 1)

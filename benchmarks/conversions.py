@@ -204,7 +204,7 @@ def _measure(name: str, row: Row) -> None:
     row |= {"max_pools": watch.max_pools, "spread": _digits(spread)}
     row["active"] = _digits(min(watch.active)) if watch.active else ""
     try:
-        student, _ = to_spiking(teacher, Conversion(timesteps=STEPS[0], rule="max"), calibrate=images)
+        student, _ = to_spiking(teacher, Conversion(timesteps=STEPS[0], rule="max"), calibration_images=images)
     except SpikeDistillError as error:
         false = "does not accept the calibration images" in str(error)
         row |= {"outcome": "fault" if false else "refused", "reason": _said(error)}

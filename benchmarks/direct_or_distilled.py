@@ -18,7 +18,7 @@ from rivals import Figures, Row, finish
 
 from spikedistill.deliver.curves import draw_training, history
 from spikedistill.deliver.results import Result, read_results
-from spikedistill.evaluate.paired import gaps, with_deviation, with_test
+from spikedistill.evaluate.paired import paired_differences, with_deviation, with_test
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes import cifar10
 from spikedistill.recipes.choices import StudentChoice, TeacherChoice
@@ -91,7 +91,7 @@ def main() -> None:
         print(f"{way}: {with_deviation([*values.values()])}")
     figures: Figures = {}
     for way in [*WAYS][:-1]:
-        gained = gaps(found["kdsnn"], found[way])
+        gained = paired_differences(found["kdsnn"], found[way])
         print(f"kdsnn against {way}: {with_test(gained)}")
         figures[f"points that KDSNN gains on '{way}'"] = (statistics.mean(gained), "at least", 0.0)
     finish("direct_or_distilled", rows, figures, given.check)

@@ -156,7 +156,9 @@ def loop(given: argparse.Namespace) -> Iterator[Row]:
             continue
         teacher = Teacher(ann, (0.5,) * 3, (0.25,) * 3)
         neuron = Neuron(initial=0.5, levels=levels)
-        student, _ = to_spiking(teacher, Conversion(timesteps=timesteps, neuron=neuron), calibrate=pixels[:32] / 255)
+        student, _ = to_spiking(
+            teacher, Conversion(timesteps=timesteps, neuron=neuron), calibration_images=pixels[:32] / 255
+        )
         feed = MemoryFeed(images, batch, augment=Augment(crop=4, flip=True, cutout=8), validation=0.0)
         config = Training(epochs=1, batch_size=batch, lr=0.01, device=given.device)
         for turn in ("compiles", "counts"):

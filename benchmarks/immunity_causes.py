@@ -23,7 +23,7 @@ from spikedistill.deliver.immunity import measure_immunity
 from spikedistill.deliver.record import read_records, some_of
 from spikedistill.evaluate.accuracy import predict
 from spikedistill.evaluate.immunity import Score
-from spikedistill.evaluate.paired import gaps, with_test
+from spikedistill.evaluate.paired import paired_differences, with_test
 from spikedistill.recipes.teach import teach
 from spikedistill.studies.kdsnn import kdsnn_pairs
 from spikedistill.studies.reproduce import side_by_side
@@ -115,7 +115,7 @@ def main() -> None:
             images=given.images,
             data_dir=given.data_dir,
             resume=(out / "recipe.json").exists(),
-            progress=Progress.plain("immunity"),
+            progress=Progress.as_lines("immunity"),
         )
         scores += [Score(**line) for line in Run(out).lines("scores")]
     shares = repeats(cells, given.images, given.data_dir)
@@ -131,7 +131,7 @@ def main() -> None:
         for name in ("clean", *COLUMNS, "repeated"):
             ours, theirs = (by_seed(rows, condition, method, name) for method in ("kdsnn", "direct"))
             if ours:
-                print(f"{condition}, {name}: KDSNN more than direct {with_test(gaps(ours, theirs))}")
+                print(f"{condition}, {name}: KDSNN more than direct {with_test(paired_differences(ours, theirs))}")
     finish("immunity_causes", rows, gained(rows, given.conditions), check=False)
 
 
@@ -156,7 +156,9 @@ def gained(rows: list[Row], conditions: list[str]) -> Figures:
     """Points that KDSNN gains under all noises, where it was trained."""
     figures: Figures = {}
     for condition in conditions:
-        gains = gaps(by_seed(rows, condition, "kdsnn", "noises"), by_seed(rows, condition, "direct", "noises"))
+        gains = paired_differences(
+            by_seed(rows, condition, "kdsnn", "noises"), by_seed(rows, condition, "direct", "noises")
+        )
         if gains:
             figures[f"{condition}: points that KDSNN gains under noises"] = (statistics.fmean(gains), "at least", 0.0)
     return figures

@@ -38,7 +38,7 @@ def main() -> None:
     labels = torch.randint(0, 10, (BATCH,))
     ann = resnet18(width=32).to(memory_format=torch.channels_last)
     images = torch.rand(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
-    student, _ = to_spiking(Teacher(ann, (0.5,) * 3, (0.25,) * 3), Conversion(timesteps=4), calibrate=images)
+    student, _ = to_spiking(Teacher(ann, (0.5,) * 3, (0.25,) * 3), Conversion(timesteps=4), calibration_images=images)
     student.to(memory_format=torch.channels_last)
     ann.requires_grad_(True).train()
 

@@ -49,7 +49,7 @@ def converted(ann: Teacher) -> dict[str, list[float]]:
     for pool in POOLS:
         for timesteps in LENGTHS:
             conversion = Conversion(timesteps=timesteps, max_pool=pool, rule="max")
-            student, _ = to_spiking(ann, conversion, calibrate=feed.calibration(500))
+            student, _ = to_spiking(ann, conversion, calibration_images=feed.calibration(500))
             found.setdefault(pool, []).append(accuracy_by_step(predict(student, held), labels)[-1])
     return found
 

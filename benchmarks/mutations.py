@@ -49,7 +49,7 @@ neuron/surrogate.py  neuron/test_surrogate.py
 + self.width - u.abs()).clamp_min(0.0) / self.width
 # objectives and schedules
 objective/logits.py  objective/test_logits.py
-- return temperature**2 * F.kl_div
+- return temperature * own * F.kl_div
 + return temperature * F.kl_div
 objective/direct.py  objective/test_direct.py
 - (1 - self.lam) * judged
@@ -84,11 +84,8 @@ student/calibrate.py  student/test_calibrate.py
 - taken = 1.0 if rule == "least-squares" or neuron.gain == 1 else neuron.gain / MARGIN
 + taken = 1.0 if neuron.gain == 1 else neuron.gain / MARGIN
 student/calibrate.py  student/test_calibrate.py -k Biases
-- len(part) / len(images) for part in parts
-+ 1 / len(parts) for part in parts
-student/calibrate.py  student/test_calibrate.py
-- _by_channel(value)[None] * len(value))
-+ _by_channel(value)[None] * batch_size)
+- by_channel(value)[None] * len(value))
++ by_channel(value)[None] * batch_size)
 student/fold.py  student/test_fold.py
 - or users[0].op != "call_module" or node.name in kept
 + or users[0].op != "call_module"
@@ -116,8 +113,8 @@ student/substeps.py  student/test_substeps.py
 - potential = potential - fired
 + potential = potential - self.levels * fired
 evaluate/latency.py  evaluate/test_latency.py
-- (longest_path(student) + timesteps - 1) * levels
-+ (longest_path(student) + timesteps) * levels
+- (longest + timesteps - 1) * levels
++ (longest + timesteps) * levels
 evaluate/latency.py  evaluate/test_latency.py
 - deepest - depth > (found
 + deepest - depth >= (found
@@ -147,7 +144,7 @@ inputs.py  test_inputs.py
 data/arrays.py  data/test_arrays.py
 - array.transpose(0, 3, 1, 2)
 + array.transpose(0, 3, 2, 1)
-data/folders.py  data/test_folders.py
+data/pictures.py  data/test_folders.py
 - opened.getexif().get(ORIENTATION, 1) in range(2, 9)
 + opened.getexif().get(ORIENTATION, 1) in range(2, 8)
 files.py  test_files.py
@@ -172,7 +169,7 @@ train/loop.py  train/test_loop.py -k gradient_that_is_not_finite
 train/loop.py  train/test_loop.py -k Averaged
 - self.student if self.averaged is None else self.averaged.module
 + self.student
-recipes/tutor.py  recipes/test_tutor.py
+recipes/checks.py  recipes/test_checks.py
 - known = facts.get("samples") == training_samples(images, validation)
 + known = facts.get("samples") == training_samples(images, 0.1)
 # measurements
@@ -198,8 +195,8 @@ evaluate/energy.py  evaluate/test_energy.py
 - "quantised-sparse": model.ann(cost.active, activations, cost.bits)
 + "quantised-sparse": model.ann(cost.active, cost.updates, cost.bits)
 evaluate/attacks.py  evaluate/test_attacks.py -k pgd
-- reach if steps == 1 else 2.5 * reach / steps
-+ reach if steps == 1 else reach / steps
+- epsilon if steps == 1 else 2.5 * epsilon / steps
++ epsilon if steps == 1 else epsilon / steps
 evaluate/attacks.py  evaluate/test_attacks.py -k fooled
 - torch.stack(masks).all(0)
 + torch.stack(masks).any(0)
@@ -223,8 +220,8 @@ evaluate/paired.py  evaluate/test_paired.py
 - math.sqrt(len(gains))), len(gains) - 1)
 + math.sqrt(len(gains))), len(gains))
 evaluate/paired.py  evaluate/test_paired.py
-- chance * (len(chances) - passed) >= level
-+ chance * len(chances) >= level
+- p * (len(p_values) - passed) >= level
++ p * len(p_values) >= level
 """
 
 

@@ -24,7 +24,7 @@ from spikedistill.deliver.pretrained import PRETRAINED, pretrained, read_card, s
 from spikedistill.deliver.record import Record
 from spikedistill.evaluate.accuracy import predict
 from spikedistill.evaluate.measure import measure_student
-from spikedistill.files import PRETRAINED as FOLDER
+from spikedistill.files import PRETRAINED_DIR as FOLDER
 from spikedistill.files import read_facts, weights_file, write_text
 from spikedistill.student.save import load_student, save_student
 from spikedistill.student.student import Student

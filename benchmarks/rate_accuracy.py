@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rivals import Figures, Row, finish
 
-from spikedistill.evaluate.paired import gaps, with_deviation, with_test
+from spikedistill.evaluate.paired import paired_differences, with_deviation, with_test
 from spikedistill.recipes.teach import teach
 from spikedistill.student.student import Gradient
 from spikedistill.studies.kdsnn import kdsnn_pairs
@@ -72,7 +72,7 @@ def main() -> None:
             told = {"student": name, "gradient": gradient}
             rows += [{**told, "seed": seed, "accuracy": value} for seed, value in found[gradient].items()]
             print(f"{name}, {gradient}: {with_deviation([*found[gradient].values()])}")
-        lost = gaps(found["exact"], found["rate"])
+        lost = paired_differences(found["exact"], found["rate"])
         print(f"{name}: the rate-based gradient loses {with_test(lost)}")
         label = f"{name}: points that the rate-based gradient loses over {given.seeds} seeds"
         figures[label] = (statistics.mean(lost), "at most", 0.5)

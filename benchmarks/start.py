@@ -30,7 +30,7 @@ from spikedistill.data.images import load_images
 from spikedistill.evaluate.agreement import agreement
 from spikedistill.files import write_csv
 from spikedistill.student.build import to_spiking
-from spikedistill.student.conversion import ROUNDING, Conversion, Correct
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion, Correct
 from spikedistill.student.student import Student
 from spikedistill.teacher.load import Architecture, Teacher, load_teacher
 
@@ -61,9 +61,9 @@ def rows(
     """One row for each T, D and correction."""
     for timesteps, levels in grid:
         for correct in how:
-            neuron = dataclasses.replace(ROUNDING, levels=levels)
+            neuron = dataclasses.replace(INHERITED_NEURON, levels=levels)
             begun = time.monotonic()
-            student, _ = to_spiking(ann, Conversion(timesteps, neuron, correct=correct), calibrate=calibrate)
+            student, _ = to_spiking(ann, Conversion(timesteps, neuron, correct=correct), calibration_images=calibrate)
             seconds = round(time.monotonic() - begun, 1)
             found = {"timesteps": timesteps, "levels": levels, "correct": correct, "calibration": len(calibrate)}
             yield found | {"value": round(measure(student), 2), "seconds": seconds}
@@ -114,7 +114,7 @@ def cifar10(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     calibrate = calibration_inputs(images, 512)
 
     def measure(student: Student) -> float:
-        found = logits(student, pixels, student.at_once).mean(0).argmax(-1)
+        found = logits(student, pixels, student.eval_batch_size).mean(0).argmax(-1)
         return 100 * float((found == labels).double().mean())
 
     measured = "accuracy on training images" if given.held_out else "test accuracy"

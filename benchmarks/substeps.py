@@ -64,7 +64,7 @@ def measure(path: Path, sums: str, count: int | None, part: str, data_dir: str |
         kept += int(same.sum())
     differ, counts = map(int, torch.stack([*totals.values()]).sum(0))
     first = next((layer for layer, total in totals.items() if total[0]), "")
-    neuron = student.conversion.model
+    neuron = student.conversion.neuron_model
     row: Row = {"run": record.name, "timesteps": student.timesteps, "levels": neuron.levels, "sums": sums, "part": part}
     row |= {"images": len(pixels), "counts": counts, "differ": differ, "per_100000": 1e5 * differ / counts}
     return {**row, "first_in": first, "other_class": len(pixels) - kept}

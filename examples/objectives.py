@@ -31,7 +31,7 @@ class PerStepMSE(Objective):
 
     def __call__(self, batch, modules):
         """Two terms, ``labels`` and ``logits``."""
-        target = batch.asked_teacher().logits.mean(0)
+        target = batch.require_teacher().logits.mean(0)
         distance = (batch.student.logits - target).square().mean()
         labels = cross_entropy_of_mean(batch.student.logits, batch.labels)
         return {"labels": labels, "logits": self.weight_of_logits * distance}
@@ -61,7 +61,7 @@ class SpikeMatching(Objective):
         """Two terms, ``labels`` and ``spikes``."""
         distance = 0.0
         for theirs, ours in self.layers:
-            teacher, student = batch.asked_teacher().spikes[theirs].float(), batch.student.spikes[ours].float()
+            teacher, student = batch.require_teacher().spikes[theirs].float(), batch.student.spikes[ours].float()
             distance = distance + F.mse_loss(student.mean((0, 2)), teacher.mean((0, 2)))
         labels = Direct()(batch, modules)["labels"]
         return {"labels": labels, "spikes": self.weight * distance}
@@ -85,8 +85,8 @@ class TwoStreams(Objective):
 
     def __call__(self, batch, modules):
         """Three terms, ``events``, ``images`` and ``soft``."""
-        events, images = batch.student.logits, batch.asked_source().logits
-        soft = soft_target_divergence(images.mean(0), batch.asked_teacher().logits.mean(0), self.temperature)
+        events, images = batch.student.logits, batch.require_source().logits
+        soft = soft_target_divergence(images.mean(0), batch.require_teacher().logits.mean(0), self.temperature)
         return {
             "events": cross_entropy_per_step(events, batch.labels),
             "images": cross_entropy_per_step(images, batch.labels),

@@ -25,7 +25,7 @@ class StepByStep:
         self.timesteps, self.classes = int(facts["timesteps"]), json.loads(facts["classes"])
         self.state = json.loads(facts["state"])
 
-    def fresh(self, samples: int) -> dict[str, np.ndarray]:
+    def initial_state(self, samples: int) -> dict[str, np.ndarray]:
         """The state before the first step: one value, or one per channel."""
         made = {}
         for one, known in zip(self.session.get_inputs()[1:], self.state):
@@ -35,7 +35,7 @@ class StepByStep:
 
     def answer(self, pixels: np.ndarray, confidence: float) -> tuple[int, int]:
         """The class of one sample, and the number of time steps that it took."""
-        state, total = self.fresh(1), 0.0
+        state, total = self.initial_state(1), 0.0
         for t in range(1, self.timesteps + 1):
             image = pixels[t - 1] if pixels.ndim == 4 else pixels
             given = {"image": image[None].astype(np.float32) / 255, **state}

@@ -35,17 +35,18 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from spikedistill.evaluate.accuracy import accuracy_by_step, predict
+    from spikedistill.evaluate.activity import Activity, record_activity
     from spikedistill.evaluate.agreement import agreement, divergence
     from spikedistill.evaluate.early_exit import EarlyExit, early_exit
     from spikedistill.evaluate.firing import firing_rates
     from spikedistill.evaluate.immunity import immunity
-    from spikedistill.evaluate.inside import Inside, look_inside
     from spikedistill.evaluate.operations import operations
     from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset
     from spikedistill.neuron.layer import Spiking
     from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid, Triangle
     from spikedistill.objective.budget import Budget, Penalty
     from spikedistill.objective.cross_kd import CrossKD
+    from spikedistill.objective.decoupled import TemporalDecoupling
     from spikedistill.objective.direct import TET, Direct
     from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
     from spikedistill.objective.qcfs import QCFS
@@ -57,15 +58,16 @@ if TYPE_CHECKING:
     from spikedistill.recipes.distill import Distill, distill
     from spikedistill.recipes.teach import Teach, teach
     from spikedistill.student.build import to_spiking
-    from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
+    from spikedistill.student.coding import DirectCoding, FrameCoding, LatencyCoding, RateCoding
     from spikedistill.student.conversion import Conversion
     from spikedistill.student.cos import run_with_offsets
     from spikedistill.student.fold import fold
-    from spikedistill.student.report import Report
+    from spikedistill.student.report import ConversionReport
     from spikedistill.student.save import load_student, save_student
     from spikedistill.student.student import Student
     from spikedistill.student.substeps import run_in_substeps, step_by_step
     from spikedistill.teacher.load import Architecture, Teacher, load_teacher
+    from spikedistill.teacher.spiking import SpikingTeacher
     from spikedistill.train.loop import fit
     from spikedistill.train.recipe import Data, Training
     from spikedistill.train.run import Run
@@ -81,6 +83,7 @@ __all__ = [
     "QCFS",
     "TET",
     "ATan",
+    "Activity",
     "Answer",
     "Architecture",
     "Augment",
@@ -91,6 +94,7 @@ __all__ = [
     "Constant",
     "Conversion",
     "ConversionError",
+    "ConversionReport",
     "CrossKD",
     "Data",
     "DataError",
@@ -101,14 +105,13 @@ __all__ = [
     "EarlyExit",
     "EventCamera",
     "Feed",
-    "Frames",
+    "FrameCoding",
     "HeterogeneousTemperatures",
     "ImageSet",
     "Inputs",
-    "Inside",
     "KDSNNFeature",
     "KDSNNResponse",
-    "Latency",
+    "LatencyCoding",
     "Learner",
     "MemoryFeed",
     "Needs",
@@ -119,11 +122,10 @@ __all__ = [
     "Penalty",
     "Place",
     "Ramp",
-    "Rate",
+    "RateCoding",
     "Record",
     "Recording",
     "Rectangle",
-    "Report",
     "Reset",
     "Run",
     "RunError",
@@ -132,6 +134,7 @@ __all__ = [
     "Sigmoid",
     "SpikeDistillError",
     "Spiking",
+    "SpikingTeacher",
     "Student",
     "StudentChoice",
     "Sum",
@@ -139,6 +142,7 @@ __all__ = [
     "Teach",
     "Teacher",
     "TeacherChoice",
+    "TemporalDecoupling",
     "Training",
     "Triangle",
     "WeightsError",
@@ -157,13 +161,13 @@ __all__ = [
     "load_images",
     "load_student",
     "load_teacher",
-    "look_inside",
     "operations",
     "plot",
     "predict",
     "pretrained",
     "read_nmnist",
     "read_recording",
+    "record_activity",
     "report",
     "run_in_substeps",
     "run_with_offsets",
@@ -198,13 +202,14 @@ _NAMES = {
     "evaluate.early_exit": "EarlyExit early_exit",
     "evaluate.firing": "firing_rates",
     "evaluate.immunity": "immunity",
-    "evaluate.inside": "Inside look_inside",
+    "evaluate.activity": "Activity record_activity",
     "evaluate.operations": "operations",
     "neuron.dynamics": "IF LIF PLIF Neuron Reset",
     "neuron.layer": "Spiking",
     "neuron.surrogate": "ATan Rectangle Sigmoid Triangle",
     "objective.budget": "Budget Penalty",
     "objective.cross_kd": "CrossKD",
+    "objective.decoupled": "TemporalDecoupling",
     "objective.spikes": "DistillingSpikes",
     "objective.temperatures": "HeterogeneousTemperatures",
     "objective.direct": "TET Direct",
@@ -216,15 +221,16 @@ _NAMES = {
     "recipes.distill": "Distill distill",
     "recipes.teach": "Teach teach",
     "student.build": "to_spiking",
-    "student.coding": "DirectCoding Frames Latency Rate",
+    "student.coding": "DirectCoding FrameCoding LatencyCoding RateCoding",
     "student.conversion": "Conversion",
     "student.cos": "run_with_offsets",
     "student.fold": "fold",
-    "student.report": "Report",
+    "student.report": "ConversionReport",
     "student.save": "load_student save_student",
     "student.student": "Student",
     "student.substeps": "run_in_substeps step_by_step",
     "teacher.load": "Architecture Teacher load_teacher",
+    "teacher.spiking": "SpikingTeacher",
     "train.loop": "fit",
     "train.recipe": "Data Training",
     "train.run": "Run",

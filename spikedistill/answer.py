@@ -19,8 +19,9 @@ class Answer:
     Args:
         logits: class scores at each time step, ``[T, B, K]``; T = 1 for an ANN.
         features: outputs of modules by module path of the ANN, ``[T, B, ...]`` each.
-        spikes: counts of spikes by path of the layer of neurons, ``[T, B, ...]`` each, with gradient. A count is the
-            layer's output divided by its threshold, so a learned threshold gets no gradient through a spike's height.
+        spikes: counts of spikes by path of the layer of neurons, ``[T, B, ...]`` each, with gradient. A student's count
+            is the layer's output divided by its threshold, so a learned threshold gets no gradient through a spike's
+            height.
         potentials: membrane potentials by path of the layer, after charging and before the reset, ``[T, B, ...]`` each,
             in units of the threshold.
         operations: synaptic operations of a student for each image and step, ``[T, B]``, with gradient.

@@ -5,7 +5,7 @@ SpikeDistillError
  ├── DataError          a data set is missing, empty, broken or of the wrong shape
  ├── WeightsError       a weights file is missing, truncated, unsafe, or does not fit its network
  ├── ConversionError    a network cannot be converted
- │    └── UnsupportedError  a network has a part with no spiking meaning, or cannot be traced
+ │    └── UnsupportedError  a network has a part with no spiking equivalent, or cannot be traced
  ├── ShapeError         a tensor does not have the shape that the call needs
  └── RunError           a run directory cannot be read, resumed or written
       └── ProcessError  another process of the run has ended, and this one cannot go on
@@ -41,7 +41,7 @@ class ConversionError(SpikeDistillError):
 
 
 class UnsupportedError(ConversionError):
-    """A network has a part with no spiking meaning, or cannot be traced."""
+    """A network has a part with no spiking equivalent, or cannot be traced."""
 
 
 class ShapeError(SpikeDistillError):

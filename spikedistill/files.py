@@ -39,7 +39,7 @@ ENVIRONMENT = "environment.json"
 """The file that says which run a directory belongs to."""
 SEALED = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 """Finds the checksum in the header of a safetensors file. Quotation marks inside the facts have backslashes."""
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED_DIR = Path(__file__).parent / "pretrained"
 """The folder of the trained students that come with the package."""
 BLANK = "0" * 64
 """The placeholder for the checksum while it is computed."""
@@ -149,7 +149,7 @@ def _replace(path: Path, write: Callable[[Path], object], previous: Path | None 
             part.unlink(missing_ok=True)
         raise RunError(
             f"'{path}' could not be written ({error}); the file that was there before is untouched: free some disk"
-            " space or choose another place; a training goes on with --resume."
+            " space or choose another place; a training continues with --resume."
         ) from error
 
 
@@ -178,8 +178,8 @@ def weights_file(path: str | Path) -> Path:
 
 def shipped(path: str | Path) -> Path:
     """A path; for the name of a student that comes with the package, the path of its file."""
-    file = PRETRAINED / f"{path}.safetensors"
-    return file if file.parent == PRETRAINED and file.is_file() and not Path(path).exists() else Path(path)
+    file = PRETRAINED_DIR / f"{path}.safetensors"
+    return file if file.parent == PRETRAINED_DIR and file.is_file() and not Path(path).exists() else Path(path)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

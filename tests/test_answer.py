@@ -7,7 +7,7 @@ from torch import nn
 from spikedistill.answer import Answer, Learner
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
-from spikedistill.teacher.load import OneStep, Teacher
+from spikedistill.teacher.load import Teacher, TrainableANN
 
 
 def drawn(timesteps, seed=0):
@@ -58,7 +58,7 @@ class TestAveraged:
 
 
 class TestLearner:
-    @pytest.mark.parametrize("wrap", [Teacher, OneStep])
+    @pytest.mark.parametrize("wrap", [Teacher, TrainableANN])
     def test_is_what_ann_and_student_both_are(self, wrap):
         student, _ = to_spiking(network(), Conversion(timesteps=3, inherit=False))
         images = torch.rand(5, 1, 4, 4)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from spikedistill.cli import COMMANDS
 from spikedistill.cli.evaluate import lines
-from spikedistill.cli.parse import FEW
+from spikedistill.cli.parse import FEW, SECOND_STREAM
 from spikedistill.deliver.tables import Table
 from spikedistill.objective.direct import TET
 from spikedistill.objective.kdsnn import KDSNN
@@ -24,7 +24,7 @@ from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.methods import CONVERSIONS, METHODS
 from spikedistill.recipes.teach import Teach
-from spikedistill.train.loop import Course
+from spikedistill.train.loop import Trainer
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run
 
@@ -149,14 +149,26 @@ class TestHelp:
         assert kinds.keys() == FEW.keys()
         for title, names in FEW.items():
             assert set(names) < {field.name for field in dataclasses.fields(kinds[title])}
+        assert set(SECOND_STREAM) < {field.name for field in dataclasses.fields(Data)} - {*FEW["data"]}
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_shows_what_a_second_stream_needs_for_methods_that_have_one(self, method, capsys):
+        assert call("distill", "--method", method, "--help") == 0
+        shown = capsys.readouterr().out
+        events = {f"--event-{name}" for name in ("frames", "duration", "binning")}
+        wanted = {"--source", "--paired", "--events", "--sensor", *events}
+        found = wanted & set(re.findall(r"(?m)^\W (--[a-z-]+)", shown))
+        assert found == (wanted if method == "cross-kd" else set())
+        told = " ".join(shown.replace("│", " ").split()).partition("--image-size INT ")[2]
+        assert "each image of a folder is resized to it, in --data and in --source." in told
 
     def test_says_defaults_in_words_where_the_recipe_leaves_them_open(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
         call("teach", "digits", "--help")
-        assert "else 0.1)." in " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "else 0.1; 0.001 for AdamW)." in " ".join(capsys.readouterr().out.replace("│", " ").split())
         call("teach", "cifar10", "--help")
         shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        assert "Peak learning rate. (default: 0.15)" in shown and "else 0.1)" not in shown
+        assert "Peak learning rate. (default: 0.15)" in shown and "else 0.1;" not in shown
 
 
 class TestOptions:
@@ -243,11 +255,11 @@ class TestMethod:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ("kdsnn --alpha 2", "alpha (=2.0) mixes two terms: give a value from 0 to 1"),
+            ("kdsnn --alpha 2", "alpha (=2.0) is a weight: give a value from 0 to 1"),
             ("kdsnn-response --temperature 0", "temperature (=0.0) must be above 0 and finite"),
             ("kdsnn-feature --weight -1", "weight (=-1.0) must be 0 or more and finite"),
-            ("tet --lam 1.5", "lam (=1.5) mixes two terms"),
-            ("direct --label-smoothing -0.1", "label_smoothing (=-0.1) mixes two terms"),
+            ("tet --lam 1.5", "lam (=1.5) is a weight"),
+            ("direct --label-smoothing -0.1", "label_smoothing (=-0.1) is a weight"),
             ("conversion-max --rule percentile", "rule (=percentile) is not that of --method conversion-max"),
         ],
     )
@@ -404,7 +416,7 @@ class TestOutput:
             "test accuracy         90.00 %",
             "T x D                 2x4, layer by layer",
             "latency in sub-steps  80 layer by layer (longest path: 19 layers of neurons)",
-            "spikes that wait      4,800 bits in 2 buffers, layer by layer; the largest, of stem before layer1: 4,000"
+            "spike buffers         4,800 bits in 2 buffers, layer by layer; the largest, of stem before layer1: 4,000"
             " bits for 4 sub-steps",
         ]
         single = {**results, "timesteps": 8, "levels": 1, "schedule": "step-by-step", "buffers": []}
@@ -423,7 +435,7 @@ class TestOutput:
         recipe["teacher"]["source"] = "nowhere"
         Run(tmp_path / "student").write("recipe", recipe)
         assert call("evaluate", tmp_path / "student") == 0
-        assert "agreement with it is left out" in capsys.readouterr().err
+        assert "Agreement was not measured: the teacher has moved" in capsys.readouterr().err
 
     def test_evaluate_prints_early_exit_where_it_is_asked_for(self, home, capsys):
         assert call("evaluate", home / "student", "--confidence", 0) == 0
@@ -474,7 +486,7 @@ def train_two_epochs(home, out, *options):
 
 class TestControlC:
     def test_ends_with_130_and_says_how_to_go_on(self, home, tmp_path, monkeypatch, capsys):
-        step, left = Course.step, [3]
+        step, left = Trainer.step, [3]
 
         def interrupted(*args):
             left[0] -= 1
@@ -483,12 +495,12 @@ class TestControlC:
             return step(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Course, "step", interrupted)
+            patch.setattr(Trainer, "step", interrupted)
             assert train_two_epochs(home, tmp_path / "run") == 130
         caught = capsys.readouterr()
         assert "--resume" in caught.err.splitlines()[-1] and "Traceback" not in caught.err
         assert train_two_epochs(home, tmp_path / "run", "--resume") == 0
-        assert "going on after epoch 1, step 0" in capsys.readouterr().err
+        assert "continuing after epoch 1, step 0" in capsys.readouterr().err
         assert [line["epoch"] for line in Run(tmp_path / "run").lines("metrics")] == [1, 2]
 
     @pytest.mark.parametrize(
@@ -507,7 +519,7 @@ class TestControlC:
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(Course, "step", full)
+            patch.setattr(Trainer, "step", full)
             assert train_two_epochs(home, tmp_path / "run") == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert f"memory ran out ({str(error).partition('. GPU')[0]}). Give a smaller --batch-size in another" in said
@@ -519,7 +531,7 @@ class TestWhileItRuns:
     """What happens to a run directory while a command works in it."""
 
     def at_step(self, patch, number, do):
-        step, left = Course.step, [number]
+        step, left = Trainer.step, [number]
 
         def counted(*args):
             left[0] -= 1
@@ -527,7 +539,7 @@ class TestWhileItRuns:
                 do()
             return step(*args)
 
-        patch.setattr(Course, "step", counted)
+        patch.setattr(Trainer, "step", counted)
 
     @pytest.mark.parametrize("minutes", [0, 5], ids=["at the next checkpoint", "at the next epoch"])
     @pytest.mark.parametrize("replaced", [False, True])
@@ -583,8 +595,8 @@ class TestWhileItRuns:
         assert train_two_epochs(home, out, "--checkpoint-minutes", 0) == 2  # it still holds a run
         assert train_two_epochs(home, out, "--checkpoint-minutes", 0, "--resume") == 0
         said = capsys.readouterr().err
-        assert "checkpoint.safetensors' is missing: going on from the previous checkpoint." in said
-        assert "going on after epoch 1, step" in said
+        assert "checkpoint.safetensors' is missing: continuing from the previous checkpoint." in said
+        assert "continuing after epoch 1, step" in said
 
     def test_the_checkpoint_of_another_run_is_refused(self, home, tmp_path, capsys):
         for number in (0, 1):

@@ -115,7 +115,7 @@ def resnet():
 def converted(device, images, **options):
     """A student of four time steps, converted on a device."""
     teacher = Teacher(resnet(), MEAN, STD).to(device)
-    student, _ = to_spiking(teacher, Conversion(timesteps=4, **options), calibrate=images.to(device))
+    student, _ = to_spiking(teacher, Conversion(timesteps=4, **options), calibration_images=images.to(device))
     return student.to(device).eval()
 
 
@@ -172,7 +172,7 @@ def trained(blobs, path, device, gradient="exact", objective=None, **changes):
     """The metrics of a student's two epochs; it goes on with what is in ``path``."""
     torch.manual_seed(0)
     teacher = Teacher(resnet(), MEAN, STD)
-    student, _ = to_spiking(teacher, Conversion(timesteps=2), calibrate=blobs.train_images[:32].float() / 255)
+    student, _ = to_spiking(teacher, Conversion(timesteps=2), calibration_images=blobs.train_images[:32].float() / 255)
     student.gradient = gradient
     config = Training(epochs=2, batch_size=32, lr=0.01, ema=0.9, device=device, precision="fp32", **changes)
     feed = MemoryFeed(blobs, 32, validation=0.0, augment=Augment(crop=1, flip=True), views=config.views)

@@ -8,7 +8,7 @@ from spikedistill.errors import ShapeError
 from spikedistill.evaluate.accuracy import predict
 from spikedistill.inputs import LARGEST, check_pixels, evaluating, normalise
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
+from spikedistill.student.coding import FrameCoding
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.mixing import refuse_mixed
 from spikedistill.student.trace import constants_of, trace
@@ -81,7 +81,7 @@ def convolutions(channels=3):
     "images", [torch.rand(4, 3, 4, 4) * 255, torch.randint(0, 256, (4, 3, 4, 4), dtype=torch.uint8)]
 )
 def test_no_door_takes_bytes_for_pixels(images):
-    student, _ = to_spiking(convolutions(), Conversion(timesteps=2), calibrate=torch.rand(4, 3, 4, 4))
+    student, _ = to_spiking(convolutions(), Conversion(timesteps=2), calibration_images=torch.rand(4, 3, 4, 4))
     teacher = Teacher(convolutions(), (0.5,), (0.5,))
     doors = [
         student,
@@ -89,8 +89,8 @@ def test_no_door_takes_bytes_for_pixels(images):
         lambda given: student.observe(given, ["0"]),
         teacher,
         teacher.observe,
-        lambda given: to_spiking(convolutions(), calibrate=given),
-        lambda given: to_spiking(teacher, calibrate=given),
+        lambda given: to_spiking(convolutions(), calibration_images=given),
+        lambda given: to_spiking(teacher, calibration_images=given),
     ]
     for door in doors:
         with pytest.raises(ShapeError, match="divide bytes by 255"):
@@ -107,7 +107,7 @@ def test_features_without_places_keep_their_shape(mean):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     given, std = torch.randn(64, 5), None if mean is None else tuple(0.5 for _ in mean)
-    student, report = to_spiking(network, Conversion(timesteps=256), calibrate=given, mean=mean, std=std)
+    student, report = to_spiking(network, Conversion(timesteps=256), calibration_images=given, mean=mean, std=std)
     (layer,) = student.neurons.values()
     assert layer.threshold.shape == (8,) and len(report.sites) == 1
     wanted = network((given - torch.tensor(mean or (0.0,))) / 0.5 if mean else given)
@@ -121,7 +121,9 @@ def test_features_without_places_keep_their_shape(mean):
 def test_features_in_frames():
     network = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     frames = torch.randn(4, 6, 5)
-    student, _ = to_spiking(network, Conversion(timesteps=4, coding=Frames()), calibrate=frames.flatten(0, 1))
+    student, _ = to_spiking(
+        network, Conversion(timesteps=4, coding=FrameCoding()), calibration_images=frames.flatten(0, 1)
+    )
     assert student.eval()(frames).shape == (4, 6, 3)
 
 

@@ -10,7 +10,7 @@ from spikedistill.inputs import AnyLayout
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.fold import fold
-from spikedistill.teacher.load import OneStep, Teacher
+from spikedistill.teacher.load import Teacher, TrainableANN
 
 FLATTENS = {
     "view": lambda x: x.view(x.size(0), -1),
@@ -51,7 +51,7 @@ def test_every_network_runs_in_every_layout(name, channels_last):
     torch.testing.assert_close(predict(copy.deepcopy(network).to(memory_format=place.layout), stored)[0], expected)
     (feature,) = teacher.observe(images.to(memory_format=place.layout), ["conv"]).features.values()
     assert feature.shape == (1, 5, 4, 4, 4)
-    learner = OneStep(copy.deepcopy(network).requires_grad_(True), (0.0,), (1.0,))
+    learner = TrainableANN(copy.deepcopy(network).requires_grad_(True), (0.0,), (1.0,))
     place.prepare(learner)
     learner.train()(images.to(memory_format=place.layout)).sum().backward()
     if name in UNTRACEABLE:
@@ -59,7 +59,7 @@ def test_every_network_runs_in_every_layout(name, channels_last):
     folded = fold(teacher.eval())
     place.prepare(folded)
     torch.testing.assert_close(predict(folded, stored)[0], expected)
-    student, _ = to_spiking(network, Conversion(timesteps=3), calibrate=images)
+    student, _ = to_spiking(network, Conversion(timesteps=3), calibration_images=images)
     wanted = student.eval()(images).detach()
     place.prepare(student)
     torch.testing.assert_close(predict(student, stored), wanted)
@@ -90,6 +90,6 @@ def test_kernels_of_three_dimensions_are_moved(channels_last):
     teacher = Teacher(network, (0.0,), (1.0,))
     place.prepare(teacher)
     torch.testing.assert_close(teacher(clips), expected)
-    student, _ = to_spiking(network, Conversion(timesteps=3), calibrate=clips)
+    student, _ = to_spiking(network, Conversion(timesteps=3), calibration_images=clips)
     place.prepare(student)
     assert student.train()(clips).shape == (3, 5, 3)

@@ -11,7 +11,7 @@ import pytest
 from commands import run_command as call
 from tyro.conf import Positional, arg
 
-from spikedistill.cli.options import ask, plain
+from spikedistill.cli.options import ask, strip_markup
 from spikedistill.cli.parse import given_to, parse_recipe
 from spikedistill.errors import ConfigError
 from spikedistill.objective.terms import Objective
@@ -161,4 +161,4 @@ class TestParseRecipe:
 
 
 def test_plain_keeps_paragraphs_and_drops_marks():
-    assert plain("a\n   b ``c``\n\n  d") == "a b 'c'\n\nd"
+    assert strip_markup("a\n   b ``c``\n\n  d") == "a b 'c'\n\nd"

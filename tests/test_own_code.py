@@ -28,7 +28,7 @@ class StepError(Objective):
         return Needs(teacher=True, every_step=True)
 
     def __call__(self, batch, modules):
-        error = batch.student.logits - batch.asked_teacher().logits
+        error = batch.student.logits - batch.require_teacher().logits
         return {"steps": self.strength * error.square().mean()}
 '''
 WRONG = """
@@ -224,7 +224,7 @@ class TestNetworkOfAFile:
         assert call("evaluate", named / "zoo-student") == 0
         caught = capsys.readouterr()
         assert "firing rate" in caught.out and "agreement" not in caught.out
-        assert "agreement with it is left out" in caught.err
+        assert "Agreement was not measured: the teacher has moved" in caught.err
 
     def test_of_a_teacher_is_compared_with_where_it_is_trusted(self, named, call, capsys):
         assert call("evaluate", named / "zoo-student", "--trust-code") == 0
@@ -354,14 +354,14 @@ class TestThatEndsTheProcess:
         file = tmp_path / "picky.py"
         file.write_text(PICKY)
         assert call(*distill(home, "Picky", file), "--strength", 2, "--out", tmp_path / "out") == 2
-        assert f"'{file}', line 14, ended this command by SystemExit(0)" in capsys.readouterr().err
+        assert f"'{file}', line 14, ended the process by SystemExit(0)" in capsys.readouterr().err
 
     def check(self, file, moment, end, capsys):
         caught = capsys.readouterr()
         message = caught.err.splitlines()[-1]
         assert message.startswith("spikedistill: ") and str(file) in message and "Traceback" not in caught.err
         if moment != "import" or "SystemExit" not in ENDS[end]:
-            assert f"line {self.line(file, end)}, ended this command by {ENDS[end]}" in message
+            assert f"line {self.line(file, end)}, ended the process by {ENDS[end]}" in message
         assert "the teacher is in" not in caught.out and "the student is in" not in caught.out
 
     def line(self, file, end):
@@ -377,7 +377,7 @@ class TestThatEndsTheProcess:
             assert call(command, tmp_path / "run", "--trust-code", *out) == 2
         finally:
             (named / "net.py").write_text(NETWORK)
-        assert f"'{named / 'net.py'}', line 4, ended this command by SystemExit(0)" in capsys.readouterr().err
+        assert f"'{named / 'net.py'}', line 4, ended the process by SystemExit(0)" in capsys.readouterr().err
 
     def test_leaves_control_c_and_wrong_options_as_they_are(self, home, tmp_path, call, capsys):
         file = self.write(tmp_path, "training", "raise KeyboardInterrupt")

@@ -167,7 +167,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         "case, message",
         [
-            ("taken", "whole' already holds a run: go on with it by --resume"),
+            ("taken", "whole' already holds a run: continue it with --resume"),
             ("odd", "batch_size (=15) must be at most the 86 training samples and a multiple of the number of"),
             ("evaluate", "'evaluate' runs in one process, but 2 were started: start it without torchrun, and"),
         ],
@@ -197,7 +197,7 @@ class TestKill:
     def test_resume_goes_on_with_two_and_gives_the_same_bits(self, killed, both):
         folder = killed[0]
         assert both("resumed", 0)[0]["code"] == 0
-        assert "going on after epoch 1, step 3" in both("resumed", 0)[0]["said"]
+        assert "continuing after epoch 1, step 3" in both("resumed", 0)[0]["said"]
         two, whole = folder / "killed-two", folder / "whole"
         assert (two / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
         assert_same(load_file(two / "model.safetensors"), load_file(whole / "model.safetensors"))

@@ -21,7 +21,7 @@ PAGES = {
     "docs/cross-kd.md": 0,
     "docs/data-and-teachers.md": 1,
     "docs/demo.md": 0,
-    "docs/distilling-spikes.md": 0,
+    "docs/distilling-spikes.md": 1,
     "docs/export.md": 1,
     "docs/fewer-spikes.md": 0,
     "docs/glossary.md": 0,
@@ -32,6 +32,7 @@ PAGES = {
     "docs/measuring.md": 3,
     "docs/results.md": 0,
     "docs/run-directory.md": 0,
+    "docs/temporal-decoupling.md": 0,
     "docs/tutorial.md": 8,
 }
 """Page -> its number of Python blocks."""

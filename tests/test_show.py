@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from spikedistill.cli.show import check_files, output, show, show_table
 from spikedistill.deliver.forms import FORMS
-from spikedistill.deliver.tables import Table, plain
+from spikedistill.deliver.tables import Table, text_table
 from spikedistill.errors import ConfigError, RunError
 
 COLUMNS = ["run", "accuracy (%)", "difference (points)", "network", "empty", "t=1 (%)", "t=2 (%)"]
@@ -50,7 +50,7 @@ class TestPipe:
             monkeypatch.setenv(name, value)
         show_table(TABLE)
         told = capsys.readouterr().out
-        assert told == plain(COLUMNS, ROWS) + TABLE.notes[0] + "\n"
+        assert told == text_table(COLUMNS, ROWS) + TABLE.notes[0] + "\n"
 
     def test_keeps_columns_without_values(self, capsys):
         show(COLUMNS, ROWS)
@@ -127,7 +127,7 @@ class TestFiles:
             with pytest.raises(RunError, match="notes' exists"):
                 check_files({kind: tmp_path / "notes"}, "run")
         for one in (Path("-"), tmp_path / "new"):
-            with pytest.raises(ConfigError, match="Two forms of the table go to one place"):
+            with pytest.raises(ConfigError, match="Two formats of the table go to the same file"):
                 check_files({"csv": one, "markdown": None, "latex": one}, "run")
 
 

@@ -145,11 +145,11 @@ TABLE = {
     "weights with NaN": (f"{DISTILL} --teacher {{home}}/nan.safetensors", r"classifier\.2\.bias' holds NaN"),
     "weights of another shape": (
         f"{DISTILL} --teacher {{home}}/wide.safetensors",
-        r"has shape \(8, .*network's has \(4, ",
+        r"size mismatch for .*: \(8, .*network's is \(4, ",
     ),
     "weights of another network": (
         f"{DISTILL} --teacher {{home}}/teacher --teacher-network resnet20",
-        r"do not fit ResidualNet: 'classifier",
+        r"do not fit ResidualNet: size mismatch for 'classifier",
     ),
     "weights without their network": (f"{DISTILL} --teacher {{home}}/bare.safetensors", r"name the architecture"),
     "weights without normalisation": (
@@ -565,7 +565,7 @@ CALLS = {
     "Neuron(surrogate=Triangle)": "must have gradient(u): give Triangle()",
     "to_spiking(nn.ReLU(), Conversion(inherit=False, rule='maximum'))": "no rule 'maximum'. Did you mean 'max'",
     "to_spiking(nn.ReLU(), Conversion(inherit=False, max_pool='avg'))": "no max_pool 'avg'. Did you mean 'average'",
-    "to_spiking(nn.ReLU(), calibrate=[[0.5]])": "calibrate is a list: give a tensor of raw images in 0..1.",
+    "to_spiking(nn.ReLU(), calibration_images=[[0.5]])": "calibration_images is a list: give a tensor of raw images in",
 }
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from spikedistill import __version__
-from spikedistill.cli.plain import write_plainly
+from spikedistill.cli.ascii_output import write_plainly
 from spikedistill.errors import ProcessError, SpikeDistillError, ended_by, is_heard, one_of, out_of_memory
 
 USAGE = """usage: spikedistill COMMAND [OPTIONS] | --help | --version
@@ -23,8 +23,8 @@ A trained ANN becomes a deep spiking student, by knowledge distillation.
   check NETWORK        what conversion would do to a network, without training
   evaluate RUN         measure a finished run again
   compare RUN...       finished runs in one table
-  immunity RUN...      the same under noise, corruptions, faults and attacks
-  energy RUN...        their spikes, synaptic operations, estimated energy
+  immunity RUN...      accuracy under noise, corruptions, faults and attacks
+  energy RUN...        spikes, synaptic operations and estimated energy
   export RUN           a student as ONNX or .pt2, for other programs
   report RUN...        a page of what was built and what happened, with pictures
   reproduce STUDY      a published comparison, measured here: table, figure, CSV
@@ -34,14 +34,17 @@ A trained ANN becomes a deep spiking student, by knowledge distillation.
 'spikedistill COMMAND --help' lists the options of a command.
 Begin with: spikedistill demo"""
 
-AGAIN = dict.fromkeys(("distill", "immunity", "teach"), "the same command with --resume goes on, if the run had begun")
-AGAIN |= dict.fromkeys(("demo", "reproduce"), "the same command goes on")
+AGAIN = dict.fromkeys(
+    ("distill", "immunity", "teach"), "the same command with --resume continues the run, if it had begun"
+)
+AGAIN |= dict.fromkeys(("demo", "reproduce"), "the same command continues it")
 """What an interrupted command leaves, if anything."""
 
 LESS = {
     "distill": (
-        "Take less by --recompute neurons, then --recompute stages, on a CPU also by --no-keep-memory: the same command"
-        " with one of them and --resume goes on, if the run had begun. Then give a new run a smaller --batch-size."
+        "To use less, repeat the command with --resume and --recompute neurons, then --recompute stages, on a CPU also"
+        " with --no-keep-memory (without --resume if the run had not begun). If that is not enough, start a new run"
+        " with a smaller --batch-size."
     ),
     "teach": "Give a smaller --batch-size in another --out. On a CPU --no-keep-memory and --resume may be enough.",
 }
@@ -98,7 +101,7 @@ def main() -> None:
 
         if isinstance(error, Exception) or (place := ended_by(error, parser=tyro.__file__)) is None:
             raise
-        said = f"ended this command by {type(error).__name__}({error}), and nothing was finished"
+        said = f"ended the process by {type(error).__name__}({error}) before the command had finished"
         print(f"spikedistill: {place} {said}: let that code return, or raise an Exception.", file=sys.stderr)
         sys.exit(2)
 

@@ -8,7 +8,7 @@ from spikedistill.cli.show import show_table
 from spikedistill.deliver.tables import Table
 from spikedistill.recipes.preview import Preview, preview
 from spikedistill.shapes import steps_and_levels
-from spikedistill.student.report import Report
+from spikedistill.student.report import ConversionReport
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ def table(found: Preview) -> tuple[list[str], list[list[str]]]:
 
 def sentences(found: Preview, network: str) -> list[str]:
     """What is to be said of the whole, and of single layers."""
-    report: Report = found.report
+    report: ConversionReport = found.report
     alike: dict[str, list[str]] = {}
     for name, note in [(one.name, one.note) for one in report.sites] + [(one.name, one.note) for one in report.pools]:
         alike.setdefault(note, []).append(name)

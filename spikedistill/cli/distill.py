@@ -35,7 +35,8 @@ class Method:
 
     method: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("kdsnn",)
     """direct, tet: cross-entropy only. kdsnn-response, kdsnn-feature, kdsnn: with the teacher's logits, its features,
-    or both. heterogeneous-temperatures: teacher and student with temperatures of their own, for fewer spikes. budget:
+    or both. temporal-decoupling: with labels and teacher at every time step, and self-teaching.
+    heterogeneous-temperatures: teacher and student with temperatures of their own, for fewer spikes. budget:
     with a target for spikes or synaptic operations. distilling-spikes: with a spiking teacher's spikes. cross-kd:
     events are learned from an image teacher. conversion-qcfs: a quantised ANN is trained, then run with spiking
     neurons. conversion-max, conversion-percentile, conversion-least-squares: no training, firing thresholds by that

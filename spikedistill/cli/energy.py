@@ -12,6 +12,8 @@ from spikedistill.train.progress import Progress
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, print the table and where a student does not win."""
-    bills, _ = ask("energy", measure_energy, arguments, {"progress": Progress.stderr("energy")})
+    estimates, _ = ask("energy", measure_energy, arguments, {"progress": Progress.stderr("energy")})
     ratios = f"student / ANN: energy under {', '.join(model.name for model in MODELS)}; below 1 the student takes less"
-    show_table(Table(*table(bills), notes=[ratios, *(line for bill in bills for line in bill.warnings)]))
+    show_table(
+        Table(*table(estimates), notes=[ratios, *(line for estimate in estimates for line in estimate.warnings)])
+    )

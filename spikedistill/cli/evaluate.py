@@ -32,8 +32,8 @@ def main(arguments: Sequence[str]) -> None:
     print("\n".join(lines(results)))
     alone = "firing_rate" in results and "agreement" not in results
     if alone and Record.read(asked["path"]).recipe["teacher"]["source"] != NO_TEACHER:
-        reasons = "is not where it was, sees other inputs, or names Python code (see --trust-code)"
-        print(f"The teacher of this run {reasons}: agreement with it is left out.", file=sys.stderr)
+        reasons = "has moved, takes other inputs than the student, or is Python code (see --trust-code)"
+        print(f"Agreement was not measured: the teacher {reasons}.", file=sys.stderr)
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
@@ -62,7 +62,7 @@ def _steps(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         bits, most = sum(one["bits"] for one in buffers), max(buffers, key=lambda one: one["bits"])
         rows.append(
             (
-                "spikes that wait",
+                "spike buffers",
                 f"{bits:,} bits in {len(buffers)} buffers, layer by layer; the largest, of {most['layer']} before"
                 f" {most['before']}: {most['bits']:,} bits for {most['sub_steps']} sub-steps",
             )

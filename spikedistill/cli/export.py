@@ -17,8 +17,8 @@ def line(done: Exported) -> str:
     """A file and its check in one sentence."""
     size, takes = done.path.stat().st_size / 1e6, "one time step" if done.form == "step" else "all time steps"
     equal = done.images - done.on_threshold
-    said = f"wrote {done.path} ({size:.2f} MB, {takes}): the student's logits on {equal} of {done.images} test images"
-    said += f" (largest difference {done.difference:.1e}), its class on {100 * done.same_class:.1f} %"
-    if done.on_threshold:
-        said += f"; on {done.on_threshold} images a potential lies on a threshold within rounding"
+    said = f"wrote {done.path} ({size:.2f} MB, {takes}): logits match on {equal} of {done.images} test images (largest"
+    said += f" difference {done.difference:.1e}), the predicted class on {100 * done.same_class:.1f} %"
+    if many := done.on_threshold:
+        said += f"; on {many} image{'s' * (many > 1)} a potential equals a threshold within rounding"
     return said

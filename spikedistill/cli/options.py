@@ -48,7 +48,7 @@ def ask(
         if name not in given
     }
     kind = options_of(command.title(), [function], get_type_hints(function, include_extras=True), defaults)
-    values = parse(kind, command, arguments, plain(parse_from_object(function).short_description or ""))
+    values = parse(kind, command, arguments, strip_markup(parse_from_object(function).short_description or ""))
     asked = {name: getattr(values, name) for name in defaults}
     return function(**given, **asked), asked
 
@@ -72,7 +72,7 @@ def options_of(
     texts: dict[str, str] = {}
     for source in sources:
         for one in parse_from_object(source).params:
-            texts.setdefault(one.arg_name, plain(one.description or ""))
+            texts.setdefault(one.arg_name, strip_markup(one.description or ""))
     fields: list[Any] = []
     for field, default in defaults.items():
         shown: Any = Annotated[hints[field], _told(hints[field], default, texts.get(field, ""))]
@@ -140,7 +140,7 @@ def option_name(hint: Any, field: str) -> str:
     return (names or [field])[0].replace("_", "-")
 
 
-def plain(text: str) -> str:
+def strip_markup(text: str) -> str:
     """Paragraphs of a docstring, each in one line, without marks for code."""
     return "\n\n".join(" ".join(part.split()) for part in text.replace("``", "'").split("\n\n"))
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 from tyro.conf import arg
 
-from spikedistill.cli.options import option_name, options_of, parse, plain
+from spikedistill.cli.options import option_name, options_of, parse, strip_markup
 from spikedistill.errors import ConfigError, one_of
 from spikedistill.objective.terms import Objective
 from spikedistill.recipes.config import read_config
@@ -22,6 +22,8 @@ FEW = {
     "student": ("network", "timesteps", "levels", "neuron", "inherit", "gradient"),
 }
 """The fields of each group that --help shows; of other groups it shows all."""
+SECOND_STREAM = ("source", "paired", "events", "event_frames", "event_binning", "event_duration", "sensor")
+"""The fields of data that --help also shows for a method with a second input stream."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ def parse_recipe(
         ConfigError: if two fields would be the same option.
     """
     asks = {"-h", "--help", "--help-all"}.intersection(arguments)
-    few = FEW if asks and "--help-all" not in arguments else {}
-    check_names([value for values in groups.values() for value in values])
+    every = [value for values in groups.values() for value in values]
+    few = _few(every) if asks and "--help-all" not in arguments else {}
+    check_names(every)
     made = [_group(title, values, few.get(title)) for title, values in groups.items()]
     kind = dataclasses.make_dataclass(
         "Options", [(title, one, field(default=one())) for title, one in zip(groups, made)], frozen=True
@@ -112,6 +115,13 @@ def parse_recipe(
         for title, values in groups.items()
         for value in values
     ]
+
+
+def _few(values: Sequence[Any]) -> Mapping[str, Sequence[str]]:
+    """``FEW``, with what a second input stream needs if a method has one."""
+    if any(isinstance(value, Objective) and value.needs.source for value in values):
+        return {**FEW, "data": (*FEW["data"], *SECOND_STREAM)}
+    return FEW
 
 
 def fields_of(value: Any) -> dict[str, Any]:
@@ -150,5 +160,5 @@ def _group(title: str, values: Sequence[Any], shown: Sequence[str] | None) -> ty
     hidden = () if shown is None else [name for name in fields if name not in shown]
     sources = [kind for one in values for kind in type(one).__mro__ if dataclasses.is_dataclass(kind)]
     made = options_of(title.title(), sources, hints, fields, hidden)
-    made.__doc__ = plain(type(values[0]).__doc__ or "")
+    made.__doc__ = strip_markup(type(values[0]).__doc__ or "")
     return made

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from spikedistill.deliver.compare import compare
-from spikedistill.deliver.forms import FORMS, Kind, check_table, write_table
-from spikedistill.deliver.tables import GAP, Table, blocks, head_width, plain
+from spikedistill.deliver.forms import FORMS, TableFormat, check_table, write_table
+from spikedistill.deliver.tables import GAP, Table, blocks, head_width, text_table
 from spikedistill.errors import ConfigError
 
 STDOUT = Path("-")
 """A file of this name is standard output."""
-Files = Mapping[Kind, Path | None]
+Files = Mapping[TableFormat, Path | None]
 """Where a table is written in which form; None where it was not asked for."""
 
 
@@ -37,7 +37,9 @@ def check_files(files: Files, first: str) -> None:
     """
     asked = [path for path in files.values() if path is not None]
     if len(set(asked)) < len(asked):
-        raise ConfigError(f"Two forms of the table go to one place ({', '.join(map(str, asked))}): name two files.")
+        raise ConfigError(
+            f"Two formats of the table go to the same file ({', '.join(map(str, asked))}): name two files."
+        )
     for kind, path in files.items():
         if path is not None and path != STDOUT:
             check_table(path, kind, first)
@@ -77,7 +79,7 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     into further tables below, each with the first column.
     """
     if not sys.stdout.isatty():
-        sys.stdout.write(plain(columns, rows))
+        sys.stdout.write(text_table(columns, rows))
         return
     console = Console(highlight=False)
     cells = [[row[place] for row in rows] for place in range(len(columns))]

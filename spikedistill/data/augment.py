@@ -27,7 +27,7 @@ WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShard:
     """Some rows of a batch.
 
     Args:
@@ -86,7 +86,7 @@ class Augment:
         Returns:
             Images ``[rows, C, H, W]`` in 0..1.
         """
-        generator, share = torch.Generator().manual_seed(seed), Share(len(pixels), rows)
+        generator, share = torch.Generator().manual_seed(seed), BatchShard(len(pixels), rows)
         if self.policy != "none":
             pixels = apply_policy(pixels, self.policy, generator)
         pixels = pixels[rows]
@@ -121,16 +121,27 @@ class Augment:
         Returns:
             Bytes ``[rows, T, 2, H, W]``.
         """
-        generator, share = torch.Generator().manual_seed(seed), Share(len(counts), rows)
-        changed = counts[rows].flatten(1, 2)
-        if self.crop:
-            changed = random_crop(changed, self.crop, generator, self.border == "mirror", share)
-        if self.flip:
-            changed = torch.where(_beside(changed, turned[rows])[:, None, None, None], changed.flip(-1), changed)
+        changed = self.moved(counts[rows].flatten(1, 2), seed, turned[rows], BatchShard(len(counts), rows))
         return changed.view(-1, *counts.shape[1:])
 
+    def moved(self, pixels: Pixels, seed: int, turned: Tensor, share: BatchShard) -> Pixels:
+        """Move and mirror some rows of a batch. The same seed changes images and event frames alike.
 
-def alternate(count: int, samples: Tensor, epoch: int) -> Tensor:
+        Args:
+            pixels: the rows, bytes ``[rows, C, H, W]``.
+            seed: seed of all random numbers.
+            turned: ``[rows]`` booleans, which of them ``flip`` mirrors.
+            share: the batch that they are rows of.
+        """
+        if self.crop:
+            generator = torch.Generator().manual_seed(seed)
+            pixels = random_crop(pixels, self.crop, generator, self.border == "mirror", share)
+        if self.flip:
+            pixels = torch.where(_beside(pixels, turned)[:, None, None, None], pixels.flip(-1), pixels)
+        return pixels
+
+
+def alternating_flip(count: int, samples: Tensor, epoch: int) -> Tensor:
     """Which samples are mirrored in an epoch: a fixed random half in one epoch, the other half in the next.
 
     So a network sees every image both ways within two epochs (Jordan, arXiv 2404.00498).
@@ -168,12 +179,21 @@ def to_inputs(stored: Tensor) -> Tensor:
     return stored.transpose(0, 1).float() if stored.ndim == 5 else to_unit(stored)
 
 
+def as_frames(images: Tensor, timesteps: int, height: int, width: int) -> Tensor:
+    """Images ``[B, C, H, W]`` as frames ``[T, B, 2, h, w]``: grey, resized, equal in both polarities and all steps.
+
+    He et al. (AAAI 2024, arXiv 2303.13077) repeat the brightness in this way. How to resize is this project's choice.
+    """
+    grey = F.interpolate(images.amax(1, keepdim=True), (height, width), mode="bilinear", antialias=True)
+    return grey.clamp(0, 1).repeat(1, 2, 1, 1).expand(timesteps, -1, -1, -1, -1)
+
+
 def random_crop(
-    pixels: Pixels, pad: int, generator: torch.Generator, mirror: bool = False, share: Share | None = None
+    pixels: Pixels, pad: int, generator: torch.Generator, mirror: bool = False, share: BatchShard | None = None
 ) -> Pixels:
     """A window of the original size at a random place of each image, after padding by zeros or by mirroring."""
     count, _, height, width = pixels.shape
-    share = share or Share(count)
+    share = share or BatchShard(count)
     top, left = torch.randint(0, 2 * pad + 1, (2, share.count, 1), generator=generator)[:, share.rows]
     rows, columns = top + torch.arange(height), left + torch.arange(width)
     if mirror:
@@ -190,14 +210,14 @@ ASPECT = 4 / 3
 """The largest ratio of the sides of a random resized crop to those of the image, as in Szegedy et al."""
 
 
-def random_zoom(images: Image, smallest: float, generator: torch.Generator, share: Share | None = None) -> Image:
+def random_zoom(images: Image, smallest: float, generator: torch.Generator, share: BatchShard | None = None) -> Image:
     """A random resized crop: a window of each image, enlarged to the size of the image by bilinear interpolation.
 
     Its share of the area is uniform from ``smallest`` to 1. The ratio of its sides, relative to the image's, is from
     3/4 to 4/3, uniform in the logarithm (Szegedy et al., arXiv 1409.4842). A side longer than the image's is cut to it;
     this is this project's choice.
     """
-    share = share or Share(len(images))
+    share = share or BatchShard(len(images))
     area, ratio, down, right = torch.rand(4, share.count, generator=generator)[:, share.rows]
     area, ratio = smallest + (1 - smallest) * area, ASPECT ** (2 * ratio - 1)
     height, width = ((area * change).sqrt().clamp(max=1.0) for change in (1 / ratio, ratio))
@@ -220,10 +240,10 @@ def _mirrored(positions: Tensor, size: int) -> Tensor:
     return torch.minimum(positions, period - positions) if size > 1 else positions * 0
 
 
-def random_cutout(images: Image, side: int, generator: torch.Generator, share: Share | None = None) -> Image:
+def random_cutout(images: Image, side: int, generator: torch.Generator, share: BatchShard | None = None) -> Image:
     """Set a square around a random pixel of each image to zero, clipped at the border."""
     count, _, height, width = images.shape
-    share = share or Share(count)
+    share = share or BatchShard(count)
     centre_row = torch.randint(0, height, (share.count, 1), generator=generator)[share.rows]
     centre_column = torch.randint(0, width, (share.count, 1), generator=generator)[share.rows]
     rows, columns = _near(torch.arange(height), centre_row, side), _near(torch.arange(width), centre_column, side)
@@ -231,9 +251,9 @@ def random_cutout(images: Image, side: int, generator: torch.Generator, share: S
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
-def random_noise(images: Image, largest: float, generator: torch.Generator, share: Share | None = None) -> Image:
+def random_noise(images: Image, largest: float, generator: torch.Generator, share: BatchShard | None = None) -> Image:
     """Add Gaussian noise, clipped to 0..1. Each image has its own deviation, drawn uniformly from 0 to the largest."""
-    share = share or Share(len(images))
+    share = share or BatchShard(len(images))
     deviations = largest * torch.rand(share.count, 1, 1, 1, generator=generator)[share.rows]
     noise = torch.randn((share.count, *images.shape[1:]), generator=generator)[share.rows]
     return (images + _beside(images, deviations * noise)).clamp_(0.0, 1.0)

@@ -3,7 +3,8 @@
 A pixel remembers the logarithm of the brightness at its last event. When the brightness now differs from it by a
 threshold, the pixel sends an event, brighter or darker, and remembers the new value (Lichtsteiner et al., 2008, doi
 10.1109/JSSC.2007.914337). Real pixels have thresholds of their own, are blind for a short time after an event, and send
-events without a cause; so do these.
+events without a cause; so do these. While a pixel is blind it is held at the present brightness, so what changes
+meanwhile is lost.
 
 The camera moves as for N-MNIST (Orchard et al., 2015, doi 10.3389/fnins.2015.00437): three straight saccades along a
 triangle, back to where it began. We do not know the motion's exact course and the sensor's constants. A saccade here
@@ -68,12 +69,13 @@ class EventCamera:
             said = ", ".join(f"{name} (={getattr(self, name)})" for name in wrong)
             raise ConfigError(f"{said} of the event camera cannot be: see the ranges of EventCamera.")
 
-    def record(self, images: Pixels, seed: int = 0) -> Tensor:
-        """The events of images, counted in frames; the same images and seed give the same events.
+    def record(self, images: Pixels, seed: int = 0, take: int = 0) -> Tensor:
+        """The events of images, counted in frames; the same images, seed and take give the same events.
 
         Args:
             images: bytes ``[N, C, H, W]`` of 1 or 3 channels.
-            seed: of thresholds and noise. All images of one call see the same pixels of the sensor.
+            seed: of the sensor, whose pixels have thresholds of their own, and of noise.
+            take: another number means other noise on the same sensor.
 
         Returns:
             Counts as bytes ``[N, T, 2, H + 2 border, W + 2 border]``, polarity 0 darker and 1 brighter.
@@ -87,6 +89,8 @@ class EventCamera:
         side = [size + 2 * self.border for size in images.shape[-2:]]
         varied = 1 + self.mismatch * torch.randn(side, generator=generator)
         thresholds = self.threshold * varied.clamp_min(0.2)
+        if take:
+            generator.manual_seed(seed + take)
         parts = [self._record(part, thresholds, generator) for part in images.split(BLOCK)]
         return torch.cat(parts)
 
@@ -112,7 +116,7 @@ class EventCamera:
             wanted = ((now - level) / thresholds).trunc()
             sees = blind <= 0
             sent = wanted.clamp(-most, most) * sees
-            level = torch.where(sent == wanted, level + sent * thresholds, torch.where(sees, now, level))
+            level = torch.where(sees & (sent == wanted), level + sent * thresholds, now)
             blind = torch.where(sent != 0, self.refractory * looks, blind) - 1
             frame = counts[:, look // self.looks]
             frame[:, 0] += (-sent).clamp_min(0)
@@ -143,7 +147,7 @@ def _brightness(images: Pixels) -> Tensor:
 
 
 def seen_by_camera(images: ImageSet, camera: EventCamera) -> ImageSet:
-    """A data set as an event camera records it: frames in place of images.
+    """A data set as an event camera records it: frames in place of images. Both parts are seen by one sensor.
 
     Raises:
         DataError: if it holds event frames already.
@@ -154,6 +158,6 @@ def seen_by_camera(images: ImageSet, camera: EventCamera) -> ImageSet:
         images,
         name=f"{images.name}, simulated events",
         train_images=camera.record(images.train_images),
-        test_images=camera.record(images.test_images, seed=1),
+        test_images=camera.record(images.test_images, take=1),
         notes=(*images.notes, f"events are simulated: {camera}"),
     )

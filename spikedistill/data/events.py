@@ -4,6 +4,7 @@ Frames hold counts as bytes, ``[N, T, 2, H, W]``: how many events of a polarity 
 a time step. The corruptions here need no more than these counts.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Generator, Tensor
 
 from spikedistill.errors import ConfigError, DataError, one_of
 
+LEAST = 1e-3
+"""Part of a typical recording that frames of a given duration cover at least."""
 MOST = 255
 """Largest count per pixel, polarity and time step. Further events are not counted."""
 
@@ -46,8 +49,8 @@ class Recording:
             where: what it is, for messages.
 
         Raises:
-            DataError: if it is empty, arrays differ in length or hold anything but finite numbers, or coordinates or
-                polarities are fractions.
+            DataError: if it is empty, arrays differ in length or hold anything but finite numbers, coordinates or
+                polarities are fractions, a coordinate is negative, or a polarity is none of those above.
         """
         t, x, y, p = (np.asarray(values) for values in (self.t, self.x, self.y, self.p))
         lengths = ", ".join(str(len(values) if values.ndim == 1 else values.shape) for values in (t, x, y, p))
@@ -57,6 +60,12 @@ class Recording:
         x, y, p = (_whole(_numbers(values, where, name), where, name) for name, values in zip("xyp", (x, y, p)))
         if p.min() == -1 and (np.abs(p) == 1).all():
             p = (p + 1) // 2
+        if min(x.min(), y.min(), p.min()) < 0 or p.max() > 1:
+            raise DataError(
+                f"The events of {where} lie at x {x.min()}..{x.max()}, y {y.min()}..{y.max()} and have the polarities"
+                f" {p.min()}..{p.max()}: expected x and y of 0 or more, and polarity 0 or 1, or -1 and 1. It is"
+                " damaged, or in another format."
+            )
         return Recording(t, x, y, p)
 
     def reduced(self, rows: int, columns: int, side: int) -> "Recording":
@@ -125,8 +134,29 @@ class Binning:
             )
 
 
+def check_size(count: int, timesteps: int, height: int, width: int) -> None:
+    """Refuse frames of no size, and of so many recordings that no memory holds them.
+
+    Raises:
+        ConfigError: if a size is below 1.
+        DataError: if they need more than ``LARGEST`` bytes.
+    """
+    if min(timesteps, height, width) < 1:
+        raise ConfigError(f"timesteps, height and width (={timesteps}, {height}, {width}) must be 1 or more.")
+    if (needed := count * timesteps * 2 * height * width) > LARGEST:
+        raise DataError(
+            f"{timesteps} frames of {height} x {width} pixels of {count} recordings need {needed / 2**30:.0f} GiB, more"
+            f" than {LARGEST / 2**30:.0f}: give fewer --event-frames, or --image-size."
+        )
+
+
 def to_frames(
-    recordings: Sequence[Recording], timesteps: int, height: int, width: int, binning: Binning | None = None
+    recordings: Sequence[Recording],
+    timesteps: int,
+    height: int,
+    width: int,
+    binning: Binning | None = None,
+    names: Sequence[str] = (),
 ) -> Tensor:
     """Bin recordings into frames: by default T bins of equal duration from the first event to the last.
 
@@ -136,33 +166,29 @@ def to_frames(
         height: height of the sensor in pixels.
         width: width of the sensor in pixels.
         binning: which events a frame holds.
+        names: how messages call each recording (default: recording 0, recording 1, ...).
 
     Returns:
-        Counts as bytes ``[N, T, 2, H, W]``, at most 255 each. A student made with ``coding=Frames()`` takes
+        Counts as bytes ``[N, T, 2, H, W]``, at most 255 each. A student made with ``coding=FrameCoding()`` takes
         ``to_inputs(frames)``. ``immunity`` and ``predict`` take the frames themselves.
 
     Raises:
         ConfigError: if a size is below 1.
         DataError: if a recording is empty, its arrays differ in length or hold anything but finite numbers,
-            coordinates or polarities are fractions, an event lies outside the sensor, times are too coarse for T
-            frames, or the frames need more than ``LARGEST`` bytes.
+            coordinates or polarities are fractions or out of range, an event lies outside the sensor, times are too
+            coarse for T frames, or the frames need more than ``LARGEST`` bytes.
     """
-    if min(timesteps, height, width) < 1:
-        raise ConfigError(f"timesteps, height and width (={timesteps}, {height}, {width}) must be 1 or more.")
+    check_size(len(recordings), timesteps, height, width)
     binning = binning or Binning()
-    if (needed := len(recordings) * timesteps * 2 * height * width) > LARGEST:
-        raise DataError(
-            f"{timesteps} frames of {height} x {width} pixels of {len(recordings)} recordings need"
-            f" {needed / 2**30:.0f} GiB, more than {LARGEST / 2**30:.0f}: give fewer --event-frames, or --image-size."
-        )
     frames = torch.zeros(len(recordings), timesteps, 2, height, width, dtype=torch.uint8)
     for number, recording in enumerate(recordings):
-        checked = recording.checked(f"recording {number}")
+        where = names[number] if names else f"recording {number}"
+        checked = recording.checked(where)
         t, x, y, p = checked.t, checked.x, checked.y, checked.p
-        if min(x.min(), y.min(), p.min()) < 0 or x.max() >= width or y.max() >= height or p.max() > 1:
+        if x.max() >= width or y.max() >= height:
             raise DataError(
-                f"Recording {number} has events at x {x.min()}..{x.max()}, y {y.min()}..{y.max()} of polarity"
-                f" {p.min()}..{p.max()}: expected x below {width}, y below {height}, polarity 0 or 1."
+                f"The events of {where} lie at x {x.min()}..{x.max()} and y {y.min()}..{y.max()}: expected x below"
+                f" {width} and y below {height}."
             )
         if binning.by == "number":
             steps = _by_number(t, timesteps)
@@ -171,7 +197,7 @@ def to_frames(
             t, x, y, p, steps = (values[steps < timesteps] for values in (t, x, y, p, steps))
         elif len(t) > 1 and _is_too_short(t, timesteps):
             raise DataError(
-                f"The {len(t)} events of recording {number} have times from {t.min()} to {t.max()}, which cannot be"
+                f"The {len(t)} events of {where} have times from {t.min()} to {t.max()}, which cannot be"
                 f" divided into {timesteps} frames: were seconds rounded to whole numbers? Give the times as they were"
                 " recorded."
             )
@@ -241,6 +267,77 @@ def _steps(t: np.ndarray, timesteps: int) -> np.ndarray:
         return ticks.astype(np.int64) * timesteps // (int(ticks.max()) + 1)
     since = (t - t.min()).astype(np.float64)
     return np.minimum(since / since.max() * timesteps, timesteps - 1).astype(np.int64)
+
+
+class Binned:
+    """The frames of some recordings, filled with one after the other.
+
+    Args:
+        path: where the recordings lie, for messages.
+        count: their number.
+        timesteps: T, the number of frames.
+        sensor: rows and columns.
+        size: side in pixels that frames are reduced to.
+        binning: which events a frame holds.
+
+    Raises:
+        ConfigError: if a size is below 1.
+        DataError: if the frames need more than ``LARGEST`` bytes.
+    """
+
+    def __init__(
+        self, path: Path, count: int, timesteps: int, sensor: tuple[int, int], size: int | None, binning: Binning
+    ) -> None:
+        self.path, self.timesteps, self.sensor, self.size, self.binning = path, timesteps, sensor, size, binning
+        self.side = sensor if size is None else (size, size)
+        check_size(count, timesteps, *self.side)
+        self.counts = torch.empty(count, timesteps, 2, *self.side, dtype=torch.uint8)
+        self.done = 0
+        self.lengths: list[float] = []
+        self.counted: list[tuple[int, int, int]] = []
+
+    def add(self, file: Path, recording: Recording) -> None:
+        """Bin the next recording.
+
+        Raises:
+            DataError: if it has events outside the sensor, or ``to_frames`` refuses it.
+        """
+        (rows, columns), low, right = self.sensor, recording.y.max(), recording.x.max()
+        if right >= columns or low >= rows:
+            raise DataError(
+                f"'{file}' has events at x up to {right} and y up to {low}, outside of a sensor of {rows} rows and"
+                f" {columns} columns: give --sensor ROWS COLUMNS."
+            )
+        if self.binning.duration is not None:
+            steps = _by_duration(recording.t, self.binning.duration)
+            self.lengths.append(float(recording.t.max() - recording.t.min()))
+            self.counted.append((len(steps), int((steps == 0).sum()), int((steps >= self.timesteps).sum())))
+        shown = recording if self.size is None else recording.reduced(rows, columns, self.size)
+        self.counts[self.done] = to_frames([shown], self.timesteps, *self.side, self.binning, [f"'{file}'"])[0]
+        self.done += 1
+
+    def checked(self, tally: Counter[str]) -> Tensor:
+        """All frames, ``[N, T, 2, H, W]``.
+
+        Args:
+            tally: counts the events, and those behind the last frame, if frames have a duration of their own.
+
+        Raises:
+            DataError: if the duration is far from those of the recordings, so that it has another unit.
+        """
+        if self.binning.duration is None:
+            return self.counts
+        typical, (every, first, late) = float(np.median(self.lengths)), np.array(self.counted).T
+        covered = self.timesteps * self.binning.duration
+        if (self.timesteps > 1 and (every == first).all()) or covered < LEAST * typical:
+            found = "less than a thousandth of a recording is in them"
+            found = found if covered < typical else "all events of each recording are in the first frame"
+            raise DataError(
+                f"{self.timesteps} frames that last {self.binning.duration:g} each do not suit '{self.path}', where a"
+                f" recording typically lasts {typical:g}: {found}. Give --event-duration in the unit of the times."
+            )
+        tally.update(events=int(every.sum()), late=int(late.sum()))
+        return self.counts
 
 
 def background_activity(frames: Tensor, rate: float, generator: Generator) -> Tensor:

@@ -13,12 +13,11 @@ from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from spikedistill.data.augment import Augment, alternate, to_inputs
+from spikedistill.data.augment import Augment, BatchShard, alternating_flip, as_frames, to_inputs
 from spikedistill.data.images import ImageSet, evenly, split
-from spikedistill.data.parts import class_order, listed
+from spikedistill.data.parts import check_pair
 from spikedistill.errors import ConfigError, DataError
 from spikedistill.files import fingerprint
 from spikedistill.shapes import Labels
@@ -193,7 +192,7 @@ class MemoryFeed:
         """This process's rows. Random numbers are drawn for the whole batch, whatever the number of processes."""
         mine, (stored, classes) = samples[self.rows], self._stored
         labels = classes[mine] if self.images.labelled else None
-        turned = alternate(len(stored), samples, view)
+        turned = alternating_flip(len(stored), samples, view)
         pixels, seed = stored[samples], step_seed(self.seed, view, step)
         if self.images.frames:
             return Inputs(to_inputs(self.augment.frames(pixels, seed, turned, self.rows)), labels, mine)
@@ -242,8 +241,8 @@ class PairFeed:
     Args:
         events: the feed of event frames.
         images: the data set of images, with the same classes.
-        paired: whether recording n goes with image n. Otherwise an image of its class is drawn at random by (seed,
-            epoch, step).
+        paired: whether recording n goes with image n, mirrored as it is and, if of the same size, moved as it is.
+            Otherwise an image of its class is drawn at random by (seed, epoch, step).
         replacement: the power of the progress of training with which samples are replaced; 0: none are.
         epochs: of the whole training, for its progress.
 
@@ -270,17 +269,12 @@ class PairFeed:
             raise DataError(
                 f"'{ours.name}' and '{theirs.name}' cannot be paired without labels: give both their labels."
             )
-        if ours.classes != theirs.classes or not ours.frames or theirs.frames:
+        if not ours.frames or theirs.frames:
             raise DataError(
-                f"'{ours.name}' and '{theirs.name}' cannot be paired: expected event frames and images of the same"
-                f" classes, found {ours.classes} and {theirs.classes} classes."
+                f"'{ours.name}' and '{theirs.name}' cannot be paired: expected event frames and images. Give recordings"
+                " by --data, or --events simulated, and images by --source."
             )
-        moved, differ = class_order(ours.class_names, theirs.class_names)
-        if differ:
-            raise DataError(
-                f"'{ours.name}' and '{theirs.name}' cannot be paired, their classes differ: {listed(moved or differ)}."
-                " Give both the same class_names in the same order."
-            )
+        check_pair((ours.name, theirs.name), ours.class_names, theirs.class_names)
         if self.paired and not torch.equal(ours.train_labels, theirs.train_labels[: len(ours.train_labels)]):
             raise DataError(
                 f"'{ours.name}' and '{theirs.name}' are not paired sample by sample, their labels differ: leave"
@@ -309,7 +303,7 @@ class PairFeed:
         view, own = self.view(epoch), self.events.images
         timesteps, (height, width) = own.frames, own.train_images.shape[-2:]
         for step, inputs in enumerate(self.events.batches(epoch, done), done):
-            images = to_inputs(self.images.train_images[self._partners(inputs, view, step)])
+            images = to_inputs(self._shown(inputs, view, step))
             source = as_frames(images, timesteps, height, width)
             if self.replacement:
                 gone = self._replaced(epoch, step)[None, :, None, None, None]
@@ -322,6 +316,22 @@ class PairFeed:
         generator = torch.Generator().manual_seed(_mix(step_seed(self.events.seed, epoch, step), 1))
         drawn = torch.rand(self.events.batch_size, generator=generator, dtype=torch.float64)[self.events.rows]
         return drawn < min(1.0, progress) ** self.replacement
+
+    def _shown(self, inputs: Inputs, view: int, step: int) -> Tensor:
+        """The images for a batch of recordings, bytes."""
+        own, turned = self.events, alternating_flip(len(self.events.images.train_labels), inputs.samples, view)
+        share, pixels = (
+            BatchShard(own.batch_size, own.rows),
+            self.images.train_images[self._partners(inputs, view, step)],
+        )
+        return self._changes.moved(pixels, step_seed(own.seed, view, step), turned, share)
+
+    @property
+    def _changes(self) -> Augment:
+        """How images are changed: paired ones as their recordings, but those of another size are not moved."""
+        ours, theirs = (one.train_images.shape[-2:] for one in (self.events.images, self.images))
+        given, move = self.events.augment, self.paired and ours == theirs
+        return replace(given, crop=given.crop if move else 0, flip=given.flip and self.paired)
 
     def _partners(self, inputs: Inputs, view: int, step: int) -> Tensor:
         """The numbers of the images for a batch of recordings, ``[B]``."""
@@ -348,7 +358,8 @@ class PairFeed:
     def fingerprint(self) -> dict[str, Any]:
         """What the batches depend on in both sets."""
         images = fingerprint({"images": self.images.train_images, "labels": self.images.train_labels})
-        return {**self.events.fingerprint(), "source": self.images.name, "images": images, "paired": self.paired}
+        paired = "moved alike" if self._changes.crop or self._changes.flip else self.paired
+        return {**self.events.fingerprint(), "source": self.images.name, "images": images, "paired": paired}
 
     def shared(self, rank: int, processes: int) -> "PairFeed":
         """This feed for one of several processes."""
@@ -368,15 +379,6 @@ def training_samples(images: ImageSet, validation: float) -> str:
 def calibration_inputs(images: ImageSet, count: int) -> Tensor:
     """``count`` evenly spaced training samples as student inputs, without augmentation."""
     return to_inputs(images.train_images[evenly(len(images.train_images), count)])
-
-
-def as_frames(images: Tensor, timesteps: int, height: int, width: int) -> Tensor:
-    """Images ``[B, C, H, W]`` as frames ``[T, B, 2, h, w]``: grey, resized, equal in both polarities and all steps.
-
-    He et al. (AAAI 2024, arXiv 2303.13077) repeat the brightness in this way. How to resize is this project's choice.
-    """
-    grey = F.interpolate(images.amax(1, keepdim=True), (height, width), mode="bilinear", antialias=True)
-    return grey.clamp(0, 1).repeat(1, 2, 1, 1).expand(timesteps, -1, -1, -1, -1)
 
 
 def epoch_order(samples: Tensor, seed: int, epoch: int, batch_size: int) -> list[Tensor]:

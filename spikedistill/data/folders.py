@@ -42,10 +42,12 @@ SAID = {
     "transparent": "images have transparent parts, which became white",
 }
 """What is counted while images are read, and the words of its note."""
+MUCH = 0.1
+"""Part of the events of recordings that are left out, above which it is said."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class SampleKind:
     """What the samples in a folder are.
 
     Args:
@@ -70,7 +72,7 @@ class Kind:
         return EXPECTED.format(file=self.example)
 
 
-def read_folder(path: Path, kind: Kind, labelled: bool = True) -> Parts:
+def read_folder(path: Path, kind: SampleKind, labelled: bool = True) -> Parts:
     """Samples by class: ``train/CLASS/image`` and ``test/CLASS/image``, or ``CLASS/image`` alone.
 
     - Images without classes: ``train/image`` and ``test/image``, or images alone, without any folder beside them.
@@ -112,7 +114,7 @@ def read_folder(path: Path, kind: Kind, labelled: bool = True) -> Parts:
             notes.append(
                 f"the {kind.plural} of {listed(deep)} lie in folders below ({below}): is each of them one class?"
             )
-        return Parts(_read_classes(root, names, kind, tally), None, tuple(names), (*notes, *_said(tally, kind)))
+        return Parts(_read_classes(root, names, kind, tally), None, tuple(names), (*notes, *said(tally, kind)))
     train, test = (_unwrapped(root / name, kind) for name in pair)
     classes, tested = (_names(_folders(part)) for part in (train, test))
     if strange := [name for name in tested if name not in classes]:
@@ -126,7 +128,7 @@ def read_folder(path: Path, kind: Kind, labelled: bool = True) -> Parts:
     tally.update(_ending(file) for file in _listing(root) if not file.is_dir())
     parts = _read_classes(train, classes, kind, tally), _read_classes(test, tested, kind, tally, classes)
     notes = [f"the folders {listed(others)} are ignored"] if others else []
-    return Parts(*parts, tuple(classes), (*notes, *_said(tally, kind)))
+    return Parts(*parts, tuple(classes), (*notes, *said(tally, kind)))
 
 
 # --- which folders are what -------------------------------------------------------------------------------------------
@@ -158,12 +160,12 @@ def _ending(file: Path) -> str:
     return file.suffix.lower() or "without suffix"
 
 
-def _holds(folder: Path, kind: Kind) -> bool:
+def _holds(folder: Path, kind: SampleKind) -> bool:
     """Whether samples lie directly in a folder."""
     return any(kind.holds(child) for child in _listing(folder))
 
 
-def _unwrapped(path: Path, kind: Kind) -> Path:
+def _unwrapped(path: Path, kind: SampleKind) -> Path:
     """The first folder below that holds more than a single folder of folders."""
     seen = {path.resolve()}
     while len(inside := _folders(path)) == 1 and not _holds(path, kind):
@@ -199,7 +201,7 @@ def _split(word: str, known: str) -> list[str]:
     return re.findall(known, word) if re.fullmatch(f"(?:{known})+", word) else [word]
 
 
-def _pair(root: Path, names: Sequence[str], kind: Kind) -> tuple[str, str] | None:
+def _pair(root: Path, names: Sequence[str], kind: SampleKind) -> tuple[str, str] | None:
     """The names of the training and the test part. None if no folder of folders is named as a part.
 
     Raises:
@@ -214,7 +216,7 @@ def _pair(root: Path, names: Sequence[str], kind: Kind) -> tuple[str, str] | Non
     return None
 
 
-def _flat_pair(root: Path, names: Sequence[str], kind: Kind) -> tuple[str, str] | None:
+def _flat_pair(root: Path, names: Sequence[str], kind: SampleKind) -> tuple[str, str] | None:
     """The names of a training and a test part without classes: every folder is named as a part and holds samples only.
 
     A validation part becomes the test part if there is no other.
@@ -240,7 +242,7 @@ def _paired(group: Mapping[str, Sequence[str]]) -> bool:
     return "train" in group and len(group) > 1
 
 
-def _found(root: Path, names: Sequence[str], kind: Kind) -> str:
+def _found(root: Path, names: Sequence[str], kind: SampleKind) -> str:
     """A sentence that lists what lies in a folder."""
     shown = []
     for name in names:
@@ -250,7 +252,7 @@ def _found(root: Path, names: Sequence[str], kind: Kind) -> str:
     return f"'{root}' holds {listed(shown) or 'no folders'}."
 
 
-def _refuse_parts(path: Path, root: Path, names: Sequence[str], kind: Kind) -> None:
+def _refuse_parts(path: Path, root: Path, names: Sequence[str], kind: SampleKind) -> None:
     """Refuse folders that cannot be classes.
 
     Raises:
@@ -278,17 +280,20 @@ def _refuse_parts(path: Path, root: Path, names: Sequence[str], kind: Kind) -> N
         )
 
 
-def _said(tally: Counter[str], kind: Kind) -> list[str]:
+def said(tally: Counter[str], kind: SampleKind) -> list[str]:
     """Notes on how files and samples were read."""
-    said = [f"{tally.pop(kind)} {text}" for kind, text in SAID.items() if tally[kind]]
+    notes = [f"{tally.pop(kind)} {text}" for kind, text in SAID.items() if tally[kind]]
+    late, events = tally.pop("late", 0), tally.pop("events", 0)
+    if late > MUCH * events:
+        notes.append(f"{late / events:.0%} of the events came after the last frame and are left out")
     others = Counter({kind: count for kind, count in tally.items() if count and kind not in SAID})
-    return said + ([f"files that are not {kind.plural} of a class are ignored ({counted(others)})"] if others else [])
+    return notes + ([f"files that are not {kind.plural} of a class are ignored ({counted(others)})"] if others else [])
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def _without_classes(parts: Sequence[Path], kind: Kind, tally: Counter[str], others: Sequence[str] = ()) -> Parts:
+def _without_classes(parts: Sequence[Path], kind: SampleKind, tally: Counter[str], others: Sequence[str] = ()) -> Parts:
     """One part, or a training and a test part, of samples without labels, from all files below each."""
     read = []
     for part in parts:
@@ -296,11 +301,11 @@ def _without_classes(parts: Sequence[Path], kind: Kind, tally: Counter[str], oth
         read.append((samples, torch.full((len(samples),), UNKNOWN)))
     notes = ["it is read without classes: training needs a teacher's logits or features"]
     notes += [f"the folders {listed(others)} are ignored"] if others else []
-    return Parts(read[0], read[1] if len(read) > 1 else None, (), (*notes, *_said(tally, kind)))
+    return Parts(read[0], read[1] if len(read) > 1 else None, (), (*notes, *said(tally, kind)))
 
 
 def _read_classes(
-    path: Path, names: Sequence[str], kind: Kind, tally: Counter[str], classes: Sequence[str] | None = None
+    path: Path, names: Sequence[str], kind: SampleKind, tally: Counter[str], classes: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The samples of some classes, bytes ``[N, ...]``, and their class numbers ``[N]``."""
     numbers = {name: number for number, name in enumerate(classes or names)}
@@ -316,7 +321,7 @@ def _read_classes(
     return samples, torch.tensor([number for _, number in files])
 
 
-def _class_files(folder: Path, kind: Kind, tally: Counter[str]) -> list[Path]:
+def _class_files(folder: Path, kind: SampleKind, tally: Counter[str]) -> list[Path]:
     """All samples of a class, sorted by path.
 
     Raises:

@@ -6,13 +6,14 @@ microseconds. ``gesture_mapping.csv`` has the names of the classes.
 """
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spikedistill.data.events import to_frames
+from spikedistill.data.folders import said
 from spikedistill.data.parts import Parts
 from spikedistill.data.recordings import Recordings, read_recording
 from spikedistill.errors import DataError
@@ -20,7 +21,7 @@ from spikedistill.errors import DataError
 TRIALS = {"train": "trials_to_train.txt", "test": "trials_to_test.txt"}
 """The files that list a part's trials."""
 SENSOR = (128, 128)
-"""Rows and columns of the camera."""
+"""Rows and columns of the camera, if no others are given."""
 
 
 def is_gestures(path: Path) -> bool:
@@ -38,27 +39,27 @@ def read_gestures(path: Path, recordings: Recordings) -> Parts:
     Raises:
         DataError: if a file is missing or damaged, a line of labels cannot be read, or a gesture has no event.
     """
-    parts = {part: _read_part(path, name, recordings) for part, name in TRIALS.items()}
+    tally = Counter[str]()
+    parts = {part: _read_part(path, name, recordings, tally) for part, name in TRIALS.items()}
     most = 1 + max(int(labels.max()) for _, labels in parts.values())
-    return Parts(parts["train"], parts["test"], _names(path, most))
+    return Parts(parts["train"], parts["test"], _names(path, most), tuple(said(tally, recordings.kind())))
 
 
-def _read_part(path: Path, name: str, recordings: Recordings) -> tuple[Tensor, Tensor]:
-    found, labels = [], []
-    for trial in _text(path / name).split():
-        file = path / trial
+def _read_part(path: Path, name: str, recordings: Recordings, tally: Counter[str]) -> tuple[Tensor, Tensor]:
+    trials = [path / trial for trial in _text(path / name).split()]
+    gestures = [_gestures(file.with_name(f"{file.stem}_labels.csv")) for file in trials]
+    labels = [label for found in gestures for label, _, _ in found]
+    if not labels:
+        raise DataError(f"'{path / name}' names no trial with a gesture.")
+    frames = recordings.begun(path / name, len(labels), recordings.sensor or SENSOR)
+    for file, found in zip(trials, gestures):
         events = read_recording(file)
-        for label, begin, end in _gestures(file.with_name(f"{file.stem}_labels.csv")):
+        for label, begin, end in found:
             inside = (events.t >= begin) & (events.t < end)
             if not inside.any():
                 raise DataError(f"'{file}' has no event of gesture {label + 1} from {begin} to {end}: it is cut.")
-            found.append(events.of(inside))
-            labels.append(label)
-    if not found:
-        raise DataError(f"'{path / name}' names no trial with a gesture.")
-    size = recordings.size or SENSOR[0]
-    reduced = [one.reduced(*SENSOR, size) for one in found]
-    return to_frames(reduced, recordings.timesteps, size, size, recordings.binning), torch.tensor(labels)
+            frames.add(file, events.of(inside))
+    return frames.checked(tally), torch.tensor(labels)
 
 
 def _text(file: Path) -> str:

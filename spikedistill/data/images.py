@@ -222,8 +222,8 @@ def load_images(
 def load_recordings(name: str, recordings: Recordings, labelled: bool = True) -> ImageSet:
     """Read a folder of event recordings as frames.
 
-    Folders lie as for images (see ``read_folder``), or as DVS128 Gesture is published (``gestures.py``). Frames of a
-    thousand recordings or more are kept on disk (``kept.py``).
+    Folders lie as for images (see ``read_folder``), or as DVS128 Gesture is published (``gestures.py``). Frames of
+    many or large files are kept on disk (``kept.py``).
 
     Args:
         name: the folder.
@@ -238,7 +238,7 @@ def load_recordings(name: str, recordings: Recordings, labelled: bool = True) ->
     def read() -> Parts:
         return read_gestures(path, recordings) if is_gestures(path) else read_folder(path, recordings.kind(), labelled)
 
-    return _checked(path.name, kept(path, f"{recordings} {labelled}", read), labelled)
+    return _checked(path.name, kept(path, f"frames {recordings} {labelled}", read), labelled)
 
 
 def _checked(name: str, parts: Parts, labelled: bool) -> ImageSet:

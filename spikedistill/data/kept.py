@@ -32,8 +32,8 @@ from spikedistill.data.parts import Parts
 from spikedistill.errors import DataError
 from spikedistill.files import note, write_text
 
-MANY = 1000
-"""Files from which on frames are kept."""
+MANY, LARGE = 1000, 2**28
+"""Frames are kept of so many files or more, and of files of so many bytes or more together."""
 BLOCK = 1024
 """Images that are read before they are written to disk."""
 MINUTE = 60.0
@@ -44,7 +44,7 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def kept(path: Path, how: str, read: Callable[[], Parts]) -> Parts:
-    """The frames of a folder: those kept on disk, or read now and, for many files, kept.
+    """The frames of a folder: those kept on disk, or read now and, for many or large files, kept.
 
     Args:
         path: the folder of recordings.
@@ -52,7 +52,7 @@ def kept(path: Path, how: str, read: Callable[[], Parts]) -> Parts:
         read: reads them.
     """
     files = sorted(files_below(path))
-    if len(files) < MANY:
+    if len(files) < MANY and sum(file.stat().st_size for file in files) < LARGE:
         return read()
     folder = _place(path, how, files)
     if folder.exists():

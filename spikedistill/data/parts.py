@@ -132,5 +132,36 @@ def class_order(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[str], 
     return moved, differ
 
 
+def check_pair(names: tuple[str, str], ours: Sequence[str], theirs: Sequence[str]) -> None:
+    """Check that two sets have the same classes in the same order.
+
+    Args:
+        names: the names of both sets.
+        ours: the class names of the first.
+        theirs: those of the second.
+
+    Raises:
+        DataError: if they differ.
+    """
+    first, second = names
+    if len(ours) != len(theirs):
+        plain = [{_plain(name) for name in known} for known in (ours, theirs)]
+        alone = (
+            (first, [name for name in ours if _plain(name) not in plain[1]]),
+            (second, [name for name in theirs if _plain(name) not in plain[0]]),
+        )
+        only = "".join(f" Only '{name}' has {listed(found)}." for name, found in alone if found)
+        raise DataError(
+            f"'{first}' and '{second}' cannot be paired: expected the same classes, found {len(ours)} and"
+            f" {len(theirs)}.{only} Remove the classes that are not in both."
+        )
+    moved, differ = class_order(ours, theirs)
+    if differ:
+        raise DataError(
+            f"'{first}' and '{second}' cannot be paired, their classes differ: {listed(moved or differ)}."
+            " Give both the same class_names in the same order."
+        )
+
+
 def _plain(name: str) -> str:
     return " ".join(str(name).casefold().replace("-", " ").replace("_", " ").split())

@@ -15,7 +15,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 from torch import Tensor
 
-from spikedistill.data.folders import Kind
+from spikedistill.data.folders import SampleKind
 from spikedistill.data.kept import pixels_on_disk
 from spikedistill.errors import DataError
 
@@ -31,14 +31,14 @@ ORIENTATION = 0x0112
 """The EXIF tag for the orientation of the camera."""
 
 
-def images_of(size: int | None) -> Kind:
+def images_of(size: int | None) -> SampleKind:
     """Folders of images.
 
     Args:
         size: side in pixels. The largest square in the middle of an image is resized to it. Without it, all must have
             the same size.
     """
-    return Kind("images", SUFFIXES, "image.png", partial(_read_files, size=size))
+    return SampleKind("images", SUFFIXES, "image.png", partial(_read_files, size=size))
 
 
 def _read_files(path: Path, files: Sequence[Path], tally: Counter[str], size: int | None) -> Tensor:

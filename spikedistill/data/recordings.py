@@ -7,12 +7,13 @@
 | ``.dat`` | eight bytes per event behind a header in % | N-Cars, Prophesee |
 | ``.mat`` | arrays ``ts``, ``x``, ``y``, ``pol`` of MATLAB | ASL-DVS |
 | ``.npz``, ``.npy`` | arrays ``t``, ``x``, ``y``, ``p``, or one array with these fields | frameworks' own copies |
-| ``.h5``, ``.hdf5`` | the same arrays, at the top or in a group ``events`` (needs h5py) | DSEC, 1 Mpx |
+| ``.h5``, ``.hdf5`` | the same arrays, at the top or in ``events``, a group or fields (needs h5py) | DSEC, 1 Mpx |
 
 A file that is cut, damaged or in another format is refused as a whole: no reader returns a part of a recording.
 """
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from spikedistill.data.events import Binning, Recording, read_nmnist, to_frames
-from spikedistill.data.folders import Kind, files_below
+from spikedistill.data.events import Binned, Binning, Recording, read_nmnist
+from spikedistill.data.folders import SampleKind, files_below
 from spikedistill.data.pictures import SUFFIXES
 from spikedistill.errors import DataError
 
@@ -40,6 +40,10 @@ LOOKED_AT = 1000
 """Files at which it is seen what a folder holds."""
 POLARITY = 1
 """The number of polarity events among the types of AEDAT 3.1."""
+CONTRAST = (0, 12)
+"""The numbers of events that pixels send, among the types of ``.dat`` files: Event2d and EventCd."""
+OLDER = 18
+"""Bits that older ``.dat`` files use for x, y and polarity: 9, 8 and 1."""
 NAMES = {
     "t": ("t", "ts", "time", "timestamp", "timestamps"),
     "x": ("x", "xs"),
@@ -80,10 +84,7 @@ def read_aedat(path: Path) -> Recording:
         return _read_aedat_3(path, content)
     if not first.startswith(b"#!AER-DAT2"):
         raise DataError(f"'{path}' does not begin with #!AER-DAT2.0 or #!AER-DAT3.1: it is in another format.")
-    body = content
-    while body.startswith(b"#"):
-        end = body.find(b"\n")
-        body = body[end + 1 :] if end >= 0 else b""
+    _, body = _header(content, b"#")
     if len(body) % 8:
         raise _cut(path, len(body), "eight per event")
     address, t = np.frombuffer(body, ">u4").reshape(-1, 2).astype(np.int64).T
@@ -127,21 +128,30 @@ def _read_aedat_3(path: Path, content: bytes) -> Recording:
 def read_dat(path: Path) -> Recording:
     """Prophesee's format for N-Cars (Sironi et al., CVPR 2018, arXiv 1803.07913): header lines, then events.
 
-    Two bytes behind the header say the type and the size of an event. An event has its time in microseconds, and 14
-    bits of x, 14 of y and one of polarity, little-endian.
+    Two bytes behind the header say the type and the size of an event. An event of a pixel has its time in microseconds,
+    and 14 bits of x, 14 of y and one of polarity, little-endian (docs.prophesee.ai/stable/data/file_formats/dat.html).
+    This is version 2. Older files have fewer bits, in several ways, and are refused. A file whose header names no
+    version is read if its events use bits that older files leave free.
 
     Raises:
-        DataError: see ``read_recording``.
+        DataError: see ``read_recording``; also if its events are not those of pixels, or its version is another.
     """
-    body = _content(path)
-    if not body.startswith(b"%"):
+    header, body = _header(_content(path), b"%")
+    if not header:
         raise DataError(f"'{path}' does not begin with a header in %: it is in another format.")
-    while body.startswith(b"%"):
-        end = body.find(b"\n")
-        body = body[end + 1 :] if end >= 0 else b""
-    if len(body) < 2 or body[1] != 8 or (len(body) - 2) % 8:
+    if len(body) < 2 or (len(body) - 2) % 8:
         raise _cut(path, max(0, len(body) - 2), "eight per event")
+    if body[0] not in CONTRAST or body[1] != 8:
+        raise DataError(
+            f"'{path}' holds events of type {body[0]} in {body[1]} bytes each: expected type 0 or 12, those of pixels,"
+            " in 8 bytes. Type 14 is that of signals from outside: export the events of the pixels."
+        )
     t, packed = np.frombuffer(body, "<u4", offset=2).reshape(-1, 2).astype(np.int64).T
+    named = re.search(rb"^%[ \t]*Version[ \t]+(\S+)", header, re.MULTILINE)
+    older = len(t) > 0 and not (packed >> OLDER).any()
+    if named[1] != b"2" if named else older:
+        said = f"version {named[1].decode('latin')}" if named else "no version"
+        raise DataError(f"The header of '{path}' names {said} of the format: expected version 2. Export it again.")
     return _in_order(Recording(_unwrapped(t), packed & 0x3FFF, packed >> 14 & 0x3FFF, packed >> 28 & 1))
 
 
@@ -149,7 +159,7 @@ def read_mat(path: Path) -> Recording:
     """Arrays in a file of MATLAB up to version 7.
 
     Raises:
-        DataError: see ``read_recording``; also if scipy is not installed.
+        DataError: see ``read_recording``; also if it is of version 7.3, or scipy is not installed.
     """
     try:
         from scipy.io import loadmat
@@ -158,7 +168,16 @@ def read_mat(path: Path) -> Recording:
             f"'{path}' is a file of MATLAB, which needs scipy: pip install 'spikedistill[events]'."
         ) from error
 
-    return _of_arrays(path, lambda: loadmat(path))
+    def load() -> Any:
+        try:
+            found = loadmat(path)
+        except NotImplementedError as error:
+            raise DataError(
+                f"'{path}' is a file of MATLAB 7.3, which is HDF5 inside: save it in MATLAB with the option -v7."
+            ) from error
+        return {name: value for name, value in found.items() if not name.startswith("__")}  # MATLAB's own entries
+
+    return _of_arrays(path, load)
 
 
 def read_arrays(path: Path) -> Recording:
@@ -171,15 +190,13 @@ def read_arrays(path: Path) -> Recording:
     def load() -> Any:
         with path.open("rb") as file:
             found = np.load(file, allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                return {name: found[name] for name in found.dtype.names or ()}
-            return dict(found)
+            return _fields(path, found) if isinstance(found, np.ndarray) else dict(found)
 
     return _of_arrays(path, load)
 
 
 def read_hdf5(path: Path) -> Recording:
-    """Arrays at the top of an HDF5 file, or in its group ``events``.
+    """Arrays at the top of an HDF5 file or in its group ``events``, or the fields of its dataset ``events``.
 
     Raises:
         DataError: see ``read_recording``; also if h5py is not installed.
@@ -191,16 +208,30 @@ def read_hdf5(path: Path) -> Recording:
 
     def load() -> Any:
         with h5py.File(path, "r") as file:
-            group = file.get("events", file)
-            return {name: group[name][()] for name in group}
+            found = file.get("events", file)
+            if isinstance(found, h5py.Dataset):
+                return _fields(path, found[()])
+            return {name: value[()] for name, value in found.items() if isinstance(value, h5py.Dataset)}
 
     return _of_arrays(path, load)
+
+
+def _fields(path: Path, found: Any) -> dict[str, Any]:
+    """The arrays of an array with named fields."""
+    if found.dtype.names is None:
+        raise DataError(
+            f"'{path}' holds one array of {found.dtype} of shape {found.shape}: expected arrays of t, x, y and p, or an"
+            " array with fields of these names."
+        )
+    return {name: found[name] for name in found.dtype.names}
 
 
 def _of_arrays(path: Path, load: Callable[[], Mapping[str, Any]]) -> Recording:
     """A recording of arrays with known names."""
     try:
         found = {name.lower(): value for name, value in load().items()}
+    except DataError:
+        raise
     except Exception as error:  # readers raise what they like on damaged files
         raise DataError(f"'{path}' cannot be read ({error}): it is missing, cut or damaged.") from error
     arrays = []
@@ -219,6 +250,14 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error}.") from error
+
+
+def _header(content: bytes, mark: bytes) -> tuple[bytes, bytes]:
+    """The lines at the beginning that start with a mark, and what follows them."""
+    end = 0
+    while content[end : end + 1] == mark:
+        end = content.find(b"\n", end) + 1 or len(content)
+    return content[:end], content[end:]
 
 
 def _cut(path: Path, have: int, expected: str) -> DataError:
@@ -265,41 +304,31 @@ class Recordings:
     sensor: tuple[int, int] | None = None
     size: int | None = None
 
-    def kind(self) -> Kind:
+    def kind(self) -> SampleKind:
         """Folders of recordings, for ``read_folder``."""
-        return Kind("recordings", tuple(READERS), "recording.bin", self._read)
+        return SampleKind("recordings", tuple(READERS), "recording.bin", self._read)
+
+    def begun(self, path: Path, count: int, sensor: tuple[int, int]) -> Binned:
+        """Frames of so many recordings below a folder, to be filled.
+
+        Raises:
+            DataError: if they need too much memory.
+        """
+        return Binned(path, count, self.timesteps, sensor, self.size, self.binning)
 
     def _read(self, path: Path, files: Sequence[Path], tally: Counter[str], extent: tuple[int, int] = (0, 0)) -> Tensor:
-        frames: list[Tensor] = []
-        sensor = self.sensor
         for first in range(0, len(files), AT_ONCE):
             some = files[first : first + AT_ONCE]
             recordings = [read_recording(file) for file in some]
             extent = _extent(recordings, extent)
-            needed = self.sensor or _sensor_of(path, extent)
-            if frames and needed != sensor:  # those read so far are too small
+            sensor = self.sensor or _sensor_of(path, extent)
+            if not first:
+                frames = self.begun(path, len(files), sensor)
+            elif sensor != frames.sensor:  # those read so far are too small
                 return self._read(path, files, tally, extent)
-            sensor = needed
-            _check_inside(some, recordings, sensor)
-            frames.append(self._frames(recordings, *sensor))
-        return torch.cat(frames)
-
-    def _frames(self, recordings: Sequence[Recording], rows: int, columns: int) -> Tensor:
-        if self.size is not None:
-            recordings = [one.reduced(rows, columns, self.size) for one in recordings]
-            rows = columns = self.size
-        return to_frames(recordings, self.timesteps, rows, columns, self.binning)
-
-
-def _check_inside(files: Sequence[Path], recordings: Sequence[Recording], sensor: tuple[int, int]) -> None:
-    """Refuse events outside of the sensor."""
-    rows, columns = sensor
-    for file, one in zip(files, recordings):
-        if one.x.max() >= columns or one.y.max() >= rows:
-            raise DataError(
-                f"'{file}' has events at x up to {one.x.max()} and y up to {one.y.max()}, outside of a sensor of"
-                f" {rows} rows and {columns} columns: give --sensor ROWS COLUMNS."
-            )
+            for file, one in zip(some, recordings):
+                frames.add(file, one)
+        return frames.checked(tally)
 
 
 def _extent(recordings: Sequence[Recording], seen: tuple[int, int]) -> tuple[int, int]:

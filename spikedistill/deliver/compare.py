@@ -10,13 +10,15 @@ from pathlib import Path
 from spikedistill.deliver.results import Result, main_measure, read_results
 from spikedistill.deliver.tables import Table
 from spikedistill.errors import ConfigError, unknown
-from spikedistill.evaluate.paired import error_of, gaps, interval_of, p_value, verdict, with_deviation
+from spikedistill.evaluate.paired import error_of, interval_of, p_value, paired_differences, verdict, with_deviation
 from spikedistill.shapes import steps_by_levels
+from spikedistill.student.substeps import LAYERS
 
 FEW = 8
 """Up to this many time steps each has a column; beyond, only powers of two and the last."""
 STEPS = """T x D: time steps times levels, the most spikes of a neuron within a step, which are as many binary
 sub-steps. The firing rate is spikes per neuron and sub-step. Minutes are for training, on the machine of the run."""
+LATENCY = "Latency: sub-steps until the answer, layer by layer."
 CAPTION = f"""Accuracy on the test set after the last epoch, and after each time step t; the teacher's is on the same
 images. {STEPS}"""
 WITHOUT_LABELS = f"""Agreement with the teacher on the test set, which has no labels, after the last epoch, and after
@@ -95,8 +97,8 @@ def table(results: Sequence[Result], baseline: str | None = None, notes: Sequenc
     gains = {group.name: gain for group in groups if not apart.get(group.name) and (gain := _gains(group, base))}
     told += [said.strip()] if several and (said := verdict(gains)) else []
     bold = _best(groups, list(cells[0]).index(f"{measure} (%)"))
-    about = CAPTION if measure == "accuracy" else WITHOUT_LABELS
-    caption = f"{about} {BOLD.format(measure=measure) if bold else ''}".replace("\n", " ").strip()
+    about = [CAPTION if measure == "accuracy" else WITHOUT_LABELS, *([LATENCY] if "latency" in cells[0] else [])]
+    caption = " ".join([*about, *([BOLD.format(measure=measure)] if bold else [])]).replace("\n", " ")
     return Table(list(cells[0]), [list(row.values()) for row in cells], caption, told, bold)
 
 
@@ -170,7 +172,7 @@ def _gains(group: Group, base: Group) -> list[float]:
     """Points above the baseline for each seed; empty between a student and a teacher."""
     if group is base or group.first.record.is_student != base.first.record.is_student:
         return []
-    return gaps(group.accuracies, base.accuracies)
+    return paired_differences(group.accuracies, base.accuracies)
 
 
 def _doubts(groups: Sequence[Group]) -> list[str]:
@@ -206,7 +208,10 @@ def _cells(
     row[f"{measure} (%)"] = with_deviation([*group.accuracies.values()] if one.measure == measure else [])
     if several:
         row |= _difference("baseline" if group is base else [] if apart else _gains(group, base))
-    row |= {"method": one.method, "network": one.network, "T x D": _steps(one), "weights": one.weights}
+    row |= {"method": one.method, "network": one.network, "T x D": _steps(one)}
+    if any(map(_latency, groups)):
+        row["latency"] = _latency(group)
+    row["weights"] = one.weights
     row["teacher (%)"] = _teacher(group)
     row["epochs"] = _span([str(result.epochs) for result in results])
     minutes = [result.minutes for result in results if result.minutes is not None]
@@ -225,6 +230,12 @@ def _steps(result: Result) -> str:
     if result.timesteps is None or result.levels is None:
         return ""
     return steps_by_levels(result.timesteps, result.levels)
+
+
+def _latency(group: Group) -> str:
+    """Sub-steps until the answer, layer by layer; empty for a teacher, and for runs of earlier versions."""
+    found = (result.found.get("latency", {}) for result in group.results)
+    return _span([str(latency[LAYERS]) for latency in found if LAYERS in latency])
 
 
 def _difference(gains: Sequence[float] | str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spikedistill.compute.place import Precision
 from spikedistill.data.parts import UNKNOWN
 from spikedistill.deliver.record import RunDirectories, read_records, some_of
-from spikedistill.evaluate.accuracy import accuracy_by_step, at_once, predict, standard_error
+from spikedistill.evaluate.accuracy import accuracy_by_step, eval_batch_size, predict, standard_error
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, micro, verdicts
 from spikedistill.evaluate.firing import firing_rates
 from spikedistill.evaluate.operations import operations
@@ -25,7 +25,7 @@ COLUMNS = ("network", "metric", "value")
 
 
 @dataclass(frozen=True)
-class Bill:
+class EnergyEstimate:
     """The energy of one network per image under each model, and where an ANN takes less.
 
     Args:
@@ -89,7 +89,7 @@ def measure_energy(
     device: str | None = None,
     precision: Precision | None = None,
     out: Path | None = None,
-) -> list[Bill]:
+) -> list[EnergyEstimate]:
     """Count spikes and synaptic operations, and estimate energy beside an ANN's.
 
     Args:
@@ -103,7 +103,7 @@ def measure_energy(
         out: a CSV file to write.
 
     Returns:
-        One bill per run. ``energy`` is model -> ``student``, ``quantised`` and ``quantised-sparse`` (see
+        One estimate per run. ``energy`` is model -> ``student``, ``quantised`` and ``quantised-sparse`` (see
         ``evaluate.energy``), for an ANN model -> ``ann``.
 
     Raises:
@@ -115,41 +115,41 @@ def measure_energy(
     progress = progress or Progress.silent()
     records, data = read_records(paths, data_dir)
     pixels, labels = some_of(data, images)
-    bills = []
+    estimates = []
     for number, record in enumerate(records, 1):
         network, place = record.network(trust_code), record.place(device, precision)
         place.prepare(network)
         with progress.part(f"{number} of {len(records)}, {record.name}, {len(pixels)} images", len(pixels)) as seen:
-            bills.append(bill_of(record.name, network, pixels, labels, place.dtype, seen))
+            estimates.append(estimate_energy(record.name, network, pixels, labels, place.dtype, seen))
     if out is not None:
-        write_csv(out, COLUMNS, lines(bills))
-    return bills
+        write_csv(out, COLUMNS, lines(estimates))
+    return estimates
 
 
-def bill_of(
+def estimate_energy(
     name: str,
     network: nn.Module,
     pixels: Tensor,
     labels: Labels,
     dtype: torch.dtype,
-    seen: Callable[[int], None] = lambda images: None,
-) -> Bill:
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> EnergyEstimate:
     """The energy of a student or an ANN for these images (bytes)."""
-    levels = network.conversion.model.levels if isinstance(network, Student) else 1
-    size = max(1, at_once(network, pixels) // levels)  # sub-steps are rows too
+    levels = network.conversion.neuron_model.levels if isinstance(network, Student) else 1
+    size = max(1, eval_batch_size(network, pixels) // levels)  # sub-steps are rows too
     with firing_rates(network) as rates, operations(network) as counted:
-        logits = predict(network, pixels, dtype, size, seen)
+        logits = predict(network, pixels, dtype, size, on_batch)
     accuracy = math.nan if int(labels[0]) == UNKNOWN else accuracy_by_step(logits, labels)[-1]
-    updates = float(sum(rates.chances.values()))
+    updates = float(sum(rates.possible_spikes.values()))
     if isinstance(network, Student):
         cost = cost_of(counted, network.timesteps, sum(rates.spikes.values()), updates, levels)
-        return Bill(name, accuracy, cost, energies(cost), len(labels), dtype)
+        return EnergyEstimate(name, accuracy, cost, energies(cost), len(labels), dtype)
     cost = cost_of(counted, 1, 0.0, updates)
     energy = {model: {"ann": value} for model, value in ann_energies(cost).items()}
-    return Bill(name, accuracy, cost, energy, len(labels), dtype)
+    return EnergyEstimate(name, accuracy, cost, energy, len(labels), dtype)
 
 
-def table(bills: Sequence[Bill]) -> tuple[list[str], list[list[str]]]:
+def table(estimates: Sequence[EnergyEstimate]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: each network, and below each student the quantised ANN of equal information.
 
     The accuracy has its standard error, the number of images and the number format.
@@ -168,41 +168,48 @@ def table(bills: Sequence[Bill]) -> tuple[list[str], list[list[str]]]:
         "format",
     ]
     rows = []
-    for bill in bills:
-        for kind in bill.kinds:
-            name, accuracy, seen = bill.network, f"{bill.accuracy:.2f} ± {bill.error:.2f} %", str(bill.images)
+    for estimate in estimates:
+        for kind in estimate.kinds:
+            name, accuracy, seen = (
+                estimate.network,
+                f"{estimate.accuracy:.2f} ± {estimate.error:.2f} %",
+                str(estimate.images),
+            )
             measured = kind in ("ann", "student")
             if not measured:
                 zeros = "" if kind == "quantised" else ", zeros skipped"
-                name = f"  as an ANN of {bill.cost.bits} bits{zeros}"
-            counts = bill.counts(kind)
+                name = f"  as an ANN of {estimate.cost.bits} bits{zeros}"
+            counts = estimate.counts(kind)
             spikes = f"{counts['spikes']:.0f}" if "spikes" in counts else ""
             millions = [f"{counts[name] / 1e6:.2f}" if name in counts else "" for name in ("acs", "macs")]
-            energy = [micro(bill.energy[model.name][kind]) for model in MODELS]
-            end = [seen, bill.format] if measured else ["", ""]
-            steps = steps_by_levels(bill.cost.timesteps, bill.cost.levels) if kind == "student" else ""
-            accuracy = ("no labels" if math.isnan(bill.accuracy) else accuracy) if measured else ""
-            rows.append([name, steps, accuracy, *energy, bill.ratios(kind), spikes, *millions, *end])
+            energy = [micro(estimate.energy[model.name][kind]) for model in MODELS]
+            end = [seen, estimate.format] if measured else ["", ""]
+            steps = steps_by_levels(estimate.cost.timesteps, estimate.cost.levels) if kind == "student" else ""
+            accuracy = ("no labels" if math.isnan(estimate.accuracy) else accuracy) if measured else ""
+            rows.append([name, steps, accuracy, *energy, estimate.ratios(kind), spikes, *millions, *end])
     return columns, rows
 
 
-def lines(bills: Sequence[Bill]) -> list[tuple[str, str, float]]:
+def lines(estimates: Sequence[EnergyEstimate]) -> list[tuple[str, str, float]]:
     """Network, metric and value, for a file; counts and µJ are per image, the same as in the table.
 
     Metrics of the quantised ANNs end with their names.
     """
     found: list[tuple[str, str, float]] = []
-    for bill in bills:
-        measured = {"accuracy": bill.accuracy, "accuracy_error": bill.error, "images": bill.images}
-        if math.isnan(bill.accuracy):
-            measured = {"images": bill.images}
-        measured["format_bits"] = 8 * bill.dtype.itemsize
-        found += [(bill.network, metric, value) for metric, value in measured.items()]
-        found += [(bill.network, "updates", bill.cost.updates), (bill.network, "timesteps", bill.cost.timesteps)]
-        found.append((bill.network, "levels", bill.cost.levels))
-        for kind in bill.kinds:
+    for estimate in estimates:
+        measured = {"accuracy": estimate.accuracy, "accuracy_error": estimate.error, "images": estimate.images}
+        if math.isnan(estimate.accuracy):
+            measured = {"images": estimate.images}
+        measured["format_bits"] = 8 * estimate.dtype.itemsize
+        found += [(estimate.network, metric, value) for metric, value in measured.items()]
+        found += [
+            (estimate.network, "updates", estimate.cost.updates),
+            (estimate.network, "timesteps", estimate.cost.timesteps),
+        ]
+        found.append((estimate.network, "levels", estimate.cost.levels))
+        for kind in estimate.kinds:
             end = f"_{kind}" if kind.startswith("quantised") else ""
-            found += [(bill.network, metric + end, value) for metric, value in bill.counts(kind).items()]
-            energy = {model: kinds[kind] for model, kinds in bill.energy.items()}
-            found += [(bill.network, f"energy_uJ_{model}_{kind}", value) for model, value in energy.items()]
+            found += [(estimate.network, metric + end, value) for metric, value in estimate.counts(kind).items()]
+            energy = {model: kinds[kind] for model, kinds in estimate.energy.items()}
+            found += [(estimate.network, f"energy_uJ_{model}_{kind}", value) for model, value in energy.items()]
     return found

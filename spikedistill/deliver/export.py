@@ -27,7 +27,7 @@ from spikedistill.deliver.record import Record, some_of
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.files import holds, write_bytes
 from spikedistill.shapes import Logits
-from spikedistill.student.coding import Rate
+from spikedistill.student.coding import RateCoding
 from spikedistill.student.student import Student
 from spikedistill.train.progress import Progress
 
@@ -153,7 +153,7 @@ def export_student(
     if int8 and format != "onnx":
         raise ConfigError("int8 is for --format onnx: omit it.")
     forms: list[Form] = ["sequence", "step"] if form == "both" else [form]
-    if isinstance(student.coding, Rate) and "sequence" in forms:
+    if isinstance(student.coding, RateCoding) and "sequence" in forms:
         raise ConfigError(
             "Rate coding draws spikes at random, which no file can repeat: give --form step, whose caller draws them."
         )
@@ -171,7 +171,7 @@ def export_student(
         with progress.part(f"writing '{file}'"):
             made, run = _made(student, to_inputs(images[:2]), format, one, known, int8)
         with progress.part(f"comparing {len(images)} images", len(images)) as seen:
-            found = check(student, run, images, str(file), kept=KEPT if int8 else None, seen=seen)
+            found = check(student, run, images, str(file), kept=KEPT if int8 else None, on_batch=seen)
         write_bytes(file, lambda part, content=made: part.write_bytes(content))  # type: ignore[misc]
         done.append(replace(found, path=file, form=one))
     return done
@@ -196,7 +196,7 @@ def _facts(student: Student, classes: Sequence[str]) -> dict[str, str]:
         "spikedistill": __version__,
         "torch": torch.__version__,
         "timesteps": str(student.timesteps),
-        "levels": str(student.conversion.model.levels),
+        "levels": str(student.conversion.neuron_model.levels),
         "coding": type(student.coding).__name__,
         "input": "float32 pixels, bytes / 255, channels first; they are normalised inside",
         "answer": ANSWER,
@@ -223,7 +223,7 @@ def _stepwise(module: Any, student: Student, images: Tensor) -> Logits:
     state, logits = None, []
     for t in range(student.timesteps):
         image = student.coding.frame(images, t, student.timesteps)
-        found, *after = module(image, student.fresh(image) if state is None else state)
+        found, *after = module(image, student.initial_state(image) if state is None else state)
         state = tuple(after)
         logits.append(found)
     return torch.stack(logits)
@@ -236,7 +236,7 @@ def check(
     images: Tensor,
     name: str,
     kept: float | None = None,
-    seen: Callable[[int], None] = lambda images: None,
+    on_batch: Callable[[int], None] = lambda images: None,
 ) -> Exported:
     """Compare what a file does with what the student does.
 
@@ -247,7 +247,7 @@ def check(
         name: the file, for messages.
         kept: for rounded weights: the share of images whose most likely class must be the same. Without it logits are
             compared.
-        seen: called after each batch with the number of its images.
+        on_batch: called after each batch with the number of its images.
 
     Raises:
         RunError: if they differ by more than rounding.
@@ -258,7 +258,7 @@ def check(
         ours, theirs = student(inputs), run(inputs)
         gaps = (ours - theirs).abs().nan_to_num(torch.inf).amax((0, 2))
         same += int((ours.mean(0).argmax(-1) == theirs.mean(0).argmax(-1)).sum())
-        seen(len(part))
+        on_batch(len(part))
         if kept is not None:
             largest = max(largest, float(gaps.max()))
             continue

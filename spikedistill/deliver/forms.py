@@ -8,7 +8,7 @@ from spikedistill.deliver.latex import latex
 from spikedistill.deliver.tables import Table, markdown
 from spikedistill.files import check_replaceable, csv_text, write_text
 
-Kind = Literal["csv", "markdown", "latex"]
+TableFormat = Literal["csv", "markdown", "latex"]
 """The format of a table's file."""
 
 
@@ -18,17 +18,17 @@ def _in_markdown(table: Table) -> str:
     return "\n".join([shown, *(line + "\n" for line in said if line)])
 
 
-FORMS: dict[Kind, Callable[[Table], str]] = {
+FORMS: dict[TableFormat, Callable[[Table], str]] = {
     "csv": lambda table: csv_text(table.columns, table.rows),
     "markdown": lambda table: "<!-- Written by spikedistill -->\n\n" + _in_markdown(table),
     "latex": lambda table: "% Written by spikedistill\n" + latex(table),
 }
 """Format -> the function that makes the file's text."""
-MARKS: dict[Kind, str] = {"markdown": "<!-- Written by spikedistill", "latex": "% Written by spikedistill"}
+MARKS: dict[TableFormat, str] = {"markdown": "<!-- Written by spikedistill", "latex": "% Written by spikedistill"}
 """The beginning of the first line of a file that may be replaced; for CSV it is the head of the first column."""
 
 
-def check_table(path: Path, kind: Kind, first: str) -> None:
+def check_table(path: Path, kind: TableFormat, first: str) -> None:
     """Refuse to replace a file that holds no such table.
 
     Args:
@@ -42,7 +42,7 @@ def check_table(path: Path, kind: Kind, first: str) -> None:
     check_replaceable(path, MARKS.get(kind, f"{first},"))
 
 
-def write_table(path: Path, kind: Kind, table: Table) -> None:
+def write_table(path: Path, kind: TableFormat, table: Table) -> None:
     """Write a table to a file, atomically.
 
     Raises:

@@ -213,7 +213,7 @@ def with_steps(
 ) -> tuple[list[str], list[list[str]]]:
     """The table with a column T x D; it is empty for an ANN."""
     steps = {
-        name: steps_by_levels(network.timesteps, network.conversion.model.levels)
+        name: steps_by_levels(network.timesteps, network.conversion.neuron_model.levels)
         for name, network in networks.items()
         if isinstance(network, Student)
     }

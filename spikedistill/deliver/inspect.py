@@ -14,14 +14,14 @@ from spikedistill.data.augment import to_inputs
 from spikedistill.data.images import ImageSet, evenly
 from spikedistill.data.parts import UNKNOWN
 from spikedistill.deliver import plot
-from spikedistill.deliver.energy import Bill, bill_of
+from spikedistill.deliver.energy import EnergyEstimate, estimate_energy
 from spikedistill.deliver.figures import draw_curves, inline_svg
 from spikedistill.deliver.record import Record, its_teacher
 from spikedistill.errors import ConfigError
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict
+from spikedistill.evaluate.activity import Activity, record_activity
 from spikedistill.evaluate.early_exit import predict_early
 from spikedistill.evaluate.immunity import immunity
-from spikedistill.evaluate.inside import Inside, look_inside
 from spikedistill.student.student import Student
 from spikedistill.train.progress import Progress
 from spikedistill.train.run import Run
@@ -81,7 +81,7 @@ class Sample:
 
 
 @dataclass
-class Seen:
+class RunInspection:
     """What was seen of a run; a part that does not apply is empty."""
 
     learning: list[Picture] = field(default_factory=list)
@@ -126,7 +126,7 @@ def inspect(
     images: int,
     trust_code: bool = False,
     progress: Progress | None = None,
-) -> Seen:
+) -> RunInspection:
     """Measure a finished run for a page.
 
     Args:
@@ -137,7 +137,7 @@ def inspect(
         trust_code: execute the Python code that the run may name as its networks.
         progress: shows the work.
     """
-    progress, seen = progress or Progress.silent(), Seen(learning(record, name))
+    progress, seen = progress or Progress.silent(), RunInspection(learning(record, name))
     network, place = record.network(trust_code), record.place()
     chosen = evenly(len(data.test_images), min(images, len(data.test_images)))
     pixels, labels, names = data.test_images[chosen], data.test_labels[chosen], list(data.class_names)
@@ -145,11 +145,11 @@ def inspect(
     place.prepare(network)
     teacher = its_teacher(record, data, trust_code) if record.is_student else None
     with progress.part(f"{record.name}: {len(pixels)} test images", 2 * len(pixels)) as done:
-        logits = predict(network, pixels, place.dtype, seen=done)
+        logits = predict(network, pixels, place.dtype, on_batch=done)
         theirs = None
         if teacher is not None:
             place.prepare(teacher)
-            theirs = predict(teacher, pixels, place.dtype, seen=done).mean(0)
+            theirs = predict(teacher, pixels, place.dtype, on_batch=done).mean(0)
     answers, known = logits.mean(0).argmax(-1), int(labels[0]) != UNKNOWN
     if known and len(names) > 5:
         seen.top5 = 100 * float((logits.mean(0).topk(5).indices == labels[:, None]).any(1).double().mean())
@@ -164,12 +164,12 @@ def inspect(
         seen.time = _over_time(record, network, logits, theirs, pixels, labels, place.dtype, name)
         seen.robust = _robust(network, teacher, pixels[:ROBUST], labels[:ROBUST], place.dtype, name)
     some = _for_inside(labels, answers)
-    inside = look_inside(network.cpu().float(), to_inputs(pixels[some]))
+    activity = record_activity(network.cpu().float(), to_inputs(pixels[some]))
     said = [answers[some], *([] if theirs is None else [theirs.argmax(-1)[some]])]
-    seen.layers = [_rates(inside, name)]
-    seen.samples = _samples(inside, pixels[some], labels[some], said, names, name)
+    seen.layers = [_rates(activity, name)]
+    seen.samples = _samples(activity, pixels[some], labels[some], said, names, name)
     place.prepare(network)
-    seen.energy = in_words(bill_of(record.name, network, pixels[:ROBUST], labels[:ROBUST], place.dtype))
+    seen.energy = in_words(estimate_energy(record.name, network, pixels[:ROBUST], labels[:ROBUST], place.dtype))
     return seen
 
 
@@ -266,15 +266,15 @@ def _for_inside(labels: Tensor, answers: Tensor) -> Tensor:
     return torch.tensor([*right[: INSIDE - len(wrong)], *wrong])
 
 
-def _rates(inside: Inside, name: str) -> Picture:
-    found = inside.rates()
-    drawn = plot.rates(found, levels=inside.levels, title=" ")
-    count = inside.timesteps * inside.levels
-    columns = ["layer", *(plot.step_name(number, inside.levels) for number in range(count))]
+def _rates(activity: Activity, name: str) -> Picture:
+    found = activity.rates()
+    drawn = plot.rates(found, levels=activity.levels, title=" ")
+    count = activity.timesteps * activity.levels
+    columns = ["layer", *(plot.step_name(number, activity.levels) for number in range(count))]
     rows = [[layer, *(f"{value:.1f}" for value in values)] for layer, values in found.items()]
-    about = f"Percent of a layer's neurons that fire, for {inside.probabilities.shape[1]} samples."
-    if inside.levels > 1:
-        about += f" A time step has {inside.levels} sub-steps of at most one spike."
+    about = f"Percent of a layer's neurons that fire, for {activity.probabilities.shape[1]} samples."
+    if activity.levels > 1:
+        about += f" A time step has {activity.levels} sub-steps of at most one spike."
     title = "Neurons that fire"
     return pictured(f"{name}-rates", title, about, drawn, columns, rows)
 
@@ -293,7 +293,7 @@ def _class(label: Tensor, names: Sequence[str]) -> str:
 
 
 def _samples(
-    inside: Inside, pixels: Tensor, labels: Tensor, said: Sequence[Tensor], names: Sequence[str], name: str
+    activity: Activity, pixels: Tensor, labels: Tensor, said: Sequence[Tensor], names: Sequence[str], name: str
 ) -> list[Sample]:
     """Samples with pictures of what happens inside; ``said`` are the answers of student and teacher, ``[N]`` each."""
     found = []
@@ -302,17 +302,17 @@ def _samples(
             "answer": (
                 "The answer",
                 "Probabilities of the likeliest classes after each time step.",
-                plot.answer(inside, names, number, label=_class(label, names), title=" "),
+                plot.answer(activity, names, number, label=_class(label, names), title=" "),
             ),
             "raster": (
                 "Spikes",
                 "A row is a neuron, a mark a spike. In brackets: spikes of the whole layer.",
-                plot.raster(inside, number, title=" "),
+                plot.raster(activity, number, title=" "),
             ),
             "membrane": (
                 "Membrane potentials",
                 "Four neurons of one layer. A ring is a spike; it takes the threshold away.",
-                plot.membrane(inside, number),
+                plot.membrane(activity, number),
             ),
         }
         pictures = [pictured(f"{name}-{key}-{number}", *one) for key, one in drawn.items()]
@@ -348,15 +348,15 @@ def data_uri(pixels: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def in_words(bill: Bill) -> list[str]:
+def in_words(estimate: EnergyEstimate) -> list[str]:
     """Spikes, operations and energy of a student in sentences."""
-    cost = bill.cost
+    cost = estimate.cost
     said = [
         f"For one image the student sends {cost.spikes:,.0f} spikes. They cause {cost.acs / 1e6:,.2f} million additions"
         f" of a weight; {cost.macs / 1e6:,.2f} million multiplications are left, mostly in the first layer. The ANN"
         f" needs {cost.dense / 1e6:,.2f} million multiplications."
     ]
-    for model, kinds in bill.energy.items():
+    for model, kinds in estimate.energy.items():
         ratio = kinds["student"] / kinds["quantised"]
         less = f"{ratio:.2f} of that" if ratio < 1 else f"{ratio:.2f} times that, so no gain"
         said.append(

@@ -41,7 +41,7 @@ AT_ONCE = 64
 """Samples in a batch."""
 
 
-class Whole(nn.Module):
+class SequenceModule(nn.Module):
     """A student as a module from images, or frames, to logits ``[T, B, K]``."""
 
     def __init__(self, student: Student) -> None:
@@ -53,7 +53,7 @@ class Whole(nn.Module):
         return self.student(images)
 
 
-class OneStep(nn.Module):
+class StepModule(nn.Module):
     """A student as a module from an image and a state to logits ``[B, K]`` and the next state."""
 
     def __init__(self, student: Student) -> None:
@@ -77,11 +77,11 @@ def traced(student: Student, example: Tensor, form: Form) -> Any:
     batch, example = torch.export.Dim("batch", min=1, max=2**16), example.contiguous()
     if form == "sequence":
         axis = example.ndim - 4 if example.ndim > 4 else 0
-        return torch.export.export(Whole(student), (example,), dynamic_shapes=({axis: batch},))
+        return torch.export.export(SequenceModule(student), (example,), dynamic_shapes=({axis: batch},))
     image = student.coding.frame(example, 0, student.timesteps).contiguous()
-    state = student.fresh(image)
+    state = student.initial_state(image)
     shapes: Any = ({0: batch}, tuple({0: batch} for _ in state))
-    return torch.export.export(OneStep(student), (image, state), dynamic_shapes=shapes)
+    return torch.export.export(StepModule(student), (image, state), dynamic_shapes=shapes)
 
 
 def onnx_model(student: Student, example: Tensor, form: Form, facts: Mapping[str, str], int8: bool) -> bytes:
@@ -222,14 +222,14 @@ class OnnxStudent:
         if self.facts["form"] == "sequence":
             return torch.from_numpy(self.session.run(["logits"], {"images": given})[0])
         steps = [given[t] if given.ndim == 5 else given for t in range(self.timesteps)]
-        state, logits = self.fresh(steps[0]), []
+        state, logits = self.initial_state(steps[0]), []
         for image in steps:
             found, *after = self.session.run(None, {"image": image, **state})
             state = {one["input"]: value for one, value in zip(self.state, after)}
             logits.append(torch.from_numpy(found))
         return torch.stack(logits)
 
-    def fresh(self, image: Any) -> dict[str, Any]:
+    def initial_state(self, image: Any) -> dict[str, Any]:
         """The state before the first step for a batch, by the names of the inputs."""
         kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64}
         made = {}

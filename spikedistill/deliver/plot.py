@@ -1,7 +1,7 @@
 """Pictures of what a student does and of how it answers: ``spikedistill.plot``. Each function returns a figure.
 
-    inside = spikedistill.look_inside(student, images)
-    spikedistill.plot.save("raster.svg", spikedistill.plot.raster(inside))
+    activity = spikedistill.record_activity(student, images)
+    spikedistill.plot.save("raster.svg", spikedistill.plot.raster(activity))
 
 Figures are matplotlib's, so they can be changed before they are saved, as PNG or SVG.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from spikedistill.deliver.figures import COLOURS, canvas, literal, look_of, save
 from spikedistill.deliver.figures import draw_curves as curves
 from spikedistill.errors import ConfigError
-from spikedistill.evaluate.inside import Inside
+from spikedistill.evaluate.activity import Activity
 
 __all__ = ["answer", "confusion", "curves", "membrane", "raster", "rates", "save"]
 
@@ -26,13 +26,13 @@ NUMBERED = 20
 """Up to this many classes or layers, cells have numbers."""
 
 
-def raster(inside: Inside, sample: int = 0, *, layers: Sequence[str] = (), title: str = "") -> Any:
+def raster(activity: Activity, sample: int = 0, *, layers: Sequence[str] = (), title: str = "") -> Any:
     """The spikes of one sample: a row for each neuron, a mark for each spike, layers below one another.
 
     Of every layer at most 16 neurons are shown, evenly chosen among those that fire.
 
     Args:
-        inside: from ``look_inside``.
+        activity: from ``record_activity``.
         sample: number of the sample.
         layers: which (default: all, up to 8 evenly chosen).
         title: above the picture.
@@ -40,12 +40,12 @@ def raster(inside: Inside, sample: int = 0, *, layers: Sequence[str] = (), title
     Raises:
         ConfigError: if there is no such sample or layer.
     """
-    chosen = _layers(inside, sample, layers)
+    chosen = _layers(activity, sample, layers)
     figure, (axis,) = canvas(1, 1, height=1.4 + 0.42 * len(chosen), width=6.4)
     ticks, row = [], 0
-    width = min(24.0, max(2.0, 120.0 / (inside.timesteps * inside.levels)))
+    width = min(24.0, max(2.0, 120.0 / (activity.timesteps * activity.levels)))
     for number, layer in enumerate(chosen):
-        trains = inside.spikes[layer][:, sample]
+        trains = activity.spikes[layer][:, sample]
         shown = _evenly(trains.any(0).nonzero().flatten(), SHOWN)
         times = [(trains[:, neuron].nonzero().flatten() + 1).tolist() for neuron in shown.tolist()]
         rows = range(row, row + len(times))
@@ -54,19 +54,21 @@ def raster(inside: Inside, sample: int = 0, *, layers: Sequence[str] = (), title
             axis.eventplot(times, lineoffsets=list(rows), **look)
         ticks.append(row + max(0, len(times) - 1) / 2)
         row += max(1, len(times)) + 2
-    names = [f"{literal(layer)} ({int(inside.spikes[layer][:, sample].sum()):,})" for layer in chosen]
+    names = [f"{literal(layer)} ({int(activity.spikes[layer][:, sample].sum()):,})" for layer in chosen]
     axis.set_yticks(ticks, names, fontsize=7)
     axis.invert_yaxis()
-    _time_axis(axis, inside)
+    _time_axis(axis, activity)
     axis.set_title(title or "Spikes of one sample (in brackets: of the whole layer)", fontsize=9)
     return figure
 
 
-def membrane(inside: Inside, sample: int = 0, *, layer: str = "", neurons: Sequence[int] = (), title: str = "") -> Any:
+def membrane(
+    activity: Activity, sample: int = 0, *, layer: str = "", neurons: Sequence[int] = (), title: str = ""
+) -> Any:
     """Membrane potentials of a few neurons of a layer over time, with their threshold and their spikes.
 
     Args:
-        inside: from ``look_inside``.
+        activity: from ``record_activity``.
         sample: number of the sample.
         layer: which (default: the one in the middle).
         neurons: their numbers in the layer (default: four that fire differently often).
@@ -75,12 +77,12 @@ def membrane(inside: Inside, sample: int = 0, *, layer: str = "", neurons: Seque
     Raises:
         ConfigError: if there is no such sample, layer or neuron.
     """
-    names = list(inside.spikes)
+    names = list(activity.spikes)
     layer = layer or names[len(names) // 2]
-    _layers(inside, sample, [layer])
-    chosen = list(neurons) or _different(inside.spikes[layer][:, sample])
-    potentials = inside.potentials[layer][:, sample].cpu().numpy()
-    trains = inside.spikes[layer][:, sample].cpu().numpy()
+    _layers(activity, sample, [layer])
+    chosen = list(neurons) or _different(activity.spikes[layer][:, sample])
+    potentials = activity.potentials[layer][:, sample].cpu().numpy()
+    trains = activity.spikes[layer][:, sample].cpu().numpy()
     if wrong := [number for number in chosen if not 0 <= number < potentials.shape[1]]:
         raise ConfigError(f"neuron (={wrong[0]}) is not in '{layer}', which has {potentials.shape[1]}.")
     figure, (axis,) = canvas(1, 1, height=3.2, width=6.4)
@@ -94,24 +96,24 @@ def membrane(inside: Inside, sample: int = 0, *, layer: str = "", neurons: Seque
     axis.axhline(1.0, linestyle="--", linewidth=1, color="#000000")
     axis.set_ylabel("potential (thresholds)", fontsize=9)
     axis.grid(alpha=0.3)
-    _time_axis(axis, inside)
+    _time_axis(axis, activity)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axis.set_title(title or f"{layer}: potential before the reset; a ring is a spike, dashed the threshold", fontsize=9)
     return figure
 
 
-def answer(inside: Inside, names: Sequence[str], sample: int = 0, *, label: str = "", title: str = "") -> Any:
+def answer(activity: Activity, names: Sequence[str], sample: int = 0, *, label: str = "", title: str = "") -> Any:
     """How the answer to one sample builds up: the probabilities of its likeliest classes after each time step.
 
     Args:
-        inside: from ``look_inside``.
+        activity: from ``record_activity``.
         names: of the classes.
         sample: number of the sample.
         label: the name of its class, if it is known.
         title: above the picture.
     """
-    _layers(inside, sample, [])
-    over_time = inside.probabilities[:, sample].cpu().numpy()
+    _layers(activity, sample, [])
+    over_time = activity.probabilities[:, sample].cpu().numpy()
     best = np.argsort(-over_time.max(0), kind="stable")[:4].tolist()
     figure, (axis,) = canvas(1, 1, height=2.6, width=6.4)
     steps = range(1, len(over_time) + 1)
@@ -140,7 +142,7 @@ def rates(found: Mapping[str, Sequence[float]], *, levels: int = 1, title: str =
     """Firing rates as a map: a row for each layer, a column for each sub-step.
 
     Args:
-        found: layer -> percent of its neurons that fire at each of T D sub-steps, as ``Inside.rates`` gives.
+        found: layer -> percent of its neurons that fire at each of T D sub-steps, as ``Activity.rates`` gives.
         levels: D.
         title: above the picture.
     """
@@ -196,14 +198,14 @@ def confusion(matrix: Tensor, names: Sequence[str], *, title: str = "") -> Any:
     return figure
 
 
-def _layers(inside: Inside, sample: int, layers: Sequence[str]) -> list[str]:
+def _layers(activity: Activity, sample: int, layers: Sequence[str]) -> list[str]:
     """The named layers, or up to 8 of all; refuses what is not there."""
-    samples = inside.probabilities.shape[1]
+    samples = activity.probabilities.shape[1]
     if not 0 <= sample < samples:
         raise ConfigError(f"sample (={sample}) is not among the {samples} that were run: give 0 to {samples - 1}.")
-    if unknown := [layer for layer in layers if layer not in inside.spikes]:
-        raise ConfigError(f"There is no layer '{unknown[0]}' of neurons. Known: {', '.join(inside.spikes)}.")
-    names = list(inside.spikes)
+    if unknown := [layer for layer in layers if layer not in activity.spikes]:
+        raise ConfigError(f"There is no layer '{unknown[0]}' of neurons. Known: {', '.join(activity.spikes)}.")
+    names = list(activity.spikes)
     return list(layers) or [names[place] for place in _evenly(torch.arange(len(names)), 8).tolist()]
 
 
@@ -231,12 +233,12 @@ def step_name(number: int, levels: int) -> str:
     return f"{number // levels + 1}" if levels == 1 else f"{number // levels + 1}.{number % levels + 1}"
 
 
-def _time_axis(axis: Any, inside: Inside) -> None:
+def _time_axis(axis: Any, activity: Activity) -> None:
     """Name time steps, and mark where a step of several sub-steps begins."""
-    count = inside.timesteps * inside.levels
+    count = activity.timesteps * activity.levels
     axis.set_xlim(0.4, count + 0.6)
     if count <= 4 * NUMBERED // 2:
-        axis.set_xticks(range(1, count + 1), [step_name(n, inside.levels) for n in range(count)], fontsize=7)
-    axis.set_xlabel("time step" if inside.levels == 1 else "time step . sub-step", fontsize=9)
-    for t in range(1, inside.timesteps if inside.levels > 1 else 1):
-        axis.axvline(t * inside.levels + 0.5, linewidth=0.8, color="#b0b0b0")
+        axis.set_xticks(range(1, count + 1), [step_name(n, activity.levels) for n in range(count)], fontsize=7)
+    axis.set_xlabel("time step" if activity.levels == 1 else "time step . sub-step", fontsize=9)
+    for t in range(1, activity.timesteps if activity.levels > 1 else 1):
+        axis.axvline(t * activity.levels + 0.5, linewidth=0.8, color="#b0b0b0")

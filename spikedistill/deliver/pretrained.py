@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spikedistill.errors import ConfigError, WeightsError, unknown
-from spikedistill.files import PRETRAINED as FOLDER
+from spikedistill.files import PRETRAINED_DIR as FOLDER
 from spikedistill.student.save import load_student
 from spikedistill.student.student import Student
 

@@ -26,7 +26,7 @@ from spikedistill.student.upgrade import upgrade
 from spikedistill.teacher.load import Teacher, load_teacher
 from spikedistill.train.changes import differences
 from spikedistill.train.machine import environment
-from spikedistill.train.progress import Progress, Seen
+from spikedistill.train.progress import Advance, Progress
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run
 
@@ -297,12 +297,12 @@ def evaluate(
     passes = 1 + (teacher is not None) + (confidence is not None)
     with _testing(images, passes, progress) as seen:
         found = measure_student(network, teacher, images, place, None, confidence, schedule, seen)
-    if network.timesteps == own and (schedule == LAYERS or network.conversion.model.levels == 1):
+    if network.timesteps == own and (schedule == LAYERS or network.conversion.neuron_model.levels == 1):
         _compare(record, stored, found, place)
     return found
 
 
-def _testing(images: ImageSet, passes: int, progress: Progress | None) -> AbstractContextManager[Seen]:
+def _testing(images: ImageSet, passes: int, progress: Progress | None) -> AbstractContextManager[Advance]:
     """The progress display of a measurement on the test set, with this number of passes."""
     tested = len(images.test_images)
     return (progress or Progress.silent()).part(f"measuring on {tested} test images", passes * tested)

@@ -20,7 +20,7 @@ from spikedistill import __version__
 from spikedistill.deliver.compare import Group, grouped, table
 from spikedistill.deliver.curves import history, over_seeds
 from spikedistill.deliver.figures import draw_curves
-from spikedistill.deliver.inspect import Picture, Seen, flat, inspect, learning, pictured
+from spikedistill.deliver.inspect import Picture, RunInspection, flat, inspect, learning, pictured
 from spikedistill.deliver.record import Record, RunDirectories
 from spikedistill.deliver.results import Result, runs_in
 from spikedistill.deliver.tables import Table
@@ -68,7 +68,7 @@ class Part:
     built: Sequence[tuple[str, str]] = ()
     layers: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
-    seen: Seen = field(default_factory=Seen)
+    seen: RunInspection = field(default_factory=RunInspection)
     commands: Sequence[str] = ()
     recipe: Sequence[tuple[str, str]] = ()
     machine: Sequence[tuple[str, str]] = ()
@@ -181,7 +181,7 @@ def _finished(
     try:
         seen = inspect(record, record.images(data_dir), name, images, trust_code, progress)
     except (SpikeDistillError, OSError) as error:  # what the run names may be gone, or be code that is not trusted
-        seen = Seen(learning(record, name))
+        seen = RunInspection(learning(record, name))
         notes.append(f"Told from its files alone, since it could not be run here: {error}")
     if len(group.results) > 1:
         told = ", ".join(f"{seed}: {value:.2f} %" for seed, value in group.accuracies.items())
@@ -194,12 +194,12 @@ def _unfinished(number: int, record: Record) -> Part:
     """The part of a run that has not ended."""
     name, run = f"run{number}", Run(record.path)
     done, of = len(run.lines("metrics")), record.recipe["training"]["epochs"]
-    lead = f"Not finished: {done} of {of} epochs are done. The command that began it goes on with --resume."
-    part = Part(name, record.name, lead, seen=Seen(learning(record, name)))
+    lead = f"Not finished: {done} of {of} epochs are done. The command that began it continues it with --resume."
+    part = Part(name, record.name, lead, seen=RunInspection(learning(record, name)))
     return _described(part, record, None)
 
 
-def _lead(group: Group, seen: Seen) -> str:
+def _lead(group: Group, seen: RunInspection) -> str:
     """What it is and how good, in a sentence."""
     result = group.first
     value = f"{with_deviation([*group.accuracies.values()])} %"
@@ -212,7 +212,7 @@ def _lead(group: Group, seen: Seen) -> str:
     return said + (f", where its teacher has {theirs:.2f} %." if theirs is not None else ".")
 
 
-def _tiles(group: Group, seen: Seen) -> list[tuple[str, str]]:
+def _tiles(group: Group, seen: RunInspection) -> list[tuple[str, str]]:
     """The figures to see first."""
     result = group.first
     tiles = [(f"{with_deviation([*group.accuracies.values()])} %", f"test {result.measure}")]
@@ -249,11 +249,13 @@ def _described(part: Part, record: Record, result: Result | None) -> Part:
         built += [
             ("teacher", f"{choice['source']}" + (f" ({choice['network']})" if choice.get("network") else "")),
             ("student", f"{made.get('network', recipe['student']['network'])}, {_neuron(recipe['student'])}"),
-            ("weights", "inherited from the teacher" if made.get("inherited") else "fresh"),
+            ("weights", _weights(made)),
             ("method", f"{method['name']}" + (f" ({fields})" if fields else "")),
         ]
     else:
         built.append(("network", str(recipe.get("network"))))
+    if result and "latency" in result.found:
+        built.append(("latency", _latency(result.found)))
     training = recipe["training"]
     said = f"{training['epochs']} epochs, batch {training['batch_size']}, {training['optimizer']}, learning rate"
     said += f" {training['lr']}, {training['schedule']}, seed {training['seed']}"
@@ -278,6 +280,21 @@ def _neuron(student: Mapping[str, Any]) -> str:
     """Time steps, levels and neuron in words."""
     steps = steps_and_levels(student["timesteps"], student.get("levels", 1))
     return f"{steps}, {student['neuron']} neurons, {student.get('coding', 'direct')} coding"
+
+
+def _weights(made: Mapping[str, Any]) -> str:
+    """Where a student's weights came from, in words."""
+    if made.get("start"):
+        return f"those of the student {made['start']}"
+    return "inherited from the teacher" if made.get("inherited") else "fresh"
+
+
+def _latency(found: Mapping[str, Any]) -> str:
+    """Sub-steps until the answer, and how many spikes wait meanwhile, in words."""
+    times = " or ".join(f"{count} {name.replace('-', ' ')}" for name, count in found["latency"].items())
+    bits = sum(one["bits"] for one in found["buffers"])
+    waiting = f"; {bits:,} bits of spikes wait in {len(found['buffers'])} buffers" if bits else ""
+    return f"{times} (sub-steps until the answer){waiting}"
 
 
 def _data(run: Run, record: Record) -> str:

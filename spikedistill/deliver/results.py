@@ -9,7 +9,7 @@ from typing import Any
 from spikedistill.deliver.record import Record
 from spikedistill.deliver.teachers import NO_TEACHER
 from spikedistill.errors import RunError
-from spikedistill.train.changes import without_how
+from spikedistill.train.changes import without_execution_fields
 from spikedistill.train.extend import trains
 from spikedistill.train.run import Run
 
@@ -52,6 +52,7 @@ class Result:
             if record.is_student:
                 made = run.read("conversion")
                 network, weights = made["network"], "inherited" if made["inherited"] else "fresh"
+                weights = "from a student" if made.get("start") else weights
             data = run.read("data")["data"] if (record.path / "data.json").exists() else {}
             seconds = [line["seconds"] for line in run.lines("timing")]
             epochs, minutes = len(run.lines("metrics")), sum(seconds) / 60 if seconds else None
@@ -120,7 +121,11 @@ class Result:
     @property
     def choices(self) -> dict[str, Any]:
         """Its recipe without the seed, and without where and how it was computed."""
-        recipe = {name: part for name, part in without_how(self.record.recipe, "seed").items() if name != "format"}
+        recipe = {
+            name: part
+            for name, part in without_execution_fields(self.record.recipe, "seed").items()
+            if name != "format"
+        }
         if self.record.is_student:
             recipe["teacher"] = {**recipe["teacher"], "source": self.teacher[0]}
         return recipe
@@ -171,7 +176,7 @@ def read_results(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
         else:
             notes.append(f"'{record.name}' is unfinished and left out: {_so_far(record)}.")
     if not found:
-        raise RunError(" ".join(notes) + " Finish a run first: the command that began it goes on with --resume.")
+        raise RunError(" ".join(notes) + " Finish a run first: the command that began it continues it with --resume.")
     return found, notes
 
 

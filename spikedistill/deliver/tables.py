@@ -79,7 +79,7 @@ def head_width(head: str, cells: Iterable[str]) -> int:
     return max([words, min(cell_len(head), NARROW), *map(cell_len, cells), 1])
 
 
-def plain(columns: Row, rows: Sequence[Row]) -> str:
+def text_table(columns: Row, rows: Sequence[Row]) -> str:
     """Columns two spaces apart, each as wide as its widest cell; one line per row, however long."""
     lines = [[one_line(cell) for cell in line] for line in (columns, *rows)]
     widths = [max(map(cell_len, cells)) for cells in zip(*lines)]

@@ -1,9 +1,10 @@
-"""The teacher that a recipe names: a run, a weights file, a library's network or a spiking student."""
+"""The teacher that a recipe names: a run, a weights file, a library's network, a spiking student or network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from spikedistill.data.augment import to_inputs
 from spikedistill.data.images import ImageSet
 from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.evaluate.measure import check_fits
@@ -11,11 +12,14 @@ from spikedistill.files import read_facts, weights_file
 from spikedistill.student.save import load_student
 from spikedistill.student.student import Student
 from spikedistill.teacher.classes import count_classes
-from spikedistill.teacher.load import Architecture, Teacher, from_library, load_teacher, pretrained
+from spikedistill.teacher.load import Architecture, Teacher, from_library, load_published, load_teacher
+from spikedistill.teacher.spiking import SpikingTeacher, with_steps
 from spikedistill.train.run import Run
 
 NO_TEACHER = "none"
 """The value of a recipe's teacher if it has none."""
+TRIED = 16
+"""On this many training images the layers of neurons of a spiking network are found."""
 
 
 def is_published(source: str, network: str | None) -> bool:
@@ -32,7 +36,10 @@ def find_teacher(
     std: Sequence[float] | None = None,
     trust_code: bool = False,
 ) -> tuple[Teacher | Student | None, Architecture | None]:
-    """The teacher that a recipe names, checked against the data: an ANN, or a student of ``distill``.
+    """The teacher that a recipe names, checked against the data: an ANN, a student of ``distill``, or another SNN.
+
+    An SNN is a network of the user's own code that returns logits ``[T, B, K]``. It becomes a ``SpikingTeacher``, and
+    its architecture is not returned, since it cannot be converted.
 
     Args:
         images: the data set.
@@ -53,7 +60,7 @@ def find_teacher(
     classes = images.classes or (0 if network is None else count_classes(source, network, images.channels, width))
     given = None if network is None else Architecture(network, classes, images.channels, width)
     if is_published(source, network):
-        teacher, architecture = pretrained(source)
+        teacher, architecture = load_published(source)
     elif given is None and not (Path(source).exists() or weights_file(source).exists()):
         raise ConfigError(
             f"There is no teacher at '{source}': train one by 'spikedistill teach ... --out {source}', or give a"
@@ -67,8 +74,8 @@ def find_teacher(
         teacher, architecture = load_teacher(source, architecture=given, mean=mean, std=std, trust_code=trust_code)
     if images.frames:
         raise ConfigError(
-            f"The teacher '{source}' is an ANN without time steps, but '{images.name}' holds event frames: give it"
-            " images by --source, or use a spiking teacher or none."
+            f"The teacher '{source}' takes images, but '{images.name}' holds event frames: give it images by --source,"
+            " or use a run of 'distill' on event frames, or none."
         )
     for what, its, ours in (
         ("knows {} classes", architecture.classes, images.classes),
@@ -79,8 +86,11 @@ def find_teacher(
                 f"The teacher '{source}' {what.format(its)}, but '{images.name}' has {ours}: give the data that it was"
                 " trained on."
             )
-    check_fits(teacher, images, f"The teacher '{source}' ({architecture.name})")
-    return teacher, architecture
+    found = with_steps(teacher, to_inputs(images.train_images[:TRIED])) if architecture.names_code else teacher
+    check_fits(found, images, f"The teacher '{source}' ({architecture.name})")
+    if isinstance(found, SpikingTeacher):
+        return cast(Any, found), None  # it is asked only for what a student has too
+    return found, architecture
 
 
 def _spiking_teacher(

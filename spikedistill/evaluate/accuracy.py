@@ -23,7 +23,7 @@ def predict(
     images: Tensor,
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
-    seen: Callable[[int], None] = lambda images: None,
+    on_batch: Callable[[int], None] = lambda images: None,
 ) -> Logits:
     """The logits of a network for a whole set, in evaluation mode, on the CPU.
 
@@ -32,8 +32,8 @@ def predict(
             ``[B, K]``. It is left in its own mode, training or evaluation.
         images: bytes ``[N, C, H, W]``, or event frames ``[N, T, 2, H, W]``.
         dtype: number format of the large operations.
-        batch_size: images at a time (default: see ``at_once``).
-        seen: called after each batch with the number of its images.
+        batch_size: images at a time (default: see ``eval_batch_size``).
+        on_batch: called after each batch with the number of its images.
 
     Returns:
         Logits ``[T, N, K]``; T = 1 for a network without time. They are NaN if an image or the network holds NaN.
@@ -43,17 +43,17 @@ def predict(
         logits = network(batch)
         return (logits if logits.ndim == 3 else logits[None]).float().cpu()
 
-    size = at_once(network, images) if batch_size is None else batch_size
-    return torch.cat(in_batches(network, forward, images, dtype, size, seen), dim=1)
+    size = eval_batch_size(network, images) if batch_size is None else batch_size
+    return torch.cat(in_batches(network, forward, images, dtype, size, on_batch), dim=1)
 
 
-def at_once(network: nn.Module, images: Tensor) -> int:
+def eval_batch_size(network: nn.Module, images: Tensor) -> int:
     """How many images to evaluate in one call: 250, fewer with more than four time steps or 64 x 64 pixels.
 
-    >>> at_once(nn.Identity(), torch.empty(1, 3, 224, 224))
+    >>> eval_batch_size(nn.Identity(), torch.empty(1, 3, 224, 224))
     20
     """
-    rows = network.at_once if isinstance(network, Student) else 250
+    rows = network.eval_batch_size if isinstance(network, Student) else 250
     return max(1, rows * USUAL_PIXELS // max(USUAL_PIXELS, images.shape[-2] * images.shape[-1]))
 
 
@@ -64,7 +64,7 @@ def in_batches(
     images: Tensor,
     dtype: torch.dtype,
     batch_size: int,
-    seen: Callable[[int], None] = lambda images: None,
+    on_batch: Callable[[int], None] = lambda images: None,
 ) -> list[Result]:
     """The results of ``work`` for each batch of a whole set, with the network in evaluation mode; see ``predict``."""
     first = next(network.parameters())
@@ -76,7 +76,7 @@ def in_batches(
                 given = to_inputs(pixels)
                 order = layout if given.ndim == 4 else torch.preserve_format
                 results.append(work(given.to(first.device, memory_format=order)))
-            seen(len(pixels))
+            on_batch(len(pixels))
     return results
 
 

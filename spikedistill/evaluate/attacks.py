@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from spikedistill.errors import ConfigError
-from spikedistill.evaluate.accuracy import at_once, in_batches
+from spikedistill.evaluate.accuracy import eval_batch_size, in_batches
 from spikedistill.inputs import evaluating
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import ATan, Sigmoid, Surrogate, Triangle
 from spikedistill.shapes import Image, Labels
-from spikedistill.student.coding import Latency, Rate
+from spikedistill.student.coding import LatencyCoding, RateCoding
 from spikedistill.student.student import Student
 
 AT_ONCE = 100
@@ -41,23 +41,23 @@ OWN, TEACHER = "own", "teacher"
 
 
 def attack(
-    network: nn.Module, images: Image, labels: Labels, *, reach: float, steps: int, generator: Generator
+    network: nn.Module, images: Image, labels: Labels, *, epsilon: float, steps: int, generator: Generator
 ) -> Image:
-    """Images whose values are changed by at most ``reach`` to raise the network's loss, by its surrogate gradient.
+    """Images whose values are changed by at most ``epsilon`` to raise the network's loss, by its surrogate gradient.
 
     One step is FGSM (Goodfellow et al., arXiv 1412.6572). More steps are PGD from a random start, each of size
-    2.5 reach / steps (Madry et al., arXiv 1706.06083).
+    2.5 epsilon / steps (Madry et al., arXiv 1706.06083).
     """
     start = images
     if steps > 1:
-        start = (images + reach * (2 * torch.rand(images.shape, generator=generator).to(images) - 1)).clamp(0, 1)
-    size = reach if steps == 1 else 2.5 * reach / steps
+        start = (images + epsilon * (2 * torch.rand(images.shape, generator=generator).to(images) - 1)).clamp(0, 1)
+    size = epsilon if steps == 1 else 2.5 * epsilon / steps
     changed = start
     for _ in range(steps):
         changed = changed.detach().requires_grad_(True)
         (slope,) = torch.autograd.grad(F.cross_entropy(_mean_logits(network, changed), labels), changed)
         moved = changed.detach() + size * slope.sign()
-        changed = torch.minimum(torch.maximum(moved, images - reach), images + reach).clamp(0, 1)
+        changed = torch.minimum(torch.maximum(moved, images - epsilon), images + epsilon).clamp(0, 1)
     return changed.detach()
 
 
@@ -72,7 +72,7 @@ def gradients(network: nn.Module, teacher: nn.Module | None) -> list[str]:
     Raises:
         ConfigError: if no gradient is left.
     """
-    if isinstance(network, Student) and isinstance(network.coding, Rate | Latency):
+    if isinstance(network, Student) and isinstance(network.coding, RateCoding | LatencyCoding):
         if teacher is None:
             raise ConfigError(
                 f"No gradient reaches the pixels of a student with coding={network.coding}, so it cannot be attacked by"
@@ -134,7 +134,7 @@ class Target:
         return self._right[name, severity, gradient]
 
     def _withstands(self, name: str, severity: int, gradient: str) -> Tensor:
-        size = min(AT_ONCE, at_once(self.network, self.images))
+        size = min(AT_ONCE, eval_batch_size(self.network, self.images))
         generator, truths = Generator().manual_seed(self.seed), iter(self.labels.split(size))
         source = self.teacher if gradient == TEACHER and self.teacher is not None else self.network
 
@@ -143,8 +143,8 @@ class Target:
             if severity:
                 steps, levels = ATTACKS[name]
                 with torch.enable_grad(), _through(source, SURROGATES.get(gradient)):
-                    reach = levels[severity - 1] / 255
-                    batch = attack(source, batch, truth, reach=reach, steps=steps, generator=generator)
+                    epsilon = levels[severity - 1] / 255
+                    batch = attack(source, batch, truth, epsilon=epsilon, steps=steps, generator=generator)
             return (_mean_logits(self.network, batch).argmax(-1) == truth).cpu()
 
         with evaluating(source):

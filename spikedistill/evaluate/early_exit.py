@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spikedistill.errors import ConfigError
-from spikedistill.evaluate.accuracy import at_once, in_batches
+from spikedistill.evaluate.accuracy import eval_batch_size, in_batches
 from spikedistill.shapes import ClassLogits, StepCounts
 from spikedistill.student.student import Student
 
@@ -88,7 +88,7 @@ def predict_early(
     confidence: float,
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
-    seen: Callable[[int], None] = lambda images: None,
+    on_batch: Callable[[int], None] = lambda images: None,
 ) -> EarlyExit:
     """``early_exit`` for a whole set of bytes ``[N, C, H, W]``, in evaluation mode; see ``accuracy.predict``."""
 
@@ -96,6 +96,6 @@ def predict_early(
         found = early_exit(student, batch, confidence)
         return found.logits.float().cpu(), found.steps.cpu()
 
-    size = at_once(student, images) if batch_size is None else batch_size
-    logits, steps = zip(*in_batches(student, leave, images, dtype, size, seen))
+    size = eval_batch_size(student, images) if batch_size is None else batch_size
+    logits, steps = zip(*in_batches(student, leave, images, dtype, size, on_batch))
     return EarlyExit(torch.cat(logits), torch.cat(steps))

@@ -67,7 +67,10 @@ MODELS = (
 )
 
 
-RIVALS = {"quantised": "that of its quantised ANN", "quantised-sparse": "that of its quantised ANN with zeros skipped"}
+QUANTISED_ANNS = {
+    "quantised": "that of its quantised ANN",
+    "quantised-sparse": "that of its quantised ANN with zeros skipped",
+}
 """The ANNs that a student is compared with, and their names in messages."""
 
 
@@ -148,7 +151,7 @@ def verdicts(name: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:
         energy = found[model.name]
         told = [
             f"{energy['student'] / energy[rival]:.2f} times {whose} ({micro(energy[rival])} µJ)"
-            for rival, whose in RIVALS.items()
+            for rival, whose in QUANTISED_ANNS.items()
             if energy["student"] >= energy[rival]
         ]
         if told:

@@ -30,7 +30,7 @@ class FiringRates:
     """Spikes, and possible spikes (neurons times steps times levels), counted for each layer."""
 
     spikes: dict[str, float] = field(default_factory=dict)
-    chances: dict[str, int] = field(default_factory=dict)
+    possible_spikes: dict[str, int] = field(default_factory=dict)
 
     def add(self, layer: str, emitted: Tensor, height: Tensor | None = None, levels: int = 1) -> None:
         """Count the output of a layer.
@@ -43,19 +43,19 @@ class FiringRates:
         """
         counts = torch.count_nonzero(emitted) if height is None else (emitted / height).round().sum(dtype=torch.float64)
         self.spikes[layer] = self.spikes.get(layer, 0.0) + float(counts)
-        self.chances[layer] = self.chances.get(layer, 0) + emitted.numel() * levels
+        self.possible_spikes[layer] = self.possible_spikes.get(layer, 0) + emitted.numel() * levels
 
     def neurons(self, updates: int) -> dict[str, int]:
         """The number of neurons of each layer, if each was updated so often: images times steps times levels."""
-        return {layer: chances // updates for layer, chances in self.chances.items()}
+        return {layer: possible_spikes // updates for layer, possible_spikes in self.possible_spikes.items()}
 
     def by_layer(self) -> dict[str, float]:
         """Spikes per neuron and sub-step, 0..1, for each layer in order."""
-        return {layer: self.spikes[layer] / self.chances[layer] for layer in self.spikes}
+        return {layer: self.spikes[layer] / self.possible_spikes[layer] for layer in self.spikes}
 
     def mean(self) -> float:
         """Spikes per neuron and sub-step, 0..1, over all neurons."""
-        return sum(self.spikes.values()) / max(1, sum(self.chances.values()))
+        return sum(self.spikes.values()) / max(1, sum(self.possible_spikes.values()))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from spikedistill.student.substeps import LAYERS, RunSchedule
 
 
 @dataclass(frozen=True)
-class Wait:
+class Buffer:
     """Spikes that wait for those of a longer path, layer by layer.
 
     Args:
@@ -52,22 +52,22 @@ def latency(student: Student, schedule: RunSchedule) -> int:
 
 
 def _latency(student: Student, schedule: RunSchedule, longest: int) -> int:
-    timesteps, levels = student.timesteps, student.conversion.model.levels
+    timesteps, levels = student.timesteps, student.conversion.neuron_model.levels
     return timesteps * levels if schedule == "step-by-step" else (longest + timesteps - 1) * levels
 
 
-def waits(student: Student, neurons: Mapping[str, int]) -> list[Wait]:
+def buffers_of(student: Student, neurons: Mapping[str, int]) -> list[Buffer]:
     """The buffers that layer by layer needs, for each layer whose spikes wait, in order of execution.
 
     Args:
         student: the network.
         neurons: by name from ``student.neurons`` the number of a layer's neurons.
     """
-    return _waits(student, neurons, _Paths(student))
+    return _buffers_of(student, neurons, _Paths(student))
 
 
-def _waits(student: Student, neurons: Mapping[str, int], paths: "_Paths") -> list[Wait]:
-    levels = student.conversion.model.levels
+def _buffers_of(student: Student, neurons: Mapping[str, int], paths: "_Paths") -> list[Buffer]:
+    levels = student.conversion.neuron_model.levels
     found: dict[str, tuple[int, fx.Node]] = {}
     for node in student.core.graph.nodes:
         arriving = paths.into(node)
@@ -80,7 +80,7 @@ def _waits(student: Student, neurons: Mapping[str, int], paths: "_Paths") -> lis
     for name in (name for name in student.neurons if name in found):
         count, node = found[name]
         before = named.get(paths.after(node), "logits")
-        made.append(Wait(named[name], node.name, before, count * levels, count * levels * neurons[name]))
+        made.append(Buffer(named[name], node.name, before, count * levels, count * levels * neurons[name]))
     return made
 
 
@@ -90,13 +90,13 @@ def latency_facts(student: Student, schedule: RunSchedule, neurons: Mapping[str,
     With D = 1 both schedules are the same network, so both are given.
     """
     both: tuple[RunSchedule, ...] = ("layer-by-layer", "step-by-step")
-    single = student.conversion.model.levels == 1
+    single = student.conversion.neuron_model.levels == 1
     paths = _Paths(student)
     longest = paths.longest()
     return {
         "longest_path": longest,
         "latency": {one: _latency(student, one, longest) for one in both if single or one == schedule},
-        "buffers": [asdict(one) for one in _waits(student, neurons, paths)] if schedule == LAYERS else [],
+        "buffers": [asdict(one) for one in _buffers_of(student, neurons, paths)] if schedule == LAYERS else [],
     }
 
 

@@ -29,7 +29,7 @@ def measure_student(
     limit: int | None = None,
     confidence: float | None = None,
     schedule: RunSchedule = LAYERS,
-    seen: Callable[[int], None] = lambda images: None,
+    on_batch: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Any]:
     """Accuracy at every step, agreement with the teacher and firing rates on the test set.
 
@@ -45,8 +45,8 @@ def measure_student(
         limit: measure on this many training images instead, evenly spaced. The test part is then not used.
         confidence: also measure early exit at this confidence.
         schedule: in which order the sub-steps of graded spikes run; with D = 1 both are the same.
-        seen: called after each batch with the number of its images. Each pass (student, teacher, early exit) sees all
-            images.
+        on_batch: called after each batch with the number of its images. Each pass (student, teacher, early exit) sees
+            all images.
 
     Returns:
         ``accuracy_by_step`` and ``test_accuracy`` (percent), ``firing_rate`` and ``firing_rate_by_layer``
@@ -66,7 +66,7 @@ def measure_student(
         pixels, labels = images.train_images[some], images.train_labels[some]
     place.prepare(student)
     with firing_rates(student) as rates:
-        logits = predict(student, pixels, place.dtype, seen=seen)
+        logits = predict(student, pixels, place.dtype, on_batch=on_batch)
     check_finite(logits)
     known = images.test_labelled if limit is None else images.labelled
     results: dict[str, Any] = {}
@@ -78,7 +78,7 @@ def measure_student(
     results |= _steps(student, schedule, rates, len(pixels))
     if teacher is not None:
         place.prepare(teacher)
-        theirs = predict(teacher, pixels, place.dtype, seen=seen)
+        theirs = predict(teacher, pixels, place.dtype, on_batch=on_batch)
         if known:
             results["teacher_accuracy"] = accuracy_by_step(theirs, labels)[-1]
         if not images.labelled:
@@ -86,7 +86,7 @@ def measure_student(
         results["agreement"] = agreement(logits, theirs.mean(0))
         results["divergence"] = divergence(logits, theirs.mean(0))
     if confidence is not None:
-        early = predict_early(student, pixels, confidence, place.dtype, seen=seen)
+        early = predict_early(student, pixels, confidence, place.dtype, on_batch=on_batch)
         if known:
             results["early_exit_accuracy"] = accuracy_by_step(early.logits[None], labels)[-1]
         if teacher is not None and not images.labelled:
@@ -97,18 +97,18 @@ def measure_student(
 
 def _steps(student: Student, schedule: RunSchedule, rates: FiringRates, images: int) -> dict[str, Any]:
     """T and D, the schedule and its latency."""
-    timesteps, levels = student.timesteps, student.conversion.model.levels
+    timesteps, levels = student.timesteps, student.conversion.neuron_model.levels
     neurons = rates.neurons(images * timesteps * levels)
     facts = {"timesteps": timesteps, "levels": levels, "schedule": schedule}
     return {**facts, **latency_facts(student, schedule, neurons)}
 
 
 def measure_teacher(
-    network: nn.Module, images: ImageSet, place: Place, seen: Callable[[int], None] = lambda images: None
+    network: nn.Module, images: ImageSet, place: Place, on_batch: Callable[[int], None] = lambda images: None
 ) -> dict[str, float]:
     """The accuracy of an ANN on the test set, ``test_accuracy`` in percent."""
     place.prepare(network)
-    logits = predict(network, images.test_images, place.dtype, seen=seen)
+    logits = predict(network, images.test_images, place.dtype, on_batch=on_batch)
     return {"test_accuracy": accuracy_by_step(logits, images.test_labels)[-1]}
 
 

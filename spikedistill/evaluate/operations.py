@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConfigError, ShapeError
 from spikedistill.evaluate.calls import Call, Listener, calls_of
-from spikedistill.student.graph import Charges
+from spikedistill.student.graph import PotentialRecorder
 from spikedistill.student.student import Student
 from spikedistill.student.substeps import SubSteps
 from spikedistill.student.synapses import fan_of, zeros_of
@@ -156,7 +156,7 @@ def operations(network: nn.Module) -> Iterator[Operations]:
     counts = Operations()
     tally = _Tally(counts)
     if isinstance(network, Student):
-        graded = network.conversion.model.levels > 1
+        graded = network.conversion.neuron_model.levels > 1
         before, network.walk = network.walk, partial(_CountedInSubSteps if graded else _Counted, tally)
         try:
             yield counts
@@ -250,7 +250,7 @@ def _operand(call: Call, place: int) -> Tensor:
     return operand
 
 
-class _Counted(Charges):
+class _Counted(PotentialRecorder):
     """Runs a student's graph and counts every call in it, except those of its neurons."""
 
     def __init__(self, tally: _Tally, core: fx.GraphModule, keep: Collection[str], layers: Collection[str]) -> None:
@@ -258,7 +258,7 @@ class _Counted(Charges):
         self.tally, self.listener, self.quiet = tally, Listener(tally.hear), False
 
     def run(self, rows: Any, timesteps: int, repeats: int, states: Any, keep: bool) -> Any:  # type: ignore[override]
-        """As in ``Charges``: ``rows`` of ``timesteps`` steps, each row used at ``repeats`` steps."""
+        """As in ``PotentialRecorder``: ``rows`` of ``timesteps`` steps, each row used at ``repeats`` steps."""
         tally = self.tally
         tally.batch, tally.goes_on = len(rows) * repeats // timesteps, keep
         tally.begins = states[0] is None
@@ -266,7 +266,7 @@ class _Counted(Charges):
         return super().run(rows, timesteps, repeats, states, keep)
 
     def apply(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        """As in ``Charges``, counted under the layer's own name."""
+        """As in ``PotentialRecorder``, counted under the layer's own name."""
         with self._heard(str(self.current.target)):
             result = super().apply(layer, args, kwargs)
             if not self.quiet:
@@ -274,12 +274,12 @@ class _Counted(Charges):
         return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """As in ``Charges``, counted under the name of the call site."""
+        """As in ``PotentialRecorder``, counted under the name of the call site."""
         with self._heard(self.current.name):
             return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """As in ``Charges``, counted under the name of the call site."""
+        """As in ``PotentialRecorder``, counted under the name of the call site."""
         with self._heard(self.current.name):
             return super().call_method(target, args, kwargs)
 

@@ -14,7 +14,7 @@ LEVEL = 0.05
 """A gain with p below this is significant."""
 
 
-def gaps(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+def paired_differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
     """Our value minus theirs for each seed that both have."""
     return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
 
@@ -118,11 +118,11 @@ def with_test(gains: Sequence[float]) -> str:
     return f"{with_deviation(gains, sign=True)} ({'p < 0.001' if p < 0.001 else f'p = {p:.3f}'})"
 
 
-def holm(chances: Sequence[float], level: float = LEVEL) -> int:
+def holm(p_values: Sequence[float], level: float = LEVEL) -> int:
     """How many of several tests stay significant after Holm's correction (Scand. J. Stat. 6, 1979)."""
     passed = 0
-    for chance in sorted(chances):
-        if chance * (len(chances) - passed) >= level:
+    for p in sorted(p_values):
+        if p * (len(p_values) - passed) >= level:
             break
         passed += 1
     return passed
@@ -137,8 +137,9 @@ def verdict(gains: Mapping[str, Sequence[float]]) -> str:
     others = [name for name in tested if name not in passed]
     equal = [name for name in gains if name not in tested]
     said = (
-        f"Significant at 5 % (paired t-test over seeds, two-sided, each by itself): {len(passed)} of {len(tested)}"
-        f" ({'; '.join(passed) or 'none'}). Not significant: {'; '.join(others) or 'none'}."
+        "Significant at 5 % (paired t-test over seeds, two-sided, not corrected for multiple tests):"
+        f" {len(passed)} of {len(tested)} ({'; '.join(passed) or 'none'})."
+        f" Not significant: {'; '.join(others) or 'none'}."
     )
     if len(tested) > 1:
         said += f" With Holm's correction for all these tests: {holm([*tested.values()])}."

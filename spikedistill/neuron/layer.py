@@ -160,7 +160,7 @@ class Spiking(nn.Module):
         spikes = fused.fused_run(*given, False)[0] if self._compiles(flat) else run(*given)[0]
         return restore_rows(spikes, current.shape, last)
 
-    def used_threshold(self, neurons: int) -> Tensor:
+    def effective_threshold(self, neurons: int) -> Tensor:
         """The thresholds that a layer of this many neurons uses. Learned ones stay above 0, with a scaled gradient."""
         if not self.neuron.learn_threshold:
             return self.threshold
@@ -176,8 +176,8 @@ class Spiking(nn.Module):
             self.threshold.data.clamp_(min=SMALLEST)
 
     def heights(self, current: Tensor) -> Tensor:
-        """``used_threshold`` in a shape that broadcasts to a current ``[rows, C, ...]``."""
-        used = self.used_threshold(current[0].numel())
+        """``effective_threshold`` in a shape that broadcasts to a current ``[rows, C, ...]``."""
+        used = self.effective_threshold(current[0].numel())
         return used if used.ndim == 0 else used.view(-1, *[1] * (current.ndim - 2))
 
     def potential(self, current: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Spiking(nn.Module):
             )
         last, batch = is_channels_last(current), current.shape[0] // rows
         flat = flatten_rows(current, rows, last)
-        threshold = self.used_threshold(current[0].numel())
+        threshold = self.effective_threshold(current[0].numel())
         if threshold.ndim == 0:
             return flat, threshold, last, batch
         channels = len(threshold)

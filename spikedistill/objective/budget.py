@@ -108,7 +108,7 @@ class Budget(HeterogeneousTemperatures):
 
 def excess(found: Tensor, target: float, batch: Batch) -> Tensor:
     """``max(0, found / target - 1)``. Several processes decide together whether the target is met."""
-    beyond = batch.over_processes(found.detach()) > target
+    beyond = batch.mean_over_processes(found.detach()) > target
     return torch.where(beyond, found / target - 1, 0.0 * found)
 
 

@@ -92,8 +92,8 @@ class CrossKD(Objective):
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
         """The terms ``events``, ``images`` and ``soft``, and with similarity ``dissimilarity``."""
-        events, images, labels = batch.student.logits, batch.asked_source(), batch.asked_labels()
-        teacher = batch.asked_teacher().logits.mean(0)
+        events, images, labels = batch.student.logits, batch.require_source(), batch.require_labels()
+        teacher = batch.require_teacher().logits.mean(0)
         soft = soft_target_divergence(images.logits.mean(0), teacher, self.temperature)
         terms = {
             "images": cross_entropy_per_step(images.logits, labels, self.label_smoothing),

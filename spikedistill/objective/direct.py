@@ -20,7 +20,7 @@ class Direct(Objective):
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
         """One term, ``labels``."""
-        return {"labels": cross_entropy_of_mean(batch.student.logits, batch.asked_labels(), self.label_smoothing)}
+        return {"labels": cross_entropy_of_mean(batch.student.logits, batch.require_labels(), self.label_smoothing)}
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,5 @@ class TET(Objective):
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
         """Two terms, ``labels`` and ``spread``."""
         spread = (batch.student.logits - self.target).square().mean()
-        judged = cross_entropy_per_step(batch.student.logits, batch.asked_labels(), self.label_smoothing)
+        judged = cross_entropy_per_step(batch.student.logits, batch.require_labels(), self.label_smoothing)
         return {"labels": (1 - self.lam) * judged, "spread": self.lam * spread}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spikedistill.answer import Learner
 from spikedistill.errors import ConfigError
-from spikedistill.objective.terms import NO_TEACHER, Batch, Pairs, as_it_is
+from spikedistill.objective.terms import NO_TEACHER, Batch, Pairs, identity
 from spikedistill.shapes import over_time
 
 STAGE = re.compile(r"(layer|stage)\D?\d+")
@@ -30,11 +30,11 @@ def feature_distance(student: Tensor, teacher: Tensor, partial: bool = False) ->
     Returns:
         A scalar, 0 or more.
     """
-    return _distance(student[None], teacher, partial, as_it_is)
+    return _distance(student[None], teacher, partial, identity)
 
 
 def _distance(feature: Tensor, teacher: Tensor, partial: bool, whole: Callable[[Tensor], Tensor]) -> Tensor:
-    """``feature_distance`` of the mean over time of ``[T, B, ...]``; ``whole`` is ``Batch.over_processes``."""
+    """``feature_distance`` of the mean over time of ``[T, B, ...]``; ``whole`` is ``Batch.mean_over_processes``."""
     size = whole(torch.linalg.vector_norm(teacher).square() / teacher.numel())
     wanted = teacher
     if partial:
@@ -64,7 +64,7 @@ class _MeanSquare(torch.autograd.Function):
         return (difference * scale).to(ctx.dtype).expand(ctx.shape), None
 
 
-def margin_relu(teacher: Tensor, whole: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
+def margin_relu(teacher: Tensor, whole: Callable[[Tensor], Tensor] = identity) -> Tensor:
     """``max(x, m)``, where m is the mean of a channel's negative values (Heo et al., arXiv 1904.01866).
 
     m is the mean over this batch; that is this project's choice. Take features before an activation. After a ReLU no
@@ -72,7 +72,7 @@ def margin_relu(teacher: Tensor, whole: Callable[[Tensor], Tensor] = as_it_is) -
 
     Args:
         teacher: the teacher's features ``[B, C, ...]``.
-        whole: ``Batch.over_processes``.
+        whole: ``Batch.mean_over_processes``.
     """
     negative = teacher.clamp_max(0)
     dims = [0, *range(2, teacher.ndim)]
@@ -112,7 +112,7 @@ def compare_features(batch: Batch, pairs: Pairs, adapters: nn.ModuleDict, margin
     Raises:
         ConfigError: if there is no teacher or no pair, or a feature of a pair was not observed.
     """
-    known = batch.asked_teacher().features
+    known = batch.require_teacher().features
     if not pairs:
         raise ConfigError("pairs of features are left open: give (teacher path, student path), or call settled first.")
     distances = []
@@ -123,8 +123,8 @@ def compare_features(batch: Batch, pairs: Pairs, adapters: nn.ModuleDict, margin
             student, teacher = match_size(adapter(over_time(feature)), teacher)
             feature = student[None]
         teacher = teacher.float()
-        wanted = margin_relu(teacher, batch.over_processes) if margin else teacher
-        distances.append(_distance(feature, wanted, partial, batch.over_processes))
+        wanted = margin_relu(teacher, batch.mean_over_processes) if margin else teacher
+        distances.append(_distance(feature, wanted, partial, batch.mean_over_processes))
     return torch.stack(distances).mean()
 
 
@@ -134,7 +134,7 @@ def make_adapters(probe: Batch, pairs: Pairs, always: bool) -> nn.ModuleDict:
     Raises:
         ConfigError: if there is no teacher, or the features of a pair cannot be compared.
     """
-    known, ours_seen = probe.asked_teacher().features, probe.student.features
+    known, ours_seen = probe.require_teacher().features, probe.student.features
     return nn.ModuleDict(
         {
             str(number): make_adapter(over_time(_seen(ours_seen, ours)), over_time(_seen(known, theirs)), always)

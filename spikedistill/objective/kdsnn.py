@@ -65,7 +65,7 @@ class KDSNNResponse(Objective):
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
         """Two terms, ``labels`` and ``soft``; without labels ``soft`` only."""
-        soft = self.divergence(batch.student.logits.mean(0), batch.asked_teacher().logits.mean(0))
+        soft = self.divergence(batch.student.logits.mean(0), batch.require_teacher().logits.mean(0))
         return {**self.hard(batch), "soft": self.alpha * soft}
 
     def hard(self, batch: Batch) -> Terms:

@@ -34,3 +34,21 @@ def soft_target_divergence(
     target = F.log_softmax(teacher / temperature, dim=-1)
     predicted = F.log_softmax(student / own, dim=-1)
     return temperature * own * F.kl_div(predicted, target, reduction="batchmean", log_target=True)
+
+
+def soft_target_divergences(student: Logits, teacher: ClassLogits, temperature: float) -> Tensor:
+    """``tau^2 KL(softmax(z_T / tau) || softmax(z_t / tau))`` of every time step and sample, ``[T, B]``.
+
+    >>> import torch
+    >>> soft_target_divergences(torch.ones(2, 1, 3), torch.zeros(1, 3), temperature=4.0).tolist()
+    [[0.0], [0.0]]
+    """
+    target = F.log_softmax(teacher / temperature, dim=-1)
+    predicted = F.log_softmax(student / temperature, dim=-1)
+    return temperature**2 * (target.exp() * (target - predicted)).sum(-1)
+
+
+def entropy_per_step(logits: Logits, temperature: float) -> Tensor:
+    """``mean_t H(softmax(z_t / tau))``: the mean of the entropies of all time steps and samples, in nats."""
+    predicted = F.log_softmax(logits / temperature, dim=-1)
+    return -(predicted.exp() * predicted).sum(-1).mean()

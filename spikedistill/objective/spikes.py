@@ -20,7 +20,7 @@ from spikedistill.answer import Learner
 from spikedistill.errors import ConfigError
 from spikedistill.objective.features import STAGE, make_adapter, match_size
 from spikedistill.objective.kdsnn import KDSNNResponse
-from spikedistill.objective.terms import NO_TEACHER, Batch, Needs, Pairs, Terms, as_it_is, check_weight
+from spikedistill.objective.terms import NO_TEACHER, Batch, Needs, Pairs, Terms, check_weight, identity
 
 Distance = Literal["l2", "l1"]
 DEPTHS = 3
@@ -75,9 +75,9 @@ class DistillingSpikes(KDSNNResponse):
             raise ConfigError(
                 f"window (={self.window}) is longer than the student's T (={steps}): give at most {steps}."
             )
-        if self.spike_pairs and self.adapt is not None:
-            return self
         if teacher is None:
+            if self.spike_pairs and self.adapt is not None:
+                return self
             raise ConfigError(NO_TEACHER)
         if not teacher.layers():
             raise ConfigError(
@@ -85,7 +85,9 @@ class DistillingSpikes(KDSNNResponse):
                 " --method kdsnn."
             )
         adapt = not inherits if self.adapt is None else self.adapt
-        levels = [network.conversion.model.levels for network in (teacher, student) if hasattr(network, "conversion")]
+        levels = [
+            network.conversion.neuron_model.levels for network in (teacher, student) if hasattr(network, "conversion")
+        ]
         if not adapt and len(set(levels)) > 1:
             raise ConfigError(
                 f"Teacher and student fire up to {levels[0]} and {levels[1]} spikes per step, so their counts differ in"
@@ -94,15 +96,29 @@ class DistillingSpikes(KDSNNResponse):
         pairs = self.spike_pairs or layers_at_ends(teacher.layers(), student.layers())
         return replace(self, spike_pairs=pairs, adapt=adapt)
 
+    def without_labels(self) -> "DistillingSpikes":
+        """The same objective without the cross-entropy: with alpha 0 spikes alone teach, with 1 soft targets too.
+
+        Raises:
+            ConfigError: if alpha or label_smoothing were chosen for labels.
+        """
+        if self.alpha not in (0.0, 1.0):
+            raise ConfigError(
+                f"alpha (={self.alpha}) weights labels, and the images have none: give 0, then spikes alone teach, or 1"
+                " for soft targets too."
+            )
+        super().without_labels()  # refuses label_smoothing
+        return self
+
     def modules(self, probe: Batch, teacher: Learner | None) -> nn.ModuleDict:
         """1 x 1 convolutions (for vectors linear layers) where channels differ, or for all pairs with ``adapt``."""
-        theirs, ours = probe.asked_teacher().spikes, probe.student.spikes
+        theirs, ours = probe.require_teacher().spikes, probe.student.spikes
         pairs = enumerate(self.spike_pairs)
         return nn.ModuleDict({str(n): make_adapter(ours[b][0], theirs[a][0], bool(self.adapt)) for n, (a, b) in pairs})
 
     def __call__(self, batch: Batch, modules: nn.ModuleDict) -> Terms:
-        """The terms ``labels``, ``soft`` if alpha is above 0, and ``distance``."""
-        teacher, steps = batch.asked_teacher(), len(batch.student.logits)
+        """The terms ``labels``, ``soft`` if alpha is above 0, and ``distance``; without labels no ``labels``."""
+        teacher, steps = batch.require_teacher(), len(batch.student.logits)
         response = super().__call__(batch, modules) if self.alpha else self.hard(batch)
         distances = []
         for number, (theirs, ours) in enumerate(self.spike_pairs):
@@ -110,7 +126,7 @@ class DistillingSpikes(KDSNNResponse):
             wanted = window_rates(teacher.spikes[theirs].float(), windows, steps).flatten(0, 1)
             seen = window_rates(batch.student.spikes[ours].float(), windows, steps).flatten(0, 1)
             seen, wanted = match_size(modules[str(number)](seen), wanted)
-            distances.append(relative_distance(seen, wanted, self.distance, batch.over_processes))
+            distances.append(relative_distance(seen, wanted, self.distance, batch.mean_over_processes))
         return {**response, "distance": self.weight * torch.stack(distances).mean()}
 
 
@@ -151,11 +167,11 @@ def window_rates(spikes: Tensor, windows: Sequence[tuple[int, int]], timesteps: 
 
 
 def relative_distance(
-    student: Tensor, teacher: Tensor, kind: Distance = "l2", whole: Callable[[Tensor], Tensor] = as_it_is
+    student: Tensor, teacher: Tensor, kind: Distance = "l2", whole: Callable[[Tensor], Tensor] = identity
 ) -> Tensor:
     """Mean squared or absolute difference, divided by the teacher's mean square or mean absolute value, a scalar.
 
-    It is 0 if both are equal and 1 for a silent student. ``whole`` is ``Batch.over_processes``.
+    It is 0 if both are equal and 1 for a silent student. ``whole`` is ``Batch.mean_over_processes``.
     """
     if kind == "l1":
         return (student - teacher).abs().mean() / whole(teacher.abs().mean()).clamp_min(1e-12)

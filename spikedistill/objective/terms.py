@@ -34,7 +34,7 @@ NO_SOURCE = (
 )
 
 
-def as_it_is(statistic: Tensor) -> Tensor:
+def identity(statistic: Tensor) -> Tensor:
     """What one process makes of a statistic of its batch, which is the whole batch."""
     return statistic
 
@@ -49,8 +49,9 @@ class Batch:
         teacher: the teacher's outputs, if the objective needs them. T is 1 unless the objective needs every step.
         source: the same student's outputs for the second input stream, if the objective needs them.
         progress: the fraction of training that is done, a scalar from 0 to 1.
-        over_processes: gives the mean over processes of a statistic of the batch, a tensor without gradient such as a
-            mean square. Each process sees its share of the batch. With one process the statistic is returned as it is.
+        mean_over_processes: gives the mean over processes of a statistic of the batch, a tensor without gradient such
+            as a mean square. Each process sees its share of the batch. With one process the statistic is returned
+            itself.
     """
 
     labels: Labels | None
@@ -58,21 +59,21 @@ class Batch:
     teacher: Answer | None = None
     source: Answer | None = None
     progress: Tensor = field(default_factory=lambda: torch.zeros(()))
-    over_processes: Callable[[Tensor], Tensor] = as_it_is
+    mean_over_processes: Callable[[Tensor], Tensor] = identity
 
-    def asked_teacher(self) -> Answer:
+    def require_teacher(self) -> Answer:
         """The teacher's outputs, or a ``ConfigError`` without a teacher."""
         if self.teacher is None:
             raise ConfigError(NO_TEACHER)
         return self.teacher
 
-    def asked_labels(self) -> Labels:
+    def require_labels(self) -> Labels:
         """The labels, or a ``ConfigError`` without labels."""
         if self.labels is None:
             raise ConfigError(NO_LABELS)
         return self.labels
 
-    def asked_source(self) -> Answer:
+    def require_source(self) -> Answer:
         """The student's outputs for the second stream, or a ``ConfigError`` without one."""
         if self.source is None:
             raise ConfigError(NO_SOURCE)
@@ -109,7 +110,7 @@ class Needs:
     replacement: float = 0.0
 
     @property
-    def asks_teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether a teacher is needed for anything."""
         return self.teacher or bool(self.pairs or self.teacher_spikes)
 
@@ -270,7 +271,7 @@ def check_fraction(name: str, value: float) -> None:
         ConfigError: if it is not between 0 and 1.
     """
     if not 0 <= value <= 1:
-        raise ConfigError(f"{name} (={value}) mixes two terms: give a value from 0 to 1.")
+        raise ConfigError(f"{name} (={value}) is a weight: give a value from 0 to 1.")
 
 
 def check_positive(name: str, value: float) -> None:

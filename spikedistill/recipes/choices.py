@@ -47,7 +47,8 @@ class StudentChoice:
     neuron: Literal["if", "lif", "plif"] = "if"
     """Integrate-and-fire (if), leaky (lif), or leaky with a learned leak (plif)."""
     leak: float | None = None
-    """Fraction of the membrane potential that is left after a step, for lif and plif (default: 0.5)."""
+    """Decay factor: the fraction of the membrane potential that is left after a step, for lif and plif (default:
+    0.5)."""
     decay_input: bool | None = None
     """Multiply the input current by 1 - leak, as SpikingJelly's LIF does (default: True for plif, else False)."""
     reset: Literal["subtract", "zero"] | None = None
@@ -88,7 +89,8 @@ class StudentChoice:
     """Number of training images on which thresholds are calibrated."""
     correct: Correct = "nothing"
     """What is corrected after conversion, without training: nothing, biases so that each channel has the ANN's mean
-    activation, or weights, biases and thresholds layer by layer (layers). Seconds to a minute."""
+    activation, or weights, biases and thresholds layer by layer (layers). Seconds to a minute. With --start, layers
+    brings a student of another T, levels or neuron near to the one that it starts from."""
     max_pool: MaxPool = "cumulative"
     """What max pooling becomes: max pooling of the cumulative input (cumulative) or of each step alone (or), or average
     pooling (average)."""
@@ -143,48 +145,54 @@ class StudentChoice:
             rule=self.rule,
             percentile=self.percentile,
             per_channel=self.per_channel,
-            correct=self.correct,
+            correct="nothing"
+            if self.start
+            else self.correct,  # what is corrected then is the student that it starts from
             max_pool=self.max_pool,
             coding=CODINGS[self.coding](),
         )
 
-    def faults(self) -> list[str]:
-        """What cannot work, one sentence for each fault."""
-        faults = []
+    def problems(self) -> list[str]:
+        """What cannot work, one sentence for each problem."""
+        problems = []
         if self.timesteps < 1:
-            faults.append(f"timesteps (={self.timesteps}) must be 1 or more")
+            problems.append(f"timesteps (={self.timesteps}) must be 1 or more")
         if self.levels < 1:
-            faults.append(f"levels (={self.levels}) must be 1 or more")
+            problems.append(f"levels (={self.levels}) must be 1 or more")
         if self.levels > 1 and self.make_reset() != "subtract":
-            faults.append(
+            problems.append(
                 f"levels (={self.levels}) above 1 need reset=subtract, as each spike takes its own part away, but the"
                 f" reset of {self.neuron} is {self.make_reset()}"
             )
         if self.levels > 1 and self.surrogate is not None:
-            faults.append(
+            problems.append(
                 f"surrogate (={self.surrogate}) is for levels=1: the gradient of graded spikes passes straight through"
             )
         if self.calibration < 1:
-            faults.append(f"calibration (={self.calibration}) must be 1 image or more")
+            problems.append(f"calibration (={self.calibration}) must be 1 image or more")
         if not 0 < self.percentile <= 100:
-            faults.append(f"percentile (={self.percentile}) must be above 0 and at most 100")
+            problems.append(f"percentile (={self.percentile}) must be above 0 and at most 100")
         if self.neuron == "if" and self.leak is not None:
-            faults.append(f"leak (={self.leak}) is for lif and plif, but the neuron is 'if'")
+            problems.append(f"leak (={self.leak}) is for lif and plif, but the neuron is 'if'")
         if self.neuron == "if" and self.decay_input:
-            faults.append("decay_input is for lif and plif, but the neuron is 'if'")
+            problems.append("decay_input is for lif and plif, but the neuron is 'if'")
         if self.threshold is not None and self.inherits:
-            faults.append(
+            problems.append(
                 f"threshold (={self.threshold}) is for fresh weights, but the student inherits weights and its"
                 " thresholds are calibrated"
             )
         if self.network == "same" and self.width is not None:
-            faults.append(f"student_width (={self.width}) needs a network other than 'same': name one by student")
-        if self.correct != "nothing" and not self.inherits:
-            faults.append(f"correct (={self.correct!r}) needs inherited weights: omit it, or set inherit=True")
+            problems.append(f"student_width (={self.width}) needs a network other than 'same': name one by student")
+        if self.correct != "nothing" and not self.inherits and self.start is None:
+            problems.append(f"correct (={self.correct!r}) needs inherited weights: omit it, or set inherit=True")
+        if self.correct == "biases" and self.start is not None:
+            problems.append(
+                "correct (='biases') is for the ANN's own weights, not for those of start: give layers or nothing"
+            )
         if self.gradient == "rate" and (self.learn_threshold or self.learn_initial or self.neuron == "plif"):
-            faults.append(
+            problems.append(
                 "the rate-based gradient does not train thresholds, initial potentials and leaks: use gradient=exact"
             )
         if self.inherit and self.network != "same":
-            faults.append(f"inherit needs the teacher's network, but the student is '{self.network}', not 'same'")
-        return faults
+            problems.append(f"inherit needs the teacher's network, but the student is '{self.network}', not 'same'")
+        return problems

@@ -20,7 +20,7 @@ from spikedistill.train.recipe import Data, Training
 
 Own = Callable[[str, str], type[Objective]]
 """A function that finds the class of a user's objective by its name and the SHA-256 of its file."""
-Kind = TypeVar("Kind")
+RecipeKind = TypeVar("RecipeKind")
 
 
 def read_config(path: Path, kind: type, methods: Sequence[str] = (), trust_code: bool = False) -> Any:

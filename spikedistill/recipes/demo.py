@@ -18,7 +18,7 @@ from spikedistill.deliver.compare import table
 from spikedistill.deliver.results import Result, read_results
 from spikedistill.deliver.tables import Table
 from spikedistill.errors import ConfigError, RunError
-from spikedistill.evaluate.paired import LEVEL, gaps, p_value
+from spikedistill.evaluate.paired import LEVEL, p_value, paired_differences
 from spikedistill.files import write_bytes
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes import digits
@@ -158,7 +158,7 @@ def figures(paths: Sequence[Path]) -> Table:
 def _sentences(results: Sequence[Result]) -> list[str]:
     """The notes: the teacher's accuracy, what the table shows and what it does not show."""
     by_seed = {name: {one.seed: one.accuracy for one in results if one.method == name} for name in NAMES}
-    gains = gaps(by_seed["kdsnn"], by_seed["direct"])
+    gains = paired_differences(by_seed["kdsnn"], by_seed["direct"])
     p, mean = p_value(gains), statistics.fmean(gains)
     found = results[0].found["teacher_accuracy"]
     given = f"with {LEARNED} images, T={results[-1].timesteps} and {results[-1].epochs} epochs"

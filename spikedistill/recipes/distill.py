@@ -18,29 +18,29 @@ from spikedistill.evaluate.measure import check_fits, measure_student
 from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.objective.qcfs import QCFS
 from spikedistill.objective.terms import Needs, Objective
-from spikedistill.recipes.choices import StudentChoice, TeacherChoice
-from spikedistill.recipes.methods import CONVERSIONS, find_method, name_of, sources_of, written
-from spikedistill.recipes.tutor import (
+from spikedistill.recipes.checks import (
+    check_teacher,
     compare_classes,
-    interview,
-    introduce,
     known_images,
+    report_data,
     sentences,
     with_its_classes,
 )
+from spikedistill.recipes.choices import StudentChoice, TeacherChoice
+from spikedistill.recipes.methods import CONVERSIONS, find_method, name_of, sources_of, written
 from spikedistill.shapes import steps_by_levels
-from spikedistill.student.build import to_spiking
-from spikedistill.student.report import Report
-from spikedistill.student.save import save_student, start_from
+from spikedistill.student.build import starting_from, to_spiking
+from spikedistill.student.report import ConversionReport
+from spikedistill.student.save import load_student, save_student, start_from
 from spikedistill.student.student import Student
 from spikedistill.student.upgrade import FORMAT
 from spikedistill.teacher.load import Architecture, Normalised, Teacher
-from spikedistill.train.lesson import settle_objective
 from spikedistill.train.loop import fit
 from spikedistill.train.processes import join
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Data, Training, check
 from spikedistill.train.run import Run
+from spikedistill.train.training_step import settle_objective
 
 FEW = 4
 """Number of images on which a network with fresh weights is tried, to see whether it mixes the samples of a batch."""
@@ -91,7 +91,8 @@ class Distill:
         They are the student's that follow from the method or from events, the frames of these, and the learning rate.
         """
         begins = self.student.inherits or self.student.start is not None
-        lr = 0.02 if begins and self.training.lr is None else self.training.peak
+        mild = begins and self.training.lr is None and self.training.optimizer != "adamw"
+        lr = 0.02 if mild else self.training.peak
         student = self.student
         if isinstance(self.method, QCFS):
             student = replace(student, gradient="quantised", learn_threshold=True)
@@ -114,33 +115,35 @@ class Distill:
             "training": asdict(made.training),
         }
 
-    def faults(self) -> list[str]:
-        """What cannot work together, one sentence for each fault."""
-        faults = []
+    def problems(self) -> list[str]:
+        """What cannot work together, one sentence for each problem."""
+        problems = []
         if self.method is None and not self.student.inherits:
-            faults.append(f"method (={self.method_name}) keeps the teacher's weights: leave student and inherit alone")
+            problems.append(
+                f"method (={self.method_name}) keeps the teacher's weights: leave student and inherit alone"
+            )
         if self.method is None and self.student.start is not None:
-            faults.append(f"start (={self.student.start}) is for methods that train, not for {self.method_name}")
-        if self.method is not None and self.method.needs.asks_teacher and self.teacher.source == NO_TEACHER:
-            faults.append(f"method (={self.method_name}) needs a teacher: name one by teacher, or use direct or tet")
+            problems.append(f"start (={self.student.start}) is for methods that train, not for {self.method_name}")
+        if self.method is not None and self.method.needs.needs_teacher and self.teacher.source == NO_TEACHER:
+            problems.append(f"method (={self.method_name}) needs a teacher: name one by teacher, or use direct or tet")
         needs = Needs() if self.method is None else self.method.needs
         if needs.source and self.data.source is None:
-            faults.append(f"method (={self.method_name}) needs a second input stream: name its images by source")
-        if self.data.source is not None and not (needs.source or needs.asks_teacher):
-            faults.append(f"source (={self.data.source}) is not used by method {self.method_name}: omit source")
+            problems.append(f"method (={self.method_name}) needs a second input stream: name its images by source")
+        if self.data.source is not None and not (needs.source or needs.needs_teacher):
+            problems.append(f"source (={self.data.source}) is not used by method {self.method_name}: omit source")
         if self.student.gradient == "quantised" and not self.student.rounds:
-            faults.append(
+            problems.append(
                 "gradient=quantised trains all steps as one, which is for neuron=if with reset=subtract, initial=0.5,"
                 " no learn_initial and coding=direct: set these values, or use gradient=exact"
             )
         if self.training.compile and self.student.gradient != "quantised" and self.student.timesteps > 1:
-            faults.append(
+            problems.append(
                 "compile is for ANNs, students of one time step and gradient=quantised, not for timesteps"
                 f" (={self.student.timesteps}): omit it, a student's neurons are compiled without it"
             )
         if self.training.compile and needs.operations:
-            faults.append("compile is not for methods that count synaptic operations: omit it")
-        return faults
+            problems.append("compile is not for methods that count synaptic operations: omit it")
+        return problems
 
 
 def distill(
@@ -161,42 +164,42 @@ def distill(
 
     Returns:
         The content of results.json: see ``measure_student``; also ``method``, the objective with its open fields filled
-        in, and ``teacher``, the check of the teacher before training (see ``interview``).
+        in, and ``teacher``, the check of the teacher before training (see ``check_teacher``).
 
     Raises:
         ConfigError: if the recipe cannot work, the teacher has the classes in another order or returns logits that are
             not finite, or the loss is no longer finite.
         DataError: if the images do not exist or cannot be read.
         WeightsError: if the teacher's or the starting student's weights cannot be read or do not fit.
-        ConversionError: if the network has a part with no spiking meaning.
+        ConversionError: if the network has a part with no spiking equivalent.
         RunError: if the directory holds another run, or another process of this run has ended.
     """
     processes, recipe = join(), recipe.settled()
-    progress = progress if progress is not None and processes.first else Progress.silent()
+    progress = progress if progress is not None and processes.is_main_process else Progress.silent()
     if not recipe.training.keep_memory:
         return_freed_memory()
     run = Run(out)
-    with processes.first_before_others():
+    with processes.main_process_first():
         run.check(recipe.written(), resume)  # before data are read, which can take long
         made = prepare(recipe, trust_code, progress)
         feed = None if made.method is None else made.feed(recipe)
-        feed = feed and feed.shared(processes.rank, processes.count)
+        feed = feed and feed.shared(processes.rank, processes.world_size)
     with progress:
-        processes.by_first(lambda: _begin(recipe, made, run, resume, progress, processes.count))
+        processes.on_main_process(lambda: _begin(recipe, made, run, resume, progress, processes.world_size))
         if made.method is not None and feed is not None:
             fit(made.student, made.method, feed, recipe.training, run, teacher=made.teacher, progress=progress)
-        return processes.by_first(lambda: _end(recipe, made, run, progress))
+        return processes.on_main_process(lambda: _end(recipe, made, run, progress))
 
 
 @dataclass(frozen=True)
-class Made:
+class Prepared:
     """The objects that a recipe names: data, networks, and the method with its open fields filled in."""
 
     images: ImageSet
     source: ImageSet | None
     teacher: Teacher | Student | None
     student: Student
-    report: Report
+    report: ConversionReport
     network: Architecture
     method: Objective | None
     class_names: str | None
@@ -212,7 +215,7 @@ class Made:
         return self.teacher if self.source is None else None
 
 
-def prepare(recipe: Distill, trust_code: bool, progress: Progress) -> Made:
+def prepare(recipe: Distill, trust_code: bool, progress: Progress) -> Prepared:
     """Load and build everything that a recipe without open values names; nothing is written."""
     check(recipe, recipe.student, recipe.data, recipe.training)
     recipe.training.place()
@@ -228,17 +231,17 @@ def prepare(recipe: Distill, trust_code: bool, progress: Progress) -> Made:
         student, report, network = build_student(recipe, teacher, architecture, images)
     method = method and settle_objective(method, student, teacher, report.inherited)
     names = None if teacher is None else compare_classes(choice.source, teacher, source or images)
-    return Made(images, source, teacher, student, report, network, method, names)
+    return Prepared(images, source, teacher, student, report, network, method, names)
 
 
-def _begin(recipe: Distill, made: Made, run: Run, resume: bool, progress: Progress, processes: int) -> None:
+def _begin(recipe: Distill, made: Prepared, run: Run, resume: bool, progress: Progress, processes: int) -> None:
     """Begin the run, or go on with it. Write and print what is known before training."""
     run.start(recipe.written(), resume, Distill().written(), processes)
     for number, file in enumerate(sources_of(made.method)):
         kept = run.path / f"method{f'-{number + 1}' if number else ''}.py"
         if not (kept.exists() and kept.samefile(file)):
             shutil.copyfile(file, kept)
-    introduce(run, progress.say, made.images, made.source)
+    report_data(run, progress.say, made.images, made.source)
     progress.say(str(made.report).splitlines()[0])
     if recipe.student.gradient == "rate" and recipe.student.neuron == "if":
         progress.say(
@@ -250,7 +253,7 @@ def _begin(recipe: Distill, made: Made, run: Run, resume: bool, progress: Progre
         if not (resume and (run.path / "teacher.json").exists()):
             shown = made.source or made.images
             with progress.part("checking the teacher"):
-                known = interview(recipe.teacher.source, made.teacher, shown, recipe.data.validation, place)
+                known = check_teacher(recipe.teacher.source, made.teacher, shown, recipe.data.validation, place)
             run.write("teacher", {**known, "class_names": made.class_names})
         facts, doubts = sentences(run.read("teacher"))
         for show, lines in ((progress.say, facts), (progress.warn, doubts)):
@@ -261,11 +264,11 @@ def _begin(recipe: Distill, made: Made, run: Run, resume: bool, progress: Progre
             run.write("before", measure_student(made.student, made.compared, made.images, place, 1000))
 
 
-def _end(recipe: Distill, made: Made, run: Run, progress: Progress) -> dict[str, Any]:
+def _end(recipe: Distill, made: Prepared, run: Run, progress: Progress) -> dict[str, Any]:
     """Measure the student on the test set. Write the student and its results."""
     tested, place = len(made.images.test_images), recipe.training.place()
     with progress.part(f"measuring on {tested} test images", tested * (1 if made.compared is None else 2)) as seen:
-        results = measure_student(made.student, made.compared, made.images, place, seen=seen)
+        results = measure_student(made.student, made.compared, made.images, place, on_batch=seen)
     results["method"] = {"name": recipe.method_name} if made.method is None else written(made.method)
     if made.teacher is not None:
         results["teacher"] = run.read("teacher")
@@ -303,7 +306,7 @@ CAN_TEACH = (
 
 def build_student(
     recipe: Distill, teacher: nn.Module | None, architecture: Architecture | None, images: ImageSet
-) -> tuple[Student, Report, Architecture]:
+) -> tuple[Student, ConversionReport, Architecture]:
     """The student that a recipe names, before training, with its report and architecture.
 
     Raises:
@@ -331,12 +334,14 @@ def build_student(
     calibrate = calibration_inputs(images, choice.calibration if choice.inherits else FEW)
     calibrate = calibrate.flatten(0, 1) if images.frames else calibrate  # each frame is a sample here
     try:
-        student, report = to_spiking(ann or made, choice.conversion(), calibrate=calibrate, mean=mean, std=std)
+        student, report = to_spiking(ann or made, choice.conversion(), calibration_images=calibrate, mean=mean, std=std)
     except UnsupportedError as error:
         raise UnsupportedError(str(error) if ann is None else f"{error}\n{CAN_TEACH}") from error
     student.gradient, student.recompute = choice.gradient, choice.recompute
     if choice.start is not None:
         start_from(student, choice.start)
+        shown = calibrate if choice.correct == "layers" else None
+        report = starting_from(student, report, load_student(choice.start, ann or made), choice.start, shown)
     return student, report, architecture
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from spikedistill.errors import ConfigError, unknown
 from spikedistill.objective.budget import Budget, Penalty
 from spikedistill.objective.cross_kd import CrossKD
+from spikedistill.objective.decoupled import TemporalDecoupling
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
 from spikedistill.objective.qcfs import QCFS
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Objective]] = {
     "kdsnn-response": KDSNNResponse,
     "kdsnn-feature": KDSNNFeature,
     "kdsnn": KDSNN,
+    "temporal-decoupling": TemporalDecoupling,
     "heterogeneous-temperatures": HeterogeneousTemperatures,
     "budget": Budget,
     "distilling-spikes": DistillingSpikes,

@@ -17,7 +17,7 @@ from spikedistill.evaluate.measure import check_fits
 from spikedistill.files import note, read_facts, weights_file
 from spikedistill.recipes.choices import StudentChoice
 from spikedistill.student.build import to_spiking
-from spikedistill.student.report import Report
+from spikedistill.student.report import ConversionReport
 from spikedistill.student.student import Student
 from spikedistill.teacher.classes import count_classes
 from spikedistill.teacher.load import Architecture, Normalised, Teacher, from_library, load_teacher
@@ -39,7 +39,7 @@ class Preview:
         shape: shape of the image, channels first.
     """
 
-    report: Report
+    report: ConversionReport
     calibrated: bool
     parameters: int
     neurons: dict[str, int]
@@ -92,7 +92,7 @@ def preview(
         trust_code: execute the Python code that a weights file may name as its network.
 
     Raises:
-        ConversionError: if parts of the network have no spiking meaning; the message names each with its line and a
+        ConversionError: if parts of the network have no spiking equivalent; the message names each with its line and a
             remedy.
         ConfigError: if the network does not exist, or a choice cannot work.
         DataError: if the data do not exist or cannot be read.
@@ -125,7 +125,7 @@ def preview(
         check_fits(ann, images, f"The network '{network}'")
         inputs = calibration_inputs(images, calibration if inherit else TRIED)
         inputs = inputs.flatten(0, 1) if images.frames else inputs
-    student, report = to_spiking(ann, choice.conversion(), calibrate=inputs)
+    student, report = to_spiking(ann, choice.conversion(), calibration_images=inputs)
     parameters = sum(parameter.numel() for parameter in student.parameters())
     return Preview(report, inherit, parameters, _neurons(student, inputs[:1], coding), tuple(inputs.shape[1:]))
 
@@ -172,7 +172,7 @@ def _network(source: str, architecture: Architecture, named: bool, trust_code: b
 @torch.no_grad()
 def _neurons(student: Student, image: Tensor, coding: str) -> dict[str, int]:
     """The number of neurons in each layer for one image."""
-    timesteps, levels = student.timesteps, student.conversion.model.levels
+    timesteps, levels = student.timesteps, student.conversion.neuron_model.levels
     with firing_rates(student) as rates:
         student.eval()(image.expand(timesteps, *image.shape) if coding == "frames" else image)
     neurons = rates.neurons(timesteps * levels)

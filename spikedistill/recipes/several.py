@@ -8,13 +8,13 @@ from spikedistill.compute.place import Place
 from spikedistill.data.feed import Inputs
 from spikedistill.errors import ConfigError, RunError, SpikeDistillError
 from spikedistill.objective.terms import Objective
-from spikedistill.recipes.distill import Distill, Made, distill, prepare
+from spikedistill.recipes.distill import Distill, Prepared, distill, prepare
 from spikedistill.train.extend import epochs_of
-from spikedistill.train.lesson import make_lesson, make_tutor
 from spikedistill.train.processes import join
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import check
 from spikedistill.train.run import Run
+from spikedistill.train.training_step import make_runner, make_training_step
 
 Makes = Callable[[str], Progress]
 """A function that makes the progress display of a run from its label."""
@@ -59,8 +59,8 @@ def several(
         SpikeDistillError: other errors of ``distill``.
     """
     processes = join()
-    progress = progress if processes.first else silent
-    with processes.first_before_others():
+    progress = progress if processes.is_main_process else silent
+    with processes.main_process_first():
         runs = {out / name: made for name, made in variants(recipe, methods, seeds).items()}
         if (out / "recipe.json").exists():
             raise RunError(f"'{out}' is the directory of a run: give another --out, below which each run gets its own.")
@@ -133,16 +133,16 @@ def _rehearse(recipes: Sequence[Distill], trust_code: bool) -> None:
         prepared = prepare(made, trust_code, Progress.silent())
         feed = prepared.feed(made)
         if prepared.method is not None:
-            _try_objective(prepared.method, prepared, next(feed.batches(1)), made.training.place())
+            try_objective(prepared.method, prepared, next(feed.batches(1)), made.training.place())
 
 
-def _try_objective(method: Objective, prepared: Made, example: Inputs, place: Place) -> None:
+def try_objective(method: Objective, prepared: Prepared, example: Inputs, place: Place) -> None:
     """Try an objective with no open fields on one batch, with both networks."""
     place = place.for_training(prepared.student)
     place.prepare(prepared.student)
-    tutor = make_tutor(prepared.teacher, method.needs, place)
+    runner = make_runner(prepared.teacher, method.needs, place)
     with place.autocast():
-        make_lesson(prepared.student, method, tutor, example.to(place.device, place.layout))
+        make_training_step(prepared.student, method, runner, example.to(place.device, place.layout))
 
 
 def _failure(path: Path, paths: Sequence[Path], reason: str) -> str:

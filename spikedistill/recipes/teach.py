@@ -13,10 +13,10 @@ from spikedistill.errors import ConfigError
 from spikedistill.evaluate.measure import check_fits, measure_teacher
 from spikedistill.files import write_tensors
 from spikedistill.objective.direct import Direct
-from spikedistill.recipes.tutor import introduce, known_images
+from spikedistill.recipes.checks import known_images, report_data
 from spikedistill.student.upgrade import FORMAT
 from spikedistill.teacher.airbench import StartsFromImages
-from spikedistill.teacher.load import Architecture, OneStep, is_elsewhere
+from spikedistill.teacher.load import Architecture, TrainableANN, is_elsewhere
 from spikedistill.train.loop import fit
 from spikedistill.train.processes import join
 from spikedistill.train.progress import Progress
@@ -69,21 +69,21 @@ def teach(recipe: Teach, out: Path, resume: bool = False, progress: Progress | N
         RunError: if the directory holds another run, or another process of this run has ended.
     """
     processes = join()
-    progress = progress if progress is not None and processes.first else Progress.silent()
+    progress = progress if progress is not None and processes.is_main_process else Progress.silent()
     if not recipe.training.keep_memory:
         return_freed_memory()
     run = Run(out)
-    with processes.first_before_others():
+    with processes.main_process_first():
         run.check(recipe.written(), resume)  # before data are read, which can take long
         images, architecture, network = _prepare(recipe, progress)
-        feed = recipe.data.feed(images, recipe.training).shared(processes.rank, processes.count)
+        feed = recipe.data.feed(images, recipe.training).shared(processes.rank, processes.world_size)
     with progress:
-        processes.by_first(lambda: _begin(recipe, images, run, resume, progress, processes.count))
+        processes.on_main_process(lambda: _begin(recipe, images, run, resume, progress, processes.world_size))
         fit(network, Direct(recipe.label_smoothing), feed, recipe.training, run, progress=progress)
-        return processes.by_first(lambda: _end(recipe, images, architecture, network, run, progress))
+        return processes.on_main_process(lambda: _end(recipe, images, architecture, network, run, progress))
 
 
-def _prepare(recipe: Teach, progress: Progress) -> tuple[ImageSet, Architecture, OneStep]:
+def _prepare(recipe: Teach, progress: Progress) -> tuple[ImageSet, Architecture, TrainableANN]:
     """Load and build everything that a recipe names; nothing is written."""
     check(recipe.data, recipe.training)
     recipe.training.place()
@@ -100,7 +100,7 @@ def _prepare(recipe: Teach, progress: Progress) -> tuple[ImageSet, Architecture,
     architecture = Architecture(recipe.network, images.classes, images.channels, width)
     torch.manual_seed(recipe.training.seed)
     mean, std = images.statistics()
-    network = OneStep(architecture.build(), mean, std)
+    network = TrainableANN(architecture.build(), mean, std)
     check_fits(network, images, f"The network '{recipe.network}'")
     if isinstance(network.network, StartsFromImages):
         some = calibration_inputs(images, min(WHITENED, len(images.train_images)))
@@ -112,11 +112,11 @@ def _prepare(recipe: Teach, progress: Progress) -> tuple[ImageSet, Architecture,
 def _begin(recipe: Teach, images: ImageSet, run: Run, resume: bool, progress: Progress, processes: int) -> None:
     """Begin the run, or go on with it."""
     run.start(recipe.written(), resume, Teach().written(), processes)
-    introduce(run, progress.say, images)
+    report_data(run, progress.say, images)
 
 
 def _end(
-    recipe: Teach, images: ImageSet, architecture: Architecture, network: OneStep, run: Run, progress: Progress
+    recipe: Teach, images: ImageSet, architecture: Architecture, network: TrainableANN, run: Run, progress: Progress
 ) -> dict[str, Any]:
     """Measure the teacher on the test set. Write the teacher and its results."""
     tested = len(images.test_images)

@@ -18,7 +18,7 @@ from spikedistill.errors import ConversionError
 from spikedistill.inputs import evaluating
 from spikedistill.neuron.dynamics import Neuron, run
 from spikedistill.neuron.layer import Spiking, by_reference
-from spikedistill.student.graph import Walk
+from spikedistill.student.graph import GraphInterpreter
 
 Rule = Literal["least-squares", "max", "percentile"]
 
@@ -45,7 +45,7 @@ CANDIDATES = 100
 NOT_FINITE = "The activations hold NaN or infinity: check the weights and the calibration images."
 
 
-class _Recorder(Walk):
+class _Recorder(GraphInterpreter):
     """Runs a traced network and keeps ``look(output)`` for each output of the given nodes."""
 
     def __init__(self, module: fx.GraphModule, nodes: set[str], look: Callable[[Tensor], Tensor]) -> None:

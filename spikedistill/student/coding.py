@@ -39,7 +39,7 @@ class DirectCoding:
 
 
 @dataclass(frozen=True)
-class Frames:
+class FrameCoding:
     """Input that has its own time axis, ``[T, B, ...]``, such as binned events."""
 
     def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
@@ -61,7 +61,7 @@ class Frames:
 
 
 @dataclass(frozen=True)
-class Rate:
+class RateCoding:
     """Each pixel spikes at each step with a probability equal to its brightness (Bernoulli).
 
     Args:
@@ -77,12 +77,12 @@ class Rate:
     def frame(self, images: Tensor, t: int, timesteps: int) -> Tensor:
         """The spikes of step t."""
         generator = None if self.seed is None else torch.Generator(images.device).manual_seed(self.seed + t)
-        chances = images.float().nan_to_num(0.0).clamp(0, 1)
-        return torch.bernoulli(chances, generator=generator).to(images.dtype) + 0 * images
+        probabilities = images.float().nan_to_num(0.0).clamp(0, 1)
+        return torch.bernoulli(probabilities, generator=generator).to(images.dtype) + 0 * images
 
 
 @dataclass(frozen=True)
-class Latency:
+class LatencyCoding:
     """Each pixel spikes once, brighter ones earlier: at step ``floor((1 - p) T)``. Black pixels never spike."""
 
     def encode(self, images: Tensor, timesteps: int) -> tuple[Tensor, int]:
@@ -95,9 +95,9 @@ class Latency:
         return (when == t).to(images.dtype) + 0 * images
 
 
-CODINGS: dict[str, type[DirectCoding] | type[Rate] | type[Latency] | type[Frames]] = {
+CODINGS: dict[str, type[DirectCoding] | type[RateCoding] | type[LatencyCoding] | type[FrameCoding]] = {
     "direct": DirectCoding,
-    "frames": Frames,
-    "latency": Latency,
-    "rate": Rate,
+    "frames": FrameCoding,
+    "latency": LatencyCoding,
+    "rate": RateCoding,
 }

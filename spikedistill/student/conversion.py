@@ -18,10 +18,10 @@ Correct = Literal["nothing", "biases", "layers"]
 """What is corrected after conversion, without gradients: nothing, biases (``biases.py``), or weights, biases and
 thresholds of layer after layer (``correct.py``)."""
 
-ROUNDING = Neuron(initial=0.5, surrogate=Rectangle())
+INHERITED_NEURON = Neuron(initial=0.5, surrogate=Rectangle())
 """The default neuron for inherited weights: IF that starts at half its threshold, so the mean over T steps rounds. In
 pilots (LOG.md) the rectangle surrogate gained most."""
-FRESH = replace(ROUNDING, threshold=1.5, detach_reset=True, surrogate=Triangle())
+SCRATCH_NEURON = replace(INHERITED_NEURON, threshold=1.5, detach_reset=True, surrogate=Triangle())
 """The default neuron for fresh weights. In pilots (LOG.md) its students learned fastest on currents from batch norm."""
 
 
@@ -31,7 +31,7 @@ class Conversion:
 
     Args:
         timesteps: T, 1 or more.
-        neuron: the neuron model (default: ``ROUNDING``, for fresh weights ``FRESH``).
+        neuron: the neuron model (default: ``INHERITED_NEURON``, for fresh weights ``SCRATCH_NEURON``).
         inherit: keep the ANN's weights and batch norm. False gives fresh weights and the initial threshold
             ``neuron.threshold``; no calibration is needed.
         rule: how a threshold is calibrated from activations; see ``calibrate.choose_threshold``.
@@ -73,16 +73,18 @@ class Conversion:
         if not 0 <= self.percentile <= 100:
             raise ConfigError(f"percentile (={self.percentile}) must be between 0 and 100.")
         if isinstance(self.coding, type) or not isinstance(self.coding, Coding):
-            raise ConfigError(f"coding (={self.coding!r}) must have encode and frame, as for instance Frames() has.")
+            raise ConfigError(
+                f"coding (={self.coding!r}) must have encode and frame, as for instance FrameCoding() has."
+            )
 
     @property
-    def model(self) -> Neuron:
+    def neuron_model(self) -> Neuron:
         """The neuron, or the default one for these weights."""
-        return self.neuron or (ROUNDING if self.inherit else FRESH)
+        return self.neuron or (INHERITED_NEURON if self.inherit else SCRATCH_NEURON)
 
     def settled(self) -> "Conversion":
         """The same conversion with its default neuron filled in."""
-        return replace(self, neuron=self.model)
+        return replace(self, neuron=self.neuron_model)
 
     def facts(self) -> dict[str, Any]:
         """The fields in a form that JSON can hold, with the default neuron filled in.
@@ -90,9 +92,11 @@ class Conversion:
         Raises:
             ConfigError: if the surrogate or the coding is a user's own class, which a file cannot name.
         """
-        neuron: dict[str, Any] = {part.name: getattr(self.model, part.name) for part in dataclasses.fields(Neuron)}
-        neuron["reset"] = self.model.reset.value
-        neuron["surrogate"] = _written("surrogate", self.model.surrogate, SURROGATES)
+        neuron: dict[str, Any] = {
+            part.name: getattr(self.neuron_model, part.name) for part in dataclasses.fields(Neuron)
+        }
+        neuron["reset"] = self.neuron_model.reset.value
+        neuron["surrogate"] = _written("surrogate", self.neuron_model.surrogate, SURROGATES)
         facts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
         return {**facts, "neuron": neuron, "coding": _written("coding", self.coding, CODINGS)}
 
@@ -111,7 +115,7 @@ class Conversion:
         return read_fields(cls, correct_from(facts), parts)
 
 
-USUAL = Conversion()
+DEFAULT_CONVERSION = Conversion()
 """Every field at its default."""
 
 
@@ -134,7 +138,7 @@ def neuron_from(
     """The neuron that the choices of a recipe describe; see ``Neuron`` and ``recipes.choices.StudentChoice``.
 
     None takes the named neuron's default. For fresh weights threshold, surrogate and ``detach_reset`` are those of
-    ``FRESH``, except that the rate-based gradient keeps the reset in the gradient.
+    ``SCRATCH_NEURON``, except that the rate-based gradient keeps the reset in the gradient.
 
     Raises:
         ConfigError: if the neuron, reset or surrogate does not exist, or a value is outside its range.
@@ -144,7 +148,7 @@ def neuron_from(
     kind = surrogate or ("triangle" if fresh else "rectangle")
     one_of("surrogate", kind, SURROGATES)
     base = NEURONS[name]
-    usual = FRESH.threshold if fresh and name == "if" else base.threshold
+    usual = SCRATCH_NEURON.threshold if fresh and name == "if" else base.threshold
     return Neuron(
         leak=base.leak if leak is None else leak,
         learn_leak=base.learn_leak,

@@ -1,7 +1,8 @@
 """Layers corrected in order after conversion, without gradients: each on what it really gets from those before it.
 
 A layer of the student gets spikes in place of the ANN's activations, and errors add up from layer to layer. So ANN and
-student run side by side, node by node, on the calibration images:
+student run side by side, node by node, on the calibration images. In place of the ANN there may be another student of
+the same network, for instance a graded one from which a student of more time steps starts.
 
 - at each convolution or linear layer behind the first neurons, ridge regression finds the change of weights and bias
   that brings the layer's mean over time nearest to the ANN's, past batch norm and the sum with a skip connection;
@@ -29,7 +30,7 @@ from spikedistill.inputs import evaluating
 from spikedistill.neuron.dynamics import run
 from spikedistill.neuron.layer import Spiking, by_reference
 from spikedistill.student.biases import PASSING, SUMS, preceding_layer
-from spikedistill.student.graph import Walk
+from spikedistill.student.graph import GraphInterpreter, behind, neuron_nodes
 from spikedistill.student.rate import NORMS
 from spikedistill.student.report import Corrected
 from spikedistill.student.ridge import CONVOLUTIONS, at, inputs_at, ridge, rows_of, sample
@@ -53,44 +54,50 @@ FAINT = 0.01
 @torch.no_grad()
 def correct_layers(
     core: fx.GraphModule,
-    ann: fx.GraphModule,
+    given: tuple[Any, ...],
+    reference: fx.GraphModule,
+    shown: tuple[Any, ...],
     named: Mapping[str, str],
-    images: Tensor,
-    rows: Tensor,
-    repeats: int,
-    states: int,
+    batch: int,
 ) -> tuple[tuple[Corrected, ...], dict[str, float]]:
     """Correct the layers of a student in place.
 
     Args:
-        core: the student's graph, with thresholds by the rule ``max``.
-        ann: the graph that it was made from, before neurons took the place of activations.
-        named: for each node of ``ann`` the node of ``core``.
-        images: what the ANN sees, ``[B, ...]``, already normalised.
-        rows: what the student sees, ``[T*B, ...]``, or ``[B, ...]`` with ``repeats`` T.
-        repeats: at how many steps each row is used.
-        states: the number of tensors in the student's state.
+        core: the student's graph, with thresholds that are the largest to be tried.
+        given: what the graph takes; first the rows ``[T*B, ...]``, or ``[B, ...]`` if they repeat, then T.
+        reference: the graph that it is brought near to: the ANN that it was made from, before neurons took the place of
+            activations, or another student's.
+        shown: what that graph takes.
+        named: for each node of ``reference`` the node of ``core``.
+        batch: B, the number of images.
 
     Returns:
         What was done, in order, and the mean firing rate of each layer of neurons by its path in the graph.
     """
-    given = rows, len(rows) * repeats // len(images), repeats, (None,) * states, False
-    side_by_side = _SideBySide(_Stepwise(core, *given), _Stepwise(ann, images), named, len(images), given[1])
-    with evaluating(core, ann), by_reference(*(layer for layer in core.modules() if isinstance(layer, Spiking))):
+    side_by_side = _SideBySide(_Stepwise(core, *given), _Stepwise(reference, *shown), named, batch, given[1])
+    layers = [layer for graph in (core, reference) for layer in graph.modules() if isinstance(layer, Spiking)]
+    with evaluating(core, reference), by_reference(*layers):
         side_by_side.run()
     return tuple(side_by_side.done), side_by_side.rates
 
 
 @torch.no_grad()
-def some_images(ann: fx.GraphModule, images: Tensor, timesteps: int) -> Tensor:
-    """As many images as the correction can hold: all, or evenly spaced ones."""
-    walk = _Largest(ann)
-    walk.run(images[:1])
-    count = max(1, LARGEST // (walk.largest * timesteps))
-    return torch.arange(len(images))[:: -(-len(images) // count)]
+def some_images(graph: fx.GraphModule, one: tuple[Any, ...], count: int, timesteps: int) -> Tensor:
+    """As many images as the correction can hold: all, or evenly spaced ones.
+
+    Args:
+        graph: the ANN's, or another student's.
+        one: what it takes for one image.
+        count: the number of images.
+        timesteps: of the student.
+    """
+    walk = _Largest(graph)
+    walk.run(*one)
+    most = max(1, LARGEST // (walk.largest * timesteps))
+    return torch.arange(count)[:: -(-count // most)]
 
 
-class _Largest(Walk):
+class _Largest(GraphInterpreter):
     """Finds the number of values of a graph's largest tensor."""
 
     largest = 1
@@ -101,7 +108,7 @@ class _Largest(Walk):
         return value
 
 
-class _Stepwise(Walk):
+class _Stepwise(GraphInterpreter):
     """Runs a graph in parts, one node after the other. A value is dropped after its last reader."""
 
     def __init__(self, module: fx.GraphModule, *inputs: Any) -> None:
@@ -127,12 +134,12 @@ class _Stepwise(Walk):
 
 
 class _SideBySide:
-    """The ANN and the student, which is corrected as it runs, over all images at once."""
+    """The reference and the student, which is corrected as it runs, over all images at once."""
 
     def __init__(
-        self, student: _Stepwise, ann: _Stepwise, named: Mapping[str, str], batch: int, timesteps: int
+        self, student: _Stepwise, reference: _Stepwise, named: Mapping[str, str], batch: int, timesteps: int
     ) -> None:
-        self.student, self.ann, self.batch, self.timesteps = student, ann, batch, timesteps
+        self.student, self.reference, self.batch, self.timesteps = student, reference, batch, timesteps
         self.core = student.core
         self.old = {new: old for old, new in named.items()}
         self.calls = Counter(str(node.target) for node in self.core.graph.nodes if node.op == "call_module")
@@ -142,20 +149,20 @@ class _SideBySide:
 
     def run(self) -> None:
         """Correct layer after layer, in order of execution."""
-        behind = _behind_neurons(self.core)
+        after_neurons = behind(self.core.graph, neuron_nodes(self.core))
         fits = _with_own_weights(self.core, [path for path, count in self.calls.items() if count == 1])
         for node in self.core.graph.nodes:
             layer = self.core.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, Spiking):
                 self.correct_neurons(node, layer)
-            elif layer in fits and node.args[0] in behind:
+            elif layer in fits and node.args[0] in after_neurons:
                 self.correct_weights(node, layer)
             self.student.advance(node)
 
     def correct_weights(self, node: fx.Node, layer: Any) -> None:
-        """Bring the mean output of a layer nearer to the ANN's, where its chain ends."""
+        """Bring the mean output of a layer nearer to the reference's, where its chain ends."""
         end, norm, added = self.follow(node)
-        target = self.ann.up_to(self.old[end.name])
+        target = self.wanted(end)
         sources = [self.mean(self.student.env[one]) for one in added]
         x = self.mean(self.student.env[node.args[0]])
         if target is None or any(one.shape != target.shape for one in sources) or (target.ndim > 2) != (x.ndim > 2):
@@ -179,7 +186,7 @@ class _SideBySide:
     def correct_neurons(self, node: fx.Node, layer: Spiking) -> None:
         """Choose thresholds, and shifts of the current, for what a layer of neurons really gets."""
         spikes = next(one for one in node.users if one.target is operator.getitem and one.args[1] == 0)
-        target, current = self.ann.up_to(self.old[spikes.name]), self.student.env[node.args[0]]
+        target, current = self.wanted(spikes), self.student.env[node.args[0]]
         if target is None:
             return
         places = sample(target.shape, PLACES, self.generator)
@@ -195,6 +202,11 @@ class _SideBySide:
             self.student.env[node.args[0]] = current + shift.view(-1, *[1] * (current.ndim - 2))
         self.note(str(node.target), before, after, wanted)
         self.rates[str(node.target)] = float(((wanted - after) / threshold).mean())
+
+    def wanted(self, node: fx.Node) -> Tensor | None:
+        """The reference's mean over time at a node of the student; None if it was dropped."""
+        found = self.reference.up_to(self.old[node.name])
+        return None if found is None else self.mean(found)
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over time ``[B, ...]``."""
@@ -229,16 +241,6 @@ class _SideBySide:
                 break
             node = reader
         return node, norm, added
-
-
-def _behind_neurons(core: fx.GraphModule) -> Collection[fx.Node]:
-    """The nodes that depend on spikes."""
-    behind: dict[fx.Node, None] = {}
-    for node in core.graph.nodes:
-        fires = node.op == "call_module" and isinstance(core.get_submodule(str(node.target)), Spiking)
-        if fires or any(source in behind for source in node.all_input_nodes):
-            behind[node] = None
-    return behind
 
 
 def _with_own_weights(core: fx.GraphModule, paths: Collection[str]) -> Collection[nn.Module]:

@@ -23,7 +23,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import Reset
 from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import Logits
-from spikedistill.student.graph import Charges
+from spikedistill.student.graph import PotentialRecorder
 from spikedistill.student.student import Student
 
 BEYOND = 1e-3
@@ -32,7 +32,7 @@ MOST = 1000.0
 """The largest shift upwards, in thresholds: of a neuron that fired at every step."""
 
 
-class _Offsets(Charges):
+class _Offsets(PotentialRecorder):
     """Runs a student's graph; each layer of neurons first runs so many steps, then starts again."""
 
     steps = 1
@@ -71,7 +71,7 @@ def run_with_offsets(student: Student, images: Tensor, steps: int) -> Logits:
     Raises:
         ConfigError: if the neurons leak, reset to zero or are graded, or ``steps`` is below 1.
     """
-    neuron, timesteps = student.conversion.model, student.timesteps
+    neuron, timesteps = student.conversion.neuron_model, student.timesteps
     if neuron.leak < 1 or neuron.reset is not Reset.SUBTRACT or neuron.levels > 1:
         raise ConfigError(
             f"Offsets are for neurons without leak that subtract the threshold and fire one spike a step, not for leak"

@@ -32,7 +32,7 @@ def fold(network: Network, keep: Sequence[str] = ()) -> Network:
     copied = copy.deepcopy(network).eval()
     core: nn.Module
     if isinstance(copied, Student):
-        core, graph, ends = copied.core, copied.core.graph, copied.ends
+        core, graph, ends = copied.core, copied.core.graph, copied.output_nodes
     else:
         core = copied.network if isinstance(copied, Normalised) else copied
         module, nodes = trace(copy.deepcopy(core))

@@ -1,8 +1,8 @@
-"""``Walk``: runs a student's graph node by node, the base of every other way to run it.
+"""``GraphInterpreter``: runs a student's graph node by node, the base of every other way to run it.
 
 A student's graph takes ``images``, ``timesteps``, ``repeats``, ``states`` and ``keep``. It returns
-``(output, states)`` (``surgery.py``). ``core(...)`` runs it as a whole. A ``Walk`` keeps the outputs of given nodes,
-and a subclass may change what layers of neurons, other layers and ``repeat_time`` do.
+``(output, states)`` (``surgery.py``). ``core(...)`` runs it as a whole. A ``GraphInterpreter`` keeps the outputs of
+given nodes, and a subclass may change what layers of neurons, other layers and ``repeat_time`` do.
 """
 
 import operator
@@ -25,7 +25,7 @@ def repeat_time(x: Any, repeats: Any) -> Any:
     return x if repeats == 1 else torch.cat([x] * repeats)
 
 
-class Walk(fx.Interpreter):
+class GraphInterpreter(fx.Interpreter):
     """Runs a graph node by node, as ``core(...)`` would; a subclass changes what the nodes do.
 
     Args:
@@ -81,7 +81,7 @@ class Walk(fx.Interpreter):
         return repeat_time(x, repeats)
 
 
-class Charges(Walk):
+class PotentialRecorder(GraphInterpreter):
     """Also keeps the potentials ``[T*B, ...]`` after the charge, for the layers at these paths of the graph."""
 
     def __init__(self, core: fx.GraphModule, keep: Collection[str], layers: Collection[str]) -> None:
@@ -90,7 +90,7 @@ class Charges(Walk):
         self.potentials: dict[str, Tensor] = {}
 
     def fire(self, layer: Spiking, current: Tensor, timesteps: int, repeats: int, state: Any, keep: bool) -> Any:
-        """As in ``Walk``; the given layers run the reference implementation."""
+        """As in ``GraphInterpreter``; the given layers run the reference implementation."""
         path = str(self.current.target)
         if path not in self.layers:
             return layer(current, timesteps, repeats, state, keep)
@@ -100,7 +100,7 @@ class Charges(Walk):
         return result
 
 
-class OneStep(Walk):
+class SingleStepInterpreter(GraphInterpreter):
     """Runs a student's graph once: T steps of D levels as one step of T D levels, on rows ``[B, ...]``.
 
     This is how ``gradient="quantised"`` trains, at the cost of an ANN. The student then runs at T steps of D levels,
@@ -121,7 +121,7 @@ class OneStep(Walk):
                 "gradient (='quantised') trains all time steps as one, which needs IF neurons with a fixed initial"
                 f" potential of 0.5 and reset by subtraction, but the neuron has leak {neuron.leak}, initial"
                 f" {neuron.initial}{' (learned)' if neuron.learn_initial else ''} and reset '{neuron.reset.value}':"
-                " use ROUNDING, or another gradient."
+                " use the default neuron, or another gradient."
             )
         return layer.in_one_step(current, self.timesteps), None
 
@@ -137,7 +137,8 @@ class OneStep(Walk):
 def tap(core: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
     """A network with the layers of a student's graph that also returns outputs of nodes.
 
-    It computes what a ``Walk`` computes. torch.compile can make one kernel after the other of it, without a break.
+    It computes what a ``GraphInterpreter`` computes. torch.compile can make one kernel after the other of it, without a
+    break.
 
     Args:
         core: the graph. Its layers are shared, not copied.
@@ -152,16 +153,28 @@ def tap(core: fx.GraphModule, keep: Collection[str]) -> fx.GraphModule:
     return fx.GraphModule(core, graph)
 
 
+def behind(graph: fx.Graph, starts: Collection[fx.Node]) -> set[fx.Node]:
+    """These nodes, and all that depend on them, if only by their shape."""
+    found = set(starts)
+    for node in graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def neuron_nodes(core: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that run a layer of neurons, in order of execution."""
+    calls = (node for node in core.graph.nodes if node.op == "call_module")
+    return [node for node in calls if isinstance(core.get_submodule(str(node.target)), Spiking)]
+
+
 def spike_nodes(core: fx.GraphModule) -> dict[str, str]:
     """For each layer of neurons, by its path in the graph, the name of the node that holds its spikes."""
     return {
-        str(node.args[0].target): node.name
-        for node in core.graph.nodes
-        if node.target is operator.getitem
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "call_module"
-        and isinstance(core.get_submodule(str(node.args[0].target)), Spiking)
-        and node.args[1] == 0
+        str(fired.target): node.name
+        for fired in neuron_nodes(core)
+        for node in fired.users
+        if node.target is operator.getitem and node.args[1] == 0
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from spikedistill.errors import ConversionError
 from spikedistill.inputs import evaluating
-from spikedistill.student.graph import Walk
+from spikedistill.student.graph import GraphInterpreter
 from spikedistill.student.trace import source_of
 
 ALONG: dict[str, tuple[int, str, int | None]] = {
@@ -93,7 +93,7 @@ def _of_index(module: fx.GraphModule, node: fx.Node) -> str:
     return "" if first is Ellipsis or first in whole else f"takes a part of the batch ({first})"
 
 
-class _Sums(Walk):
+class _Sums(GraphInterpreter):
     """Runs a network and keeps, for each node and sample, the sum of the signal and the sum of its magnitudes."""
 
     def __init__(self, module: fx.GraphModule) -> None:

@@ -32,7 +32,7 @@ from spikedistill.compute.winograd import WinogradConv2d, known_to_fit, winograd
 from spikedistill.errors import ConfigError
 from spikedistill.neuron.layer import Spiking, flatten_rows, is_channels_last, restore_rows
 from spikedistill.shapes import time_mean
-from spikedistill.student.graph import Walk
+from spikedistill.student.graph import GraphInterpreter
 from spikedistill.student.pool import CumulativeMaxPool
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -124,7 +124,7 @@ def known_convolution(layer: Any, x: Tensor, result: Tensor) -> Tensor:
     return _Convolution.apply(x, weight, bias, result, layer)
 
 
-class _Steps(Walk):
+class _Steps(GraphInterpreter):
     """The first pass: all time steps, without gradients; ``left`` holds by node what the second pass needs."""
 
     def __init__(self, core: fx.GraphModule, timesteps: int, batch: int) -> None:
@@ -166,7 +166,7 @@ class _Steps(Walk):
         return y
 
 
-class _Means(Walk):
+class _Means(GraphInterpreter):
     """The second pass: on means, one row per sample, with gradients. It frees what the first pass left as it goes."""
 
     def __init__(self, core: fx.GraphModule, left: dict[str, tuple[Tensor, ...]], keep: Collection[str]) -> None:

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from spikedistill.neuron.layer import Spiking
-from spikedistill.student.graph import Walk
+from spikedistill.student.graph import GraphInterpreter
 from spikedistill.student.rate import is_plain, known_convolution
 
 Recompute = Literal["nothing", "neurons", "stages"]
@@ -113,7 +113,7 @@ def _changes(core: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
     return bool(getattr(_layer(core, user), "inplace", False))
 
 
-class _Stage(Walk):
+class _Stage(GraphInterpreter):
     """Some nodes of the graph as a function of their inputs. It returns outputs that are read later or kept."""
 
     def __init__(self, core: fx.GraphModule, nodes: list[fx.Node], convolutions: bool, wanted: Collection[str]) -> None:

@@ -73,7 +73,7 @@ class Corrected:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What became of every activation and every max pooling, and what was corrected layer by layer."""
 
     sites: tuple[Site, ...]
@@ -84,10 +84,12 @@ class Report:
     corrected: tuple[Corrected, ...] = ()
     rounds_down: bool = False
     """Whether neurons that do not leak begin at 0 and take the ANN's weights: rates are then too low throughout."""
+    start: str = ""
+    """The run or file of the student whose weights and thresholds this one has; empty for a fresh conversion."""
 
     def __str__(self) -> str:
         """A table for people."""
-        kind = "inherited" if self.inherited else "fresh"
+        kind = f"those of '{self.start}' as" if self.start else "inherited" if self.inherited else "fresh"
         steps = steps_and_levels(self.timesteps, self.levels)
         head = f"{len(self.sites)} layers of neurons, {kind} weights, {steps}"
         lines = [head + self._said_of_corrected() + self._said_of_silent() + self._said_of_rounding()]

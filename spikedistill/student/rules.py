@@ -85,12 +85,12 @@ QUOTIENTS = {torch.div, operator.truediv, "div"}
 REMEDIES = (
     (
         r"sigmoid",
-        "exchange it for nn.ReLU, or leave it out with its product where it is a gate (squeeze and excitation),"
-        " and train the ANN on for a few epochs",
+        "replace it by nn.ReLU, or leave it out with its product where it is a gate (squeeze and excitation),"
+        " and fine-tune the ANN for a few epochs",
     ),
     (
         r"gelu|silu|swish|mish|elu|softplus|tanh|prelu|rrelu",
-        "exchange it for nn.ReLU and train the ANN on for a few epochs",
+        "replace it by nn.ReLU and fine-tune the ANN for a few epochs",
     ),
     (
         r"attention|softmax|bmm|matmul|einsum|transformer",
@@ -98,7 +98,7 @@ REMEDIES = (
     ),
     (
         r"layer_?norm|group_?norm|instance_?norm|local_response|rms_?norm",
-        "it measures each input anew; use batch norm, which folds into the weights",
+        "it computes statistics of every input; use batch norm, which folds into the weights",
     ),
     (r"lstm|gru|rnn", "recurrent layers have their own time; use a feed-forward network"),
 )
@@ -119,7 +119,7 @@ def find_activations(module: fx.GraphModule) -> list[CallSite]:
     """All activations in order of execution.
 
     Raises:
-        ConversionError: if parts have no spiking meaning (the message names each with its remedy), or there is no
+        ConversionError: if parts have no spiking equivalent (the message names each with its remedy), or there is no
             activation at all.
     """
     single_input(module.graph)
@@ -251,7 +251,7 @@ def is_size(node: Any) -> bool:
 def _refusal(what: str, name: str, node: fx.Node) -> ConversionError:
     remedy = next((text for pattern, text in REMEDIES if re.search(pattern, name.lower())), None)
     remedy = remedy or "use convolutions, linear layers, batch norm, pooling, additions and ReLU"
-    return ConversionError(f"{what} at {source_of(node)} has no spiking meaning: {remedy}.")
+    return ConversionError(f"{what} at {source_of(node)} has no spiking equivalent: {remedy}.")
 
 
 def single_input(graph: fx.Graph) -> fx.Node:

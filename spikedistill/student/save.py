@@ -174,7 +174,7 @@ def start_from(student: Student, path: str | Path) -> None:
     fill(student, tensors, f"'{file}'")
     student.set_normalisation(header.mean, header.std)
     for layer in student.neurons.values():
-        layer.set_threshold(layer.threshold.detach() * (header.conversion.model.levels / layer.neuron.levels))
+        layer.set_threshold(layer.threshold.detach() * (header.conversion.neuron_model.levels / layer.neuron.levels))
 
 
 def fill(student: Student, tensors: Mapping[str, Tensor], source: str) -> None:

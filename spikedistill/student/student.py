@@ -13,16 +13,17 @@ from spikedistill.errors import ConfigError, ShapeError, one_of
 from spikedistill.inputs import normalise
 from spikedistill.neuron.layer import Spiking
 from spikedistill.shapes import ClassLogits, Logits
-from spikedistill.student.coding import Coding, DirectCoding, Frames
+from spikedistill.student.coding import Coding, DirectCoding, FrameCoding
 from spikedistill.student.conversion import Conversion
-from spikedistill.student.graph import Charges, OneStep, first_convolution, spike_nodes, tap
+from spikedistill.student.graph import PotentialRecorder, SingleStepInterpreter, first_convolution, spike_nodes, tap
 from spikedistill.student.rate import rate_run
 from spikedistill.student.recompute import Recompute, recomputed_run
 from spikedistill.student.synapses import Fans, Synapses
 
 Gradient = Literal["exact", "rate", "quantised"]
 """How a student computes gradients in training: through every time step and its state (exact), through firing rates
-(``student/rate.py``), or with all T steps of D levels trained as one step of T D levels (quantised; ``OneStep``)."""
+(``student/rate.py``), or with all T steps of D levels trained as one step of T D levels (quantised;
+``SingleStepInterpreter``)."""
 State = tuple[Tensor, ...]
 """The state after a step, ``[B, ...]`` each: first the potentials of all layers of neurons in units of their
 thresholds, then the cumulative input of every max pooling over time."""
@@ -42,7 +43,7 @@ class Student(nn.Module):
         origin: what its ANN is built from, as written to a saved file.
         timesteps: T of the next call.
         gradient: how gradients are computed in training.
-        ends: for each module path of the ANN the node of ``core`` that holds its output, in order of execution.
+        output_nodes: for each module path of the ANN the node of ``core`` that holds its output, in order of execution.
         states: the number of tensors in a ``State``.
         recompute: what the exact gradient computes again instead of keeping: the same gradient in less memory. See
             ``recompute.Recompute``. The rate-based gradient keeps little and ignores this.
@@ -56,7 +57,7 @@ class Student(nn.Module):
     def __init__(
         self,
         core: fx.GraphModule,
-        ends: Mapping[str, str],
+        output_nodes: Mapping[str, str],
         layers: Sequence[str],
         conversion: Conversion,
         origin: Mapping[str, Any],
@@ -71,8 +72,8 @@ class Student(nn.Module):
         self.recompute: Recompute = "nothing"
         self._taps: dict[frozenset[str], tuple[fx.GraphModule, list[nn.Module]]] = {}
         self._fans: Fans = {}
-        self.walk: Callable[[fx.GraphModule, Collection[str], Collection[str]], Charges] = Charges
-        self.ends = dict(ends)
+        self.walk: Callable[[fx.GraphModule, Collection[str], Collection[str]], PotentialRecorder] = PotentialRecorder
+        self.output_nodes = dict(output_nodes)
         self._group: str = core.meta["neurons"]
         self._keys = dict(zip(layers, self.neurons))
         self._takes = first_convolution(core)
@@ -91,14 +92,14 @@ class Student(nn.Module):
 
     def paths(self) -> list[str]:
         """The module paths of the ANN at which ``observe`` finds a feature, in order of execution."""
-        return list(self.ends)
+        return list(self.output_nodes)
 
     def layers(self) -> list[str]:
         """The paths of the layers of neurons, in order of execution. They are named after the ANN's activations."""
         return list(self._keys)
 
     @property
-    def at_once(self) -> int:
+    def eval_batch_size(self) -> int:
         """How many images to give in one call without gradients: 250, fewer for more than four time steps."""
         return max(1, ROWS // max(4, self.timesteps))
 
@@ -154,13 +155,13 @@ class Student(nn.Module):
             return Answer(self.forward(inputs))
         fired = spike_nodes(self.core) if spikes else {}
         nodes = {path: fired[self._module(path)] for path in spikes}
-        keep = {*(self.ends[path] for path in paths), *nodes.values()}
+        keep = {*(self.output_nodes[path] for path in paths), *nodes.values()}
         done: list[Tensor] = []
         walk = partial(Synapses, fans=self._fans, done=done) if operations else self.walk
         logits, kept, charged = self._run(inputs, keep, [self._module(path) for path in potentials], walk)
         return Answer(
             logits,
-            {path: _over_time(kept[self.ends[path]], logits) for path in paths},
+            {path: _over_time(kept[self.output_nodes[path]], logits) for path in paths},
             {path: _over_time(self._counts(path, kept[node]), logits) for path, node in nodes.items()},
             {path: _over_time(charged[self._module(path)], logits) for path in potentials},
             done[0] if operations else None,
@@ -214,10 +215,10 @@ class Student(nn.Module):
         return result
 
     @torch.no_grad()
-    def fresh(self, images: Tensor) -> State:
+    def initial_state(self, images: Tensor) -> State:
         """The state before the first step, with which a stream begins. It costs one step, which tells the shapes.
 
-        ``step(images, fresh(images))`` equals ``step(images)``.
+        ``step(images, initial_state(images))`` equals ``step(images)``.
 
         Args:
             images: what the first step sees, ``[B, C, H, W]``; their number, shape, format and device count, not their
@@ -236,7 +237,7 @@ class Student(nn.Module):
 
         Single event frames are shown as images, the same at every step.
         """
-        coding = DirectCoding() if isinstance(self.coding, Frames) else self.coding
+        coding = DirectCoding() if isinstance(self.coding, FrameCoding) else self.coding
         rows, repeats = coding.encode(images, self.timesteps)
         return self._normalised(rows), repeats
 
@@ -255,7 +256,7 @@ class Student(nn.Module):
         self, paths: Sequence[str], spikes: Sequence[str], potentials: Sequence[str], operations: bool
     ) -> None:
         for path in paths:
-            one_of("module with a feature", path, self.ends)
+            one_of("module with a feature", path, self.output_nodes)
         for path in (*spikes, *potentials):
             one_of("layer of neurons", path, self._keys)
         if self._learns():
@@ -282,7 +283,7 @@ class Student(nn.Module):
         images: Tensor,
         keep: Collection[str] = (),
         charges: Collection[str] = (),
-        walk: Callable[..., Charges] | None = None,
+        walk: Callable[..., PotentialRecorder] | None = None,
     ) -> tuple[Logits, dict[str, Tensor], dict[str, Tensor]]:
         """Logits ``[T, B, K]``; outputs of nodes and potentials of layers by name, ``[B, ...]`` or ``[T*B, ...]``."""
         one_of("gradient", self.gradient, get_args(Gradient))
@@ -293,7 +294,7 @@ class Student(nn.Module):
                 raise ConfigError(
                     "gradient (='quantised') trains all time steps as one: give images (no frames), direct coding."
                 )
-            once = OneStep(self.core, timesteps, keep)
+            once = SingleStepInterpreter(self.core, timesteps, keep)
             logits, _ = once.run(self._normalised(rows), 1, 1, (None,) * layers, False)
             return logits[None], once.kept, {}
         if self.gradient == "rate" and self._learns():
@@ -304,11 +305,11 @@ class Student(nn.Module):
         return logits.unflatten(0, (timesteps, -1)), kept, charged
 
     def _through(
-        self, keep: Collection[str], charges: Collection[str], walk: Callable[..., Charges], *given: Any
+        self, keep: Collection[str], charges: Collection[str], walk: Callable[..., PotentialRecorder], *given: Any
     ) -> Any:
         """The graph's results, computed as ``recompute`` says; outputs of nodes; potentials of layers."""
         one_of("recompute", self.recompute, get_args(Recompute))
-        counted = walk is not Charges
+        counted = walk is not PotentialRecorder
         if self.recompute != "nothing" and torch.is_grad_enabled() and not charges and not counted:
             return *recomputed_run(self.core, self.recompute == "stages", keep, *given), {}
         if not keep and not charges and not counted:
@@ -344,7 +345,7 @@ class Student(nn.Module):
         axes = ", ".join(["B", str(channels), *"DHW"[5 - dims :]]) if dims else "B, ..."
         raise ShapeError(
             f"Images of shape {tuple(images.shape)} were given to a network that takes [{axes}] with B of 1 or more."
-            " Give images of that shape; frames [T, B, ...] need a student made with coding=Frames()."
+            " Give images of that shape; frames [T, B, ...] need a student made with coding=FrameCoding()."
         )
 
 

@@ -3,18 +3,20 @@
 A layer of neurons first takes in all D sub-steps of the layers before it. Then it fires its own spikes, at most one per
 sub-step, the first ones first: its train is left-aligned. Between layers of neurons everything is affine,
 ``f(x) = W x + b``, or a maximum. The constant part counts once per step, ``f(x_1) + (f(x_2) - b) + ...``, and so does
-the leak. Max pooling of a single step pools what came in so far within the step, and passes on the growth: over
-left-aligned trains a logical or. Pooling of the cumulative input adds up as over steps. So every count is that of the
-graded neuron, except for the rounding of sums.
+the leak. It is what a node gives if all its inputs that depend on the image are zero. Max pooling of a single step
+pools what came in so far within the step, and passes on the growth: over left-aligned trains a logical or. Pooling of
+the cumulative input adds up as over steps. So every count is that of the graded neuron, except for the rounding of
+sums.
 """
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from spikedistill.answer import Answer
 from spikedistill.errors import ConfigError
@@ -22,7 +24,7 @@ from spikedistill.neuron.dynamics import Reset, charge
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import spike
 from spikedistill.student.coding import DirectCoding
-from spikedistill.student.graph import Charges, repeat_time, spike_nodes
+from spikedistill.student.graph import PotentialRecorder, behind, repeat_time, spike_nodes
 from spikedistill.student.pool import MAX_POOLS, WIDER, CumulativeMaxPool
 from spikedistill.student.student import Student
 from spikedistill.student.trace import POOL_CALLS
@@ -34,7 +36,7 @@ LAYERS: RunSchedule = "layer-by-layer"
 """The schedule in which a student is trained and measured."""
 
 
-class SubSteps(Charges):
+class SubSteps(PotentialRecorder):
     """Runs a student's graph in binary sub-steps; after the first layer of neurons rows are ``[T*D*B, ...]``.
 
     It takes and returns what the graph does, so it may stand as a student's ``walk``. What nodes keep has sub-steps.
@@ -47,6 +49,7 @@ class SubSteps(Charges):
         self.timesteps, self.batch = timesteps, len(rows) * repeats // timesteps
         self.rows = timesteps * self.levels * self.batch
         self.framed = repeats == 1 and timesteps > 1
+        self.signals = behind(self.graph, [next(iter(self.graph.nodes))])
         logits, after = super().run(rows, timesteps, repeats, states, keep)
         return logits.unflatten(0, (timesteps, self.levels, self.batch)).sum(1).flatten(0, 1), after
 
@@ -99,7 +102,7 @@ class SubSteps(Charges):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A function, its constant part once per step."""
-        if target is repeat_time:
+        if target in (repeat_time, operator.getitem):  # nothing constant
             return super().call_function(target, args, kwargs)
         if target in POOL_CALLS:
             return self.largest(super().call_function, target, args, kwargs)
@@ -112,7 +115,7 @@ class SubSteps(Charges):
     def largest(self, call: Callable[..., Any], what: Any, args: Any, kwargs: Any) -> Any:
         """A max pooling of single steps: in each sub-step the growth of the maximum of what came in so far."""
         x, *rest = args
-        if self.levels == 1 or len(x) != self.rows:
+        if not self.is_signal(x):
             return call(what, args, kwargs)
         steps = x.to(WIDER.get(x.dtype, x.dtype)).unflatten(0, (self.timesteps, self.levels, self.batch))
         so_far = call(what, (steps.cumsum(1).flatten(0, 2), *rest), kwargs).unflatten(0, steps.shape[:3])
@@ -121,17 +124,25 @@ class SubSteps(Charges):
     def once(self, call: Callable[..., Any], what: Any, args: Any, kwargs: Any) -> Any:
         """A result, its constant part left out of all sub-steps but the first of each step."""
         result = call(what, args, kwargs)
-        signals = [self.is_signal(one) for one in args]
-        if self.levels == 1 or not any(signals) or not self.is_signal(result):
+        if not self.is_signal(result):
             return result
-        zeros = tuple(torch.zeros_like(one) if signal else one for one, signal in zip(args, signals))
+        given = (fx.node.map_arg(part, self.zero) for part in (self.current.args, self.current.kwargs))
         steps = result.unflatten(0, (self.timesteps, self.levels, self.batch))
-        constant = self.constant(lambda: call(what, zeros, kwargs)).unflatten(0, steps.shape[:3])
+        constant = self.constant(lambda: call(what, *given)).unflatten(0, steps.shape[:3])
         return torch.cat([steps[:, :1], steps[:, 1:] - constant[:, 1:]], 1).flatten(0, 2)
 
     def is_signal(self, value: Any) -> bool:
-        """Whether a value has a row for each sub-step and image."""
+        """Whether the input or output of the current node depends on the image and has a row for each sub-step."""
+        if self.levels == 1 or self.current not in self.signals:
+            return False
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.rows
+
+    def zero(self, node: fx.Node) -> Any:
+        """The value of a node, zeros in place of tensors that depend on the image."""
+        value = self.env[node]
+        if node not in self.signals:
+            return value
+        return fx.node.map_aggregate(value, lambda one: torch.zeros_like(one) if isinstance(one, Tensor) else one)
 
     def constant(self, call: Callable[[], Tensor]) -> Tensor:
         """What a call gives of zeros."""
@@ -153,7 +164,7 @@ def run_in_substeps(student: Student, inputs: Tensor, *, spikes: tuple[str, ...]
     Raises:
         ConfigError: if the neuron resets to zero, which has no sub-steps.
     """
-    neuron, timesteps = student.conversion.model, student.timesteps
+    neuron, timesteps = student.conversion.neuron_model, student.timesteps
     if neuron.reset is not Reset.SUBTRACT:
         raise ConfigError("Sub-steps are of subtractive reset: give reset=Reset.SUBTRACT.")
     rows, repeats = student.coding.encode(inputs, timesteps)
@@ -176,7 +187,7 @@ def step_by_step(student: Student) -> Student:
             sees frames or another coding than the image itself, of which a step is one and a sub-step none.
     """
     conversion = student.conversion
-    neuron = conversion.model
+    neuron = conversion.neuron_model
     if neuron.levels == 1:
         return copy.deepcopy(student)
     if neuron.leak < 1 or not isinstance(student.coding, DirectCoding):

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.biases import PASSING
-from spikedistill.student.graph import Charges
+from spikedistill.student.graph import PotentialRecorder, behind, neuron_nodes
 from spikedistill.student.pool import CumulativeMaxPool
 
 WEIGHTED = (
@@ -43,7 +43,7 @@ Fans = dict[tuple[str, tuple[int, ...]], tuple[bytes, Tensor]]
 """Where the weights are zero (``zeros_of``) and the connections of each input value, by node and shape of the input."""
 
 
-class Synapses(Charges):
+class Synapses(PotentialRecorder):
     """Runs a student's graph and counts its synaptic operations.
 
     Args:
@@ -59,7 +59,7 @@ class Synapses(Charges):
         self, core: fx.GraphModule, keep: Collection[str], layers: Collection[str], fans: Fans, done: list[Tensor]
     ) -> None:
         super().__init__(core, keep, layers)
-        self.fans, self.done = fans, done
+        self.fans, self.done, self.behind = fans, done, behind(core.graph, neuron_nodes(core))
         self.levels = max((layer.neuron.levels for layer in core.modules() if isinstance(layer, Spiking)), default=1)
 
     def run(self, rows: Any, timesteps: int, repeats: int, states: Any, keep: bool) -> Any:  # type: ignore[override]
@@ -67,7 +67,6 @@ class Synapses(Charges):
         self.timesteps, self.batch = timesteps, len(rows) * repeats // timesteps
         self.operations = torch.zeros(timesteps, self.batch, device=rows.device)
         self.trains: dict[fx.Node, Tensor] = {}
-        self.behind: set[fx.Node] = set()
         results = super().run(rows, timesteps, repeats, states, keep)
         self.done.append(self.operations)
         return results
@@ -76,8 +75,6 @@ class Synapses(Charges):
         """The output of a node, whose operations are counted, or whose train is kept."""
         value = super().run_node(n)
         layer = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        if isinstance(layer, Spiking) or any(one in self.behind for one in n.all_input_nodes):
-            self.behind.add(n)
         if isinstance(layer, WEIGHTED) or n.target in WEIGHTED_CALLS:
             self._count(n)
         elif isinstance(layer, CumulativeMaxPool):

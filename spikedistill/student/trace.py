@@ -67,7 +67,7 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.record_stack_traces = True
-        self.ends: dict[str, fx.Node] = {}
+        self.output_nodes: dict[str, fx.Node] = {}
         self.asked: dict[Any, Any] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -111,7 +111,7 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(result, fx.Proxy):
-            self.ends[path] = result.node
+            self.output_nodes[path] = result.node
         return result
 
 
@@ -146,7 +146,7 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     for part in module.modules():
         if part not in known:  # the root, and what stands for functions
             part.training = network.training
-    return module, {path: moved.get(node, node) for path, node in tracer.ends.items()}
+    return module, {path: moved.get(node, node) for path, node in tracer.output_nodes.items()}
 
 
 def _defaults(network: nn.Module) -> dict[str, Any]:
@@ -198,8 +198,8 @@ def _functional_norm(network: nn.Module, graph: fx.Graph) -> dict[fx.Node, fx.No
         own = all(value is None or (isinstance(value, fx.Node) and value.op == "get_attr") for value in tensors)
         if not own or tensors[0] is None or given.get("training"):
             raise ConversionError(
-                f"A batch norm without running statistics at {source_of(node)} has no spiking meaning: it measures each"
-                " input anew; use batch norm with running statistics, which folds into the weights."
+                f"A batch norm without running statistics at {source_of(node)} has no spiking equivalent: it computes"
+                " statistics of every input; use batch norm with running statistics, which folds into the weights."
             )
         held = [None if value is None else operator.attrgetter(str(value.target))(network) for value in tensors]
         path = str(tensors[0].target).rpartition(".")[0]

@@ -5,7 +5,7 @@ from typing import Any
 
 from spikedistill.errors import ConfigError, RunError, one_of
 from spikedistill.student.coding import CODINGS
-from spikedistill.student.conversion import USUAL, Conversion, correct_from, max_pool_from, neuron_from
+from spikedistill.student.conversion import DEFAULT_CONVERSION, Conversion, correct_from, max_pool_from, neuron_from
 
 FORMAT = 2
 """The format of recipes and of students' headers. In format 1 the method of a recipe was not yet its objective."""
@@ -119,12 +119,12 @@ def conversion_from(fields: Mapping[str, Any]) -> Conversion:
             **{name: fields.get(name) for name in chosen},
         )
         return Conversion(
-            timesteps=fields.get("timesteps", USUAL.timesteps),
+            timesteps=fields.get("timesteps", DEFAULT_CONVERSION.timesteps),
             neuron=neuron,
             inherit=inherits,
-            rule=fields.get("rule", USUAL.rule),
-            percentile=fields.get("percentile", USUAL.percentile),
-            per_channel=fields.get("per_channel", USUAL.per_channel),
+            rule=fields.get("rule", DEFAULT_CONVERSION.rule),
+            percentile=fields.get("percentile", DEFAULT_CONVERSION.percentile),
+            per_channel=fields.get("per_channel", DEFAULT_CONVERSION.per_channel),
             correct=correct_from(fields).get("correct", "nothing"),
             max_pool=max_pool_from(fields.get("max_pool", "or")),
             coding=CODINGS[coding](),

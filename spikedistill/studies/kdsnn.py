@@ -20,7 +20,7 @@ from spikedistill.recipes.choices import StudentChoice, TeacherChoice
 from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.methods import CONVERSIONS, METHODS
 from spikedistill.recipes.teach import Teach
-from spikedistill.studies.study import Budget, Cell, Kind, Made, Study
+from spikedistill.studies.study import Budget, Cell, Measurement, Recipe, Study
 from spikedistill.train.recipe import Data, Training
 
 COMPARED = ("direct", "kdsnn-response", "kdsnn-feature", "kdsnn")
@@ -139,7 +139,7 @@ class _Base:
     def __init__(self, budget: Budget, data_dir: str | None, runs: Path, data: Data = cifar10.DATA) -> None:
         self.budget, self.runs, self.scale = budget, runs / budget, SCALES[budget]
         self.data = dataclasses.replace(data, data_dir=data_dir)
-        self.teachers: dict[str, tuple[Made, Path]] = {}
+        self.teachers: dict[str, tuple[Recipe, Path]] = {}
 
     def cell(self, teacher: str, student: str, method: str, seed: int, timesteps: int = 4) -> Cell:
         """The cell of a student; adds its teacher to the study if it is new."""
@@ -162,7 +162,7 @@ class _Base:
         name = f"{teacher}-{student}-{method}-t{timesteps}-s{seed}"
         return Cell(teacher, student, method, seed, recipe, self.runs / name)
 
-    def study(self, name: str, title: str, claim: str, kind: Kind, cells: list[Cell], seeds: int) -> Study:
+    def study(self, name: str, title: str, claim: str, kind: Measurement, cells: list[Cell], seeds: int) -> Study:
         """The study of these cells."""
         return Study(name, title, claim, kind, self.budget, dict(self.teachers), tuple(cells), seeds)
 

@@ -155,32 +155,36 @@ def _scores(paths: Sequence[Path], folder: Path, cell: Cell, progress: Progress)
 
 def measure_energies(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
     """Spikes, synaptic operations and energy per image, on the whole test set."""
-    bills = measure_energy(paths_of(study, cells), None, cells[0].recipe.data.data_dir, progress)
+    estimates = measure_energy(paths_of(study, cells), None, cells[0].recipe.data.data_dir, progress)
     rows = []
-    for name, bill in zip(study.teachers, bills):
-        found = {"synops": bill.cost.dense, "accuracy": bill.accuracy}
-        found |= {f"{ENERGY}{model}": kinds["ann"] for model, kinds in bill.energy.items()}
+    for name, estimate in zip(study.teachers, estimates):
+        found = {"synops": estimate.cost.dense, "accuracy": estimate.accuracy}
+        found |= {f"{ENERGY}{model}": kinds["ann"] for model, kinds in estimate.energy.items()}
         rows += [_teacher_row(study, name, metric, value) for metric, value in found.items()]
-    for cell, bill in zip(cells, bills[len(study.teachers) :]):
-        found = {"accuracy": bill.accuracy, "spikes": bill.cost.spikes, "synops": bill.cost.acs + bill.cost.macs}
-        found |= {f"{ENERGY}{model}": kinds["student"] for model, kinds in bill.energy.items()}
+    for cell, estimate in zip(cells, estimates[len(study.teachers) :]):
+        found = {
+            "accuracy": estimate.accuracy,
+            "spikes": estimate.cost.spikes,
+            "synops": estimate.cost.acs + estimate.cost.macs,
+        }
+        found |= {f"{ENERGY}{model}": kinds["student"] for model, kinds in estimate.energy.items()}
         rows += [_row(study, cell, metric, value) for metric, value in found.items()]
-        for model, kinds in bill.energy.items():
+        for model, kinds in estimate.energy.items():
             for kind in ("quantised", "quantised-sparse"):
                 rows.append(_row(study, cell, f"{ENERGY}{model}", kinds[kind], f"{kind}-ann"))
-    reports.draw_energy(study.name, study.title, rows, out, bills[0].images)
-    warned = "".join(f"- {line}\n" for bill in bills for line in bill.warnings)
-    shown = ENERGY_COLUMNS + markdown(*energy_table(bills)) + f"\n{warned}"
+    reports.draw_energy(study.name, study.title, rows, out, estimates[0].images)
+    warned = "".join(f"- {line}\n" for estimate in estimates for line in estimate.warnings)
+    shown = ENERGY_COLUMNS + markdown(*energy_table(estimates)) + f"\n{warned}"
     return rows, shown + f"\n![{study.title}]({study.name}.png)\n"
 
 
 def measure_front(study: Study, cells: Sequence[Cell], out: Path, progress: Progress) -> tuple[list[Row], str]:
     """Accuracy, and spikes per image on the whole test set, of every method at every setting."""
     rows = _accuracies(study, [])
-    bills = measure_energy([cell.path for cell in cells], None, cells[0].recipe.data.data_dir, progress)
-    for cell, bill in zip(cells, bills):
+    estimates = measure_energy([cell.path for cell in cells], None, cells[0].recipe.data.data_dir, progress)
+    for cell, estimate in zip(cells, estimates):
         rows.append(_row(study, cell, "accuracy", _result(cell.path, "test_accuracy"), cell.setting))
-        rows.append(_row(study, cell, "spikes", bill.cost.spikes, cell.setting))
+        rows.append(_row(study, cell, "spikes", estimate.cost.spikes, cell.setting))
     reports.draw_front(study.name, study.title, rows, out, _test_images(cells))
     return rows, reports.report_front(rows) + f"\n![{study.title}]({study.name}.png)\n"
 

@@ -3,7 +3,7 @@
 import csv
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from spikedistill.deliver.immunity import draw_kind, summary
 from spikedistill.deliver.tables import markdown
 from spikedistill.evaluate.energy import MODELS
 from spikedistill.evaluate.immunity import Score, perturbations
-from spikedistill.evaluate.paired import deviation_of, gaps, p_value, verdict, with_deviation, with_test
+from spikedistill.evaluate.paired import deviation_of, p_value, paired_differences, verdict, with_deviation, with_test
 
 PAIRS_COLUMNS = """Accuracies are in percent: mean ± sample standard deviation over seeds. Gains are in points over
 direct training (cross-entropy only), paired by seed, with the p value of a paired t-test. Each teacher was trained
@@ -58,9 +58,12 @@ CONFIDENCE = 0.9
 """The probability above which samples leave early."""
 ALL_SEEDS = -1
 """The seed of a row that is about all seeds."""
+STAGES = "distilling-spikes-stages"
+"""The method whose students are taught by an assistant, not by the teacher of their pair."""
+TAUGHT_BY = "Accuracy of the teacher"
 CONTRASTS = {
     ("kdsnn-feature", "kdsnn-response"): "Feature-based gains more than response-based",
-    ("distilling-spikes-stages", "distilling-spikes"): "Two stages gain more than one",
+    (STAGES, "distilling-spikes"): "Two stages gain more than one",
     ("distilling-spikes", "kdsnn-response"): "Spikes of the teacher gain more than its logits",
     ("cross-kd", "tet"): "Cross KD gains more than its loss on events alone",
     ("cross-kd", "cross-kd-without-replacement"): "Replacement adds to Cross KD",
@@ -154,7 +157,7 @@ def report_pairs(rows: Sequence[Row]) -> str:
     contrasts: dict[str, dict[str, list[float]]] = {}
     for pair, found in pairs.items():
         for method in gains:
-            gains[method][pair] = gaps(found[method], found.get("direct", {}))
+            gains[method][pair] = paired_differences(found[method], found.get("direct", {}))
         equal = len({len(by_seed) for by_seed in found.values()}) == 1
         accuracies = [
             with_deviation([*by_seed.values()]) + ("" if equal else f" (n = {len(by_seed)})")
@@ -163,10 +166,20 @@ def report_pairs(rows: Sequence[Row]) -> str:
         written = [with_test(of_pair[pair]) for of_pair in gains.values()]
         lines.append([pair, f"{anns[pair.split(' -> ')[0]]:.2f}", *accuracies, *written])
         for (first, second), said in CONTRASTS.items():
-            if more := gaps(found.get(first, {}), found.get(second, {})):
+            if more := paired_differences(found.get(first, {}), found.get(second, {})):
                 contrasts.setdefault(said, {})[pair] = more
     columns = ["teacher -> student", "teacher", *methods, *(f"gain of {method}" for method in gains)]
-    return PAIRS_COLUMNS + markdown(columns, lines) + _verdicts(gains, contrasts)
+    others = _teachers(rows, "Accuracy of the other teachers", {pair.split(" -> ")[0] for pair in pairs})
+    if STAGES in methods and "assistant" in anns:
+        others += f"\nThe students of {STAGES} were taught by the assistant.\n"
+    return PAIRS_COLUMNS + markdown(columns, lines) + others + _verdicts(gains, contrasts)
+
+
+def _teachers(rows: Sequence[Row], said: str, without: Collection[str] = ()) -> str:
+    """A line with the accuracy of each teacher; empty if there is none."""
+    accuracies = [row for row in rows if row.method == "teacher" and row.metric == "accuracy"]
+    found = {row.teacher: f"{row.teacher} {row.value:.2f} %" for row in accuracies if row.teacher not in without}
+    return f"\n{said}: {', '.join(found.values())}.\n" if found else ""
 
 
 def _verdicts(
@@ -190,7 +203,7 @@ def report_samples(rows: Sequence[Row]) -> str:
     accuracies, found = _by_method(rows, "accuracy"), []
     errors, steps, early = (_by_method(rows, f) for f in ("gain_error", "early_exit_steps", "early_exit_accuracy"))
     for method, by_seed in accuracies.items():
-        gains = gaps(by_seed, accuracies.get("direct", {})) if method != "direct" else []
+        gains = paired_differences(by_seed, accuracies.get("direct", {})) if method != "direct" else []
         error = errors.get(method, {}).get(ALL_SEEDS)
         said = f"{statistics.fmean(gains):+.2f} ± {error:.2f}" if gains and error is not None else ""
         ratio = f"{statistics.fmean(gains) / error:.1f}" if gains and error else ""
@@ -257,7 +270,7 @@ def report_front(rows: Sequence[Row]) -> str:
     usual, *_ = found.values()
     lines, free = [], {}
     for (method, setting), each in found.items():
-        gains = [] if each is usual else gaps(each["accuracy"], usual["accuracy"])
+        gains = [] if each is usual else paired_differences(each["accuracy"], usual["accuracy"])
         fewer = {seed: 100 * (1 - count / usual["spikes"][seed]) for seed, count in each["spikes"].items()}
         accuracy = with_deviation([*each["accuracy"].values()])
         spikes = f"{statistics.fmean(each['spikes'].values()):.0f}"
@@ -265,7 +278,7 @@ def report_front(rows: Sequence[Row]) -> str:
         if gains and statistics.fmean(gains) >= 0:
             free[f"{method} {setting}".strip()] = (statistics.fmean(fewer.values()), gains)
     columns = ["method", "setting", "accuracy", "spikes", "gain in accuracy", "fewer spikes (%)"]
-    return FRONT_COLUMNS + markdown(columns, lines) + _fewest(free)
+    return FRONT_COLUMNS + markdown(columns, lines) + _teachers(rows, TAUGHT_BY) + _fewest(free)
 
 
 def _fewest(free: Mapping[str, tuple[float, Sequence[float]]]) -> str:
@@ -309,7 +322,8 @@ def report_timesteps(rows: Sequence[Row]) -> str:
             reached = [T for T, value in at.items() if value >= goal]
             when = f"first at T={min(reached)}" if reached else f"not up to T={max(at)}"
             caught.append(f"- {method} reaches the T={own} student ({goal:.2f} %): {when}.\n")
-    return TIMESTEPS_COLUMNS + markdown(["method, T =", *map(str, every)], lines) + "\n" + "".join(caught)
+    shown = markdown(["method, T =", *map(str, every)], lines) + _teachers(rows, TAUGHT_BY)
+    return TIMESTEPS_COLUMNS + shown + "\n" + "".join(caught)
 
 
 def _by_seed(rows: Sequence[Row]) -> BySeed:
@@ -380,4 +394,6 @@ def _mean(of_method: Mapping[str, Mapping[int, float]], names: Sequence[str]) ->
 
 def _gains(by_seed: BySeed, names: Sequence[str]) -> list[float]:
     """KDSNN's accuracy minus that of direct training, in points for each seed."""
-    return gaps(_mean(by_seed.get("kdsnn", {"clean": {}}), names), _mean(by_seed.get("direct", {"clean": {}}), names))
+    return paired_differences(
+        _mean(by_seed.get("kdsnn", {"clean": {}}), names), _mean(by_seed.get("direct", {"clean": {}}), names)
+    )

@@ -122,7 +122,7 @@ def side_by_side(missing: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Cal
 
 def _student(cell: Cell, progress: Progress | None = None) -> None:
     """Train a student, or go on with its training. Several at a time print lines, since progress bars would collide."""
-    progress = progress or Progress.plain(cell.path.name)
+    progress = progress or Progress.as_lines(cell.path.name)
     unless_done(cell.path, partial(distill, cell.recipe, cell.path, progress=progress))
 
 

@@ -9,9 +9,9 @@ from spikedistill.recipes.distill import Distill
 from spikedistill.recipes.teach import Teach
 
 Budget = Literal["full", "small"]
-Kind = Literal["pairs", "samples", "timesteps", "noise", "energy", "front"]
+Measurement = Literal["pairs", "samples", "timesteps", "noise", "energy", "front"]
 """What a study measures on its finished runs, and how it draws the results."""
-Made = Teach | Distill
+Recipe = Teach | Distill
 """The recipe of a teacher."""
 
 
@@ -40,14 +40,14 @@ class Study:
     name: str
     title: str
     claim: str
-    kind: Kind
+    kind: Measurement
     budget: Budget
-    teachers: dict[str, tuple[Made, Path]]
+    teachers: dict[str, tuple[Recipe, Path]]
     cells: tuple[Cell, ...]
     seeds: int
     prepare: Callable[[], None] | None = None
 
 
-def width_of(made: Made) -> int | None:
+def width_of(made: Recipe) -> int | None:
     """The width of the network that a recipe trains; None for the network's own."""
     return made.width if isinstance(made, Teach) else made.student.width

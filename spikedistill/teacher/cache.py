@@ -351,7 +351,7 @@ class Cache:
     def _unwritten(self, error: Exception) -> RunError:
         return RunError(
             f"The teacher's outputs in '{self.path}' could not be written or read ({error}): free some disk space, then"
-            " go on with --resume; or give another --cache-dir."
+            " continue with --resume; or give another --cache-dir."
         )
 
 

@@ -32,7 +32,7 @@ def own_network(name: str, classes: int) -> nn.Module:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
             f"'{name}', called with classes={classes}, failed ({type(error).__name__}: {error}) in '{last.filename}',"
-            f" line {last.lineno}: mend it."
+            f" line {last.lineno}: fix it."
         ) from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"'{name}' returned {type(network).__name__}: it must return a torch.nn.Module.")
@@ -56,9 +56,7 @@ def import_object(name: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file raises
-        raise ConfigError(
-            f"The file '{file}' cannot be imported ({type(error).__name__}: {error}): mend it."
-        ) from error
+        raise ConfigError(f"The file '{file}' cannot be imported ({type(error).__name__}: {error}): fix it.") from error
     finally:
         sys.path.pop(0)
     if not hasattr(module, wanted):

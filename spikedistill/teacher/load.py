@@ -17,8 +17,8 @@ from spikedistill.errors import ConfigError, WeightsError, one_of, unknown
 from spikedistill.files import note, weights_file
 from spikedistill.inputs import AnyLayout, normalise
 from spikedistill.shapes import ClassLogits, Logits
+from spikedistill.teacher.capture import capture_features
 from spikedistill.teacher.code import own_network
-from spikedistill.teacher.taps import taps
 from spikedistill.teacher.weights import check_formats, of_network, read_weights
 from spikedistill.teacher.zoo import ZOO
 
@@ -129,10 +129,10 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
     if others := held - len(tensors):
         note(f"{source} holds {others} tensors beside those of the network, which are left out.")
     check_formats(tensors, source)
-    faults = [f"'{name}' is missing" for name in wanted.keys() - tensors.keys() - optional]
-    faults += [f"'{name}' has no place in the network" for name in tensors.keys() - wanted.keys()]
+    faults = [f"missing key '{name}'" for name in wanted.keys() - tensors.keys() - optional]
+    faults += [f"unexpected key '{name}'" for name in tensors.keys() - wanted.keys()]
     faults += [
-        f"'{name}' has shape {tuple(tensors[name].shape)}, the network's has {tuple(wanted[name].shape)}"
+        f"size mismatch for '{name}': {tuple(tensors[name].shape)}, the network's is {tuple(wanted[name].shape)}"
         for name in wanted.keys() & tensors.keys()
         if tensors[name].shape != wanted[name].shape
     ]
@@ -143,7 +143,8 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
     ]
     faults += [f"'{name}' holds NaN or infinity" for name, value in tensors.items() if not torch.isfinite(value).all()]
     if faults:
-        shown = "; ".join(sorted(faults)[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        by_name = sorted(faults, key=lambda fault: fault.partition("'")[2])
+        shown = "; ".join(by_name[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise WeightsError(
             f"The weights of {source} do not fit {type(network).__name__}: {shown}. Give the architecture, width and"
             " number of classes that they were trained with."
@@ -170,8 +171,8 @@ class Normalised(nn.Module):
         super().__init__()
         if isinstance(network, Learner):
             raise ConfigError(
-                f"A {type(network).__name__} normalises its inputs itself, and a second time would be wrong: give it as"
-                " it is, because a student can teach."
+                f"A {type(network).__name__} normalises its inputs itself, and a second time would be wrong: do not"
+                " wrap it, give it as the teacher itself."
             )
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise ConfigError(f"mean {tuple(mean)} and std {tuple(std)} need one value per channel, std above 0.")
@@ -191,7 +192,7 @@ class Normalised(nn.Module):
         if logits.ndim == 3:
             raise ConfigError(
                 f"{type(self.network).__name__} returns logits of shape {tuple(logits.shape)}: expected [B, K]."
-                " A network with time steps can teach without Teacher(...) if it has 'observe', as a student has."
+                " A network with time steps teaches as SpikingTeacher(...)."
             )
         return logits
 
@@ -214,7 +215,7 @@ class Normalised(nn.Module):
             )
         if not paths:
             return Answer(self.logits(inputs)[None])
-        with taps(self.network, paths) as seen:
+        with capture_features(self.network, paths) as seen:
             logits = self.logits(inputs)
         return Answer(logits[None], {path: feature[None] for path, feature in seen.items()})
 
@@ -262,7 +263,7 @@ class Teacher(Normalised):
         return super().train(False)
 
 
-class OneStep(Normalised):
+class TrainableANN(Normalised):
     """An ANN in training as a network of one time step, so that the same loop trains ANNs and students."""
 
     def forward(self, images: Tensor) -> Logits:
@@ -278,7 +279,7 @@ def code_refused(path: Path, name: str) -> ConfigError:
     )
 
 
-def pretrained(name: str) -> tuple[Teacher, Architecture]:
+def load_published(name: str) -> tuple[Teacher, Architecture]:
     """A network with the weights that its library publishes, downloaded or from the library's cache.
 
     Args:

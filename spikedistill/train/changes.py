@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-NO_MATTER = ("checkpoint_minutes", "tensorboard")
+RESULT_NEUTRAL_FIELDS = ("checkpoint_minutes", "tensorboard")
 """Choices of a training that do not change its results."""
-HOW = (
+EXECUTION_FIELDS = (
     *("device", "channels_last", "convolutions", "compile", "keep_memory", "recompute"),
-    *("cache_dir", "data_dir", *NO_MATTER),
+    *("cache_dir", "data_dir", *RESULT_NEUTRAL_FIELDS),
 )
 """Choices of where and how a run is computed and kept. Its results change by rounding at most, so that it can go on
 with others."""
@@ -36,19 +36,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Map
     return found
 
 
-def without_how(recipe: Mapping[str, Any], *others: str) -> dict[str, Any]:
-    """A recipe without the choices of ``HOW``, and without others of the same parts."""
-    left_out = {*HOW, *others}
+def without_execution_fields(recipe: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    """A recipe without the choices of ``EXECUTION_FIELDS``, and without others of the same parts."""
+    left_out = {*EXECUTION_FIELDS, *others}
     return {
         name: {key: value for key, value in part.items() if key not in left_out} if name in PARTS else part
         for name, part in recipe.items()
     }
 
 
-def taken_over(written: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe in the directory with the choices of ``HOW`` of another one."""
+def with_execution_fields_of(written: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe in the directory with the choices of ``EXECUTION_FIELDS`` of another one."""
     return {
-        name: {**part, **{key: value for key, value in now[name].items() if key in HOW}}
+        name: {**part, **{key: value for key, value in now[name].items() if key in EXECUTION_FIELDS}}
         if name in PARTS and name in now
         else part
         for name, part in written.items()

@@ -70,8 +70,8 @@ def check_extension(
         )
     if finished and not file.exists():
         raise RunError(
-            f"The run in '{path}' holds no checkpoint to go on from, so it cannot be extended to {asked} epochs: start"
-            " a new run by --start RUN."
+            f"The run in '{path}' holds no checkpoint to continue from, so it cannot be extended to {asked} epochs:"
+            " start a new run by --start RUN."
         )
     facts = read_checkpoint(file)[1] if file.exists() else {}
     return {"epochs": planned, "done": facts.get("epoch", 0), "step": facts.get("step", 0)}

@@ -29,7 +29,6 @@ from spikedistill.objective.terms import Objective, check_terms, total
 from spikedistill.shapes import Labels
 from spikedistill.student.student import Student
 from spikedistill.train.checkpoint import load_checkpoint, save_checkpoint
-from spikedistill.train.lesson import is_finite, make_lesson, make_tutor, settle_objective
 from spikedistill.train.meters import FiringRateMeter, Meters
 from spikedistill.train.optimise import (
     clip,
@@ -43,6 +42,7 @@ from spikedistill.train.processes import Processes, join
 from spikedistill.train.progress import Events, Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
+from spikedistill.train.training_step import is_finite, make_runner, make_training_step, settle_objective
 
 CAUSES = {
     "weights": "an earlier step broke the weights, or their file holds such values: lower --lr, in another --out",
@@ -84,35 +84,35 @@ def fit(
             another process has ended.
     """
     processes = join()
-    shown = progress if progress is not None and processes.first else Progress.silent()
-    with processes.first_before_others():
-        course = Course(student, objective, feed, config, run, teacher, shown, processes)
-        behind, done, meters = course.restore()
-        events = Events(run.path) if config.tensorboard and processes.first else None
-    processes.check_devices(course.place.device)
-    processes.share(*course.kept().values())
+    shown = progress if progress is not None and processes.is_main_process else Progress.silent()
+    with processes.main_process_first():
+        trainer = Trainer(student, objective, feed, config, run, teacher, shown, processes)
+        behind, done, meters = trainer.restore()
+        events = Events(run.path) if config.tensorboard and processes.is_main_process else None
+    processes.check_devices(trainer.place.device)
+    processes.broadcast(*trainer.kept().values())
     for epoch in range(behind + 1, config.epochs + 1):
         began = time.monotonic()
-        course.progress.epoch(epoch, config.epochs, course.feed.steps, done)
-        course.lesson.train()
-        for step, inputs in enumerate(course.feed.batches(epoch, done), done):
-            meters.add(*course.step(inputs, epoch, step))
-            course.progress.step({**meters.means(course.measure), **course.firing.facts()})
-            if course.due:
-                course.save(epoch - 1, step + 1, meters)
-        course.check_weights(epoch, course.feed.steps)
-        line = course.line(epoch, meters)
-        processes.by_first(functools.partial(course.write, line, time.monotonic() - began, events))
+        trainer.progress.epoch(epoch, config.epochs, trainer.feed.steps, done)
+        trainer.training_step.train()
+        for step, inputs in enumerate(trainer.feed.batches(epoch, done), done):
+            meters.add(*trainer.step(inputs, epoch, step))
+            trainer.progress.step({**meters.means(trainer.measure), **trainer.firing.facts()})
+            if trainer.due:
+                trainer.save(epoch - 1, step + 1, meters)
+        trainer.check_weights(epoch, trainer.feed.steps)
+        line = trainer.line(epoch, meters)
+        processes.on_main_process(functools.partial(trainer.write, line, time.monotonic() - began, events))
         done, meters = 0, Meters()
-        course.save(epoch, done, meters)
-        course.progress.epoch_done(line)
-    if course.averaged is not None:
-        student.load_state_dict(course.averaged.module.state_dict())
-    processes.share(student)
-    return processes.by_first(lambda: run.lines("metrics")[-1])
+        trainer.save(epoch, done, meters)
+        trainer.progress.epoch_done(line)
+    if trainer.averaged is not None:
+        student.load_state_dict(trainer.averaged.module.state_dict())
+    processes.broadcast(student)
+    return processes.on_main_process(lambda: run.lines("metrics")[-1])
 
 
-class Course:
+class Trainer:
     """Everything that ``fit`` needs at each step, set up once."""
 
     def __init__(
@@ -136,26 +136,26 @@ class Course:
             progress.say(
                 "tensors are contiguous: channels last does not suit this network's narrow strided or 3D convolutions"
             )
-        self.feed = feed.shared(self.processes.rank, self.processes.count).on(self.place.device)
-        self.tutor = make_tutor(teacher, objective.needs, self.place)
+        self.feed = feed.shared(self.processes.rank, self.processes.world_size).on(self.place.device)
+        self.runner = make_runner(teacher, objective.needs, self.place)
         self.computed = self._prepare(student)
         example = self._moved(next(self.feed.batches(1)))
         self.measure = "accuracy" if example.labels is not None else "agreement"
         with self.place.autocast():
-            lesson = make_lesson(student, objective, self.tutor, example, self.processes.mean)
-            self.lesson = lesson.to(self.place.device)
-            self.lesson.freeze_norm = config.freeze_norm
-            if self.tutor is not None and teacher is not None and feed.views:
+            training_step = make_training_step(student, objective, self.runner, example, self.processes.all_reduce_mean)
+            self.training_step = training_step.to(self.place.device)
+            self.training_step.freeze_norm = config.freeze_norm
+            if self.runner is not None and teacher is not None and feed.views:
                 folder = run.path / "answers" if config.cache_dir is None else home(config.cache_dir)
-                progress.say(str(self.tutor.keep_answers(folder, self.feed, self.place, teacher, example)))
-        self.optimiser = make_optimiser(self.lesson, config)
+                progress.say(str(self.runner.keep_answers(folder, self.feed, self.place, teacher, example)))
+        self.optimiser = make_optimiser(self.training_step, config)
         self.averaged = make_averaged(student, config)
         self.lookahead = make_lookahead(student, config)
         self.firing = FiringRateMeter(student)
         self.neurons = [layer for layer in student.modules() if isinstance(layer, Spiking)]
-        self.trained: Any = self.lesson
+        self.trained: Any = self.training_step
         if config.compile and works(self.place.device.type):
-            self.trained = torch.compile(self.lesson, options=this_processor())
+            self.trained = torch.compile(self.training_step, options=this_processor())
         self.saved, self.due = time.monotonic(), False
         self.taught: Labels | None = None
 
@@ -187,9 +187,10 @@ class Course:
         set_learning_rate(self.optimiser, self._rate(epoch, step))
         self.processes.reseed(step_seed(self.config.seed, epoch, step))
         with self.place.autocast(), self.firing.at(step):
-            teacher = None if self.tutor is None else self.tutor.answer(inputs, self.feed.view(epoch), step)
-            source = inputs.source if self.lesson.needs.source else None
-            trained = self.lesson if self.firing.due(step) else self.trained  # counting would break a compiled graph
+            teacher = None if self.runner is None else self.runner.answer(inputs, self.feed.view(epoch), step)
+            source = inputs.source if self.training_step.needs.source else None
+            counts = self.firing.due(step)  # which would break a compiled graph
+            trained = self.training_step if counts else self.trained
             logits, terms = trained(inputs.student, inputs.labels, teacher, source, progress)
         check_terms(terms)
         right = inputs.labels if teacher is None or inputs.labels is not None else teacher.logits.mean(0).argmax(-1)
@@ -200,8 +201,8 @@ class Course:
             raise self._broken(f"The loss became {values}", epoch, step, seen)
         self.optimiser.zero_grad(set_to_none=True)
         total(terms).backward()
-        self.processes.average_gradients(self.lesson.parameters())
-        norm = clip(self.lesson.parameters(), self.config.clip)
+        self.processes.average_gradients(self.training_step.parameters())
+        norm = clip(self.training_step.parameters(), self.config.clip)
         if not math.isfinite(norm):
             raise self._broken(f"The norm of the gradient became {norm} at the loss {values}", epoch, step, seen)
         self.optimiser.step()
@@ -212,24 +213,24 @@ class Course:
         if self.lookahead is not None:
             done, steps = (epoch - 1) * self.feed.steps + step + 1, self.config.epochs * self.feed.steps
             self.lookahead.update(self.student, done, steps)
-        return values, correct, len(inputs.samples) * self.processes.count
+        return values, correct, len(inputs.samples) * self.processes.world_size
 
     def _counted(self, terms: Mapping[str, torch.Tensor], correct: torch.Tensor) -> tuple[dict[str, float], int]:
         """Mean terms and correct predictions over all processes; the firing rate, and whether process 0 would save."""
         own = torch.stack(
             [one.detach().float() for one in (*terms.values(), correct)]
         ).tolist()  # a GPU is waited for once
-        due = self.processes.first and time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes
-        *sums, right, rate, late = self.processes.summed([*own, self.firing.percent or 0.0, float(due)])
+        due = self.processes.is_main_process and time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes
+        *sums, right, rate, late = self.processes.all_reduce_sum([*own, self.firing.percent or 0.0, float(due)])
         self.due = bool(late)
-        count = self.processes.count
+        count = self.processes.world_size
         self.firing.percent = None if self.firing.percent is None else rate / count
         return {name: value / count for name, value in zip(terms, sums, strict=True)}, int(right)
 
     def _broken(self, what: str, epoch: int, step: int, seen: Mapping[str, Any]) -> BaseException:
         """The error for a step whose loss or gradient is not finite; nothing of this step is saved."""
-        whole = {"weights": dict(self.lesson.named_parameters()), **seen}
-        found = self.processes.gathered([name for name, held in whole.items() if not is_finite(held)])
+        whole = {"weights": dict(self.training_step.named_parameters()), **seen}
+        found = self.processes.all_gather([name for name, held in whole.items() if not is_finite(held)])
         broken = [name for name in whole if any(name in one for one in found)]
         fine = [name for name in whole if name not in broken]
         lower = f"lower --lr (={self.config.peak}), or set --clip 1, in another --out"
@@ -238,7 +239,7 @@ class Course:
             f" {', '.join(broken) or 'nothing else'}; finite: {', '.join(fine) or 'nothing'}. The last checkpoint is"
             " unchanged."
         )
-        return self.processes.shared(refusal)
+        return self.processes.mark_reported(refusal)
 
     def check_weights(self, epoch: int, step: int) -> None:
         """Refuse weights, statistics or an optimiser's state that are not finite, before they are saved or validated.
@@ -248,7 +249,7 @@ class Course:
         """
         held = {f"{role}.{n}": v for role, module in self.kept().items() for n, v in module.state_dict().items()}
         held["the optimiser's state"] = list(self.optimiser.state.values())
-        found = self.processes.gathered([name for name, value in held.items() if not is_finite(value)])
+        found = self.processes.all_gather([name for name, value in held.items() if not is_finite(value)])
         broken = max(found, key=len)
         if broken:
             refusal = ConfigError(
@@ -256,7 +257,7 @@ class Course:
                 f" {broken[0]} first: lower --lr (={self.config.peak}), or set --clip 1, in another --out. The last"
                 " checkpoint is unchanged."
             )
-            raise self.processes.shared(refusal)
+            raise self.processes.mark_reported(refusal)
 
     def line(self, epoch: int, meters: Meters) -> dict[str, Any]:
         """The line of an epoch in metrics.jsonl, with the accuracy or agreement on the held-out samples."""
@@ -265,30 +266,30 @@ class Course:
         held, labels = self.feed.held()
         if len(held):
             judged: nn.Module = self.student if self.averaged is None else self.averaged.module
-            line[f"validation_{self.measure}"] = self.processes.by_first(
+            line[f"validation_{self.measure}"] = self.processes.on_main_process(
                 lambda: accuracy_by_step(predict(judged, held, self.place.dtype), self._classes(held, labels))[-1]
             )
         return line
 
     def _classes(self, held: torch.Tensor, labels: Labels) -> Labels:
         """The labels of the held-out samples; without labels the classes that the teacher gives them."""
-        if self.measure == "accuracy" or self.tutor is None:
+        if self.measure == "accuracy" or self.runner is None:
             return labels
         if self.taught is None:
-            self.taught = predict(self.tutor.teacher, held, self.place.dtype).mean(0).argmax(-1)
+            self.taught = predict(self.runner.teacher, held, self.place.dtype).mean(0).argmax(-1)
         return self.taught
 
     def write(self, line: dict[str, Any], seconds: float, events: Events | None) -> None:
         """Add an epoch's line to the logs."""
         self.run.append("metrics", line)
-        timing = {"epoch": line["epoch"], "seconds": seconds, **self.computed, "processes": self.processes.count}
+        timing = {"epoch": line["epoch"], "seconds": seconds, **self.computed, "processes": self.processes.world_size}
         self.run.append("timing", timing)
         if events is not None:
             events.add(line)
 
     def kept(self) -> dict[str, nn.Module]:
-        """The modules whose tensors a checkpoint holds."""
-        found = {"lesson": self.lesson, "averaged": self.averaged, "lookahead": self.lookahead}
+        """The modules whose tensors a checkpoint holds, by their names there."""
+        found = {"lesson": self.training_step, "averaged": self.averaged, "lookahead": self.lookahead}
         return {role: module for role, module in found.items() if module is not None}
 
     def save(self, epoch: int, step: int, meters: Meters) -> None:
@@ -298,9 +299,9 @@ class Course:
             ConfigError: if weights or the optimiser's state are not finite.
         """
         self.check_weights(epoch, step)
-        if self.tutor is not None and self.tutor.cache is not None:
-            self.tutor.cache.flush()
-        self.processes.by_first(lambda: self._save(epoch, step, meters))
+        if self.runner is not None and self.runner.cache is not None:
+            self.runner.cache.flush()
+        self.processes.on_main_process(lambda: self._save(epoch, step, meters))
         self.saved = time.monotonic()
 
     def _save(self, epoch: int, step: int, meters: Meters) -> None:
@@ -313,8 +314,8 @@ class Course:
         facts: dict[str, Any] = {"epoch": 0, "step": 0, "meters": {}, "rate": None}
         if self.run.checkpoint.exists():
             facts = load_checkpoint(self.run.checkpoint, self.kept(), self.optimiser)
-            self.progress.say(f"going on after epoch {facts['epoch']}, step {facts['step']}")
-        if self.processes.first:
+            self.progress.say(f"continuing after epoch {facts['epoch']}, step {facts['step']}")
+        if self.processes.is_main_process:
             self.run.rewind(facts["epoch"], facts.get("metrics"))
         self.firing.percent = facts["rate"]
         return facts["epoch"], facts["step"], Meters(**facts["meters"])

@@ -55,7 +55,7 @@ class FiringRateMeter:
             return
         with firing_rates(self.student) as rates:
             yield
-        if rates.chances:  # all steps trained as one have none
+        if rates.possible_spikes:  # all steps trained as one have none
             self.percent = 100.0 * rates.mean()
 
     def facts(self) -> dict[str, float]:

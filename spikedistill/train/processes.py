@@ -45,97 +45,97 @@ class Processes:
 
     Args:
         rank: the number of this process, from 0.
-        count: the number of processes.
+        world_size: the number of processes.
         groups: the process groups of torch: ``stepping`` for communication within a step, on the CPU, and ``waiting``,
             in which the others wait for process 0. Empty at the end.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     groups: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is process 0, which writes and prints."""
         return self.rank == 0
 
-    def by_first(self, work: Callable[[], Result]) -> Result:
+    def on_main_process(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` in process 0 while the others wait. All return its result, or raise its error."""
-        if self.count == 1:
+        if self.world_size == 1:
             return work()
         made, refusal = None, None
-        if self.first:
+        if self.is_main_process:
             try:
                 made = work()
             except REFUSALS as error:
                 refusal = error
-        made, refusal = self._told((made, refusal))
+        made, refusal = self._broadcast_object((made, refusal))
         if refusal is not None:
-            raise self.shared(refusal)
+            raise self.mark_reported(refusal)
         return made
 
     @contextlib.contextmanager
-    def first_before_others(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Run the body in process 0 first, then in the others. If one raises an error, all raise it.
 
         So files that process 0 downloads, builds or repairs exist for the others. The body must not wait for other
         processes.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             yield
             return
-        if not self.first and (refusal := self._told(None)):
-            raise self.shared(refusal)
+        if not self.is_main_process and (refusal := self._broadcast_object(None)):
+            raise self.mark_reported(refusal)
         try:
             yield
         except REFUSALS as error:
             refusal = error
         else:
             refusal = None
-        if self.first:
-            self._told(refusal)
+        if self.is_main_process:
+            self._broadcast_object(refusal)
             if refusal is not None:
                 raise refusal
-        for other in self.gathered(refusal):
+        for other in self.all_gather(refusal):
             if other is not None:
-                raise self.shared(other)
+                raise self.mark_reported(other)
 
-    def shared(self, error: BaseException) -> BaseException:
+    def mark_reported(self, error: BaseException) -> BaseException:
         """Mark an error that all processes raise; only process 0 prints it."""
-        if not self.first:
+        if not self.is_main_process:
             error.__cause__ = Heard()
         return error
 
-    def gathered(self, value: Result) -> list[Result]:
+    def all_gather(self, value: Result) -> list[Result]:
         """The values of all processes, by rank."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.world_size
         with self._connected():
             dist.all_gather_object(values, value, group=self.groups["waiting"])
         return values
 
-    def summed(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """The sums over processes, in float64."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
         with self._connected():
             dist.all_reduce(sums, group=self.groups["stepping"])
         return sums.tolist()
 
-    def mean(self, statistic: Tensor) -> Tensor:
+    def all_reduce_mean(self, statistic: Tensor) -> Tensor:
         """The mean over processes of a tensor without gradient; of one process the tensor itself."""
-        if self.count == 1:
+        if self.world_size == 1:
             return statistic
         summed = statistic.detach().clone()
         with self._connected():
             dist.all_reduce(summed, group=self._group(summed))
-        return summed / self.count
+        return summed / self.world_size
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its mean over processes. A gradient that no process has stays None."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
         kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for parameter in parameters:
@@ -155,11 +155,11 @@ class Processes:
         for parameter, mean, there in zip(learned, means, gradients, strict=True):
             if there:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad.copy_(mean.view_as(parameter) / self.count)
+                parameter.grad.copy_(mean.view_as(parameter) / self.world_size)
 
-    def share(self, *modules: nn.Module) -> None:
+    def broadcast(self, *modules: nn.Module) -> None:
         """Copy the parameters and buffers of process 0 to all processes."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
         held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         for tensor in held:
@@ -178,18 +178,18 @@ class Processes:
         Raises:
             ConfigError: if two processes would use the same GPU.
         """
-        if self.count == 1 or device.type != "cuda":
+        if self.world_size == 1 or device.type != "cuda":
             return
         used = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
-        if len(set(self.gathered(used))) < self.count:
-            raise self.shared(
+        if len(set(self.all_gather(used))) < self.world_size:
+            raise self.mark_reported(
                 ConfigError(
-                    f"{self.count} processes were started, and two of them would use the same GPU: start at most"
+                    f"{self.world_size} processes were started, and two of them would use the same GPU: start at most"
                     f" {torch.cuda.device_count()} on this machine, and give --device cuda without a number."
                 )
             )
 
-    def _told(self, value: Any) -> Any:
+    def _broadcast_object(self, value: Any) -> Any:
         """The value of process 0, in all processes."""
         told = [value]
         with self._connected():
@@ -214,8 +214,8 @@ class Processes:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return ProcessError(
-            f"Process {self.rank} of {self.count} ends: {why}. See the message of the process that ended first. Go on"
-            " by the same command with --resume; the number of processes may differ."
+            f"Process {self.rank} of {self.world_size} ends: {why}. See the message of the process that ended first."
+            " Continue by the same command with --resume; the number of processes may differ."
         )
 
     def terminate(self, *_: Any) -> None:
@@ -253,7 +253,7 @@ def _join() -> Processes:
     atexit.register(_part, made.groups, ours)
     for name, time in (("stepping", PATIENCE), ("waiting", FOREVER)):
         made.groups[name] = dist.new_group(backend="gloo", timeout=time)
-    if not made.first:
+    if not made.is_main_process:
         logging.getLogger("spikedistill").setLevel(logging.ERROR)
     with contextlib.suppress(ValueError):  # not in the main thread
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -308,13 +308,13 @@ def speaking(command: str) -> Iterator[None]:
         return
     this = Processes(int(os.environ["RANK"]), count)
     if command not in TRAINING:
-        raise this.shared(
+        raise this.mark_reported(
             ConfigError(
                 f"'{command}' runs in one process, but {count} were started: start it without torchrun, and without"
                 " WORLD_SIZE in its environment."
             )
         )
-    if this.first:
+    if this.is_main_process:
         yield
         return
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))

@@ -27,7 +27,7 @@ FIRST = (
     "firing_rate",
 )
 """The values that are shown first; the terms of the loss follow."""
-Seen = Callable[..., None]
+Advance = Callable[..., None]
 """A function that is called with the amount of work just done, and perhaps a text (``facts``) with results."""
 
 
@@ -71,7 +71,7 @@ class Progress:
         return Progress(Console(file=sys.stderr, highlight=False), label)
 
     @staticmethod
-    def plain(label: str) -> "Progress":
+    def as_lines(label: str) -> "Progress":
         """Lines on standard error, even on a terminal: for several runs at the same time."""
         return Progress(Console(file=sys.stderr, highlight=False, force_terminal=False), label)
 
@@ -130,7 +130,7 @@ class Progress:
         self.say(f"{head}: {', '.join([*max(_fitting(facts, room), _fitting(short, room), key=len), seconds])}")
 
     @contextmanager
-    def part(self, title: str, total: int | None = None) -> Iterator[Seen]:
+    def part(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """A part of the work with its own bar; without bars a line says that it begins.
 
         Args:
@@ -168,7 +168,7 @@ class Progress:
         elif task.total:
             head += f", {done} of {task.total:.0f}"
         told = [*task.fields["facts"], *_left(task)]
-        self.say(f"{head}: {', '.join(told)}" if told else f"{head}: going on")
+        self.say(f"{head}: {', '.join(told)}" if told else f"{head}: still running")
 
     def _speak(self, over: threading.Event) -> None:
         with suppress(OSError, ValueError):  # the pipe may be closed

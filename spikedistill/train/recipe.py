@@ -28,14 +28,15 @@ class Data:
     labels the student learns from its teacher only and is measured by agreement with it."""
     source: str | None = None
     """Images of the same classes, for methods with a second input stream besides event frames: a named set, a folder or
-    a .npz file."""
+    a .npz file. --image-size resizes those of a folder."""
     paired: bool = False
-    """With --source: take the image with the same index as the recording, not a random one of the same class."""
+    """With --source: take the image with the same index as the recording, not a random one of the same class. It is
+    flipped with its recording, and also cropped with it if both have one size."""
     data_dir: str | None = None
     """Folder of the named sets (default: $SPIKEDISTILL_DATA, else ./data)."""
     image_size: int | None = None
-    """Side in pixels: the largest square in the middle of each image of a folder is resized to it (default: images stay
-    as they are)."""
+    """Side in pixels: the largest square in the middle of each image of a folder is resized to it, in --data and in
+    --source. Event recordings are reduced to it whole, not cropped (default: both stay as they are)."""
     events: Literal["recorded", "simulated"] = "recorded"
     """recorded: those in the data, if they are event recordings. simulated: those that an event camera would send,
     looking at each image along three saccades."""
@@ -77,7 +78,8 @@ class Data:
         if self.holds_recordings:
             binning = Binning(self.event_binning, self.event_duration)
             return load_recordings(self.name, Recordings(frames, binning, self.sensor, self.image_size), labelled)
-        found = load_images(self.name, self.data_dir, self.image_size, labelled)
+        size = None if self._is_folder(self.source) and not self._is_folder(self.name) else self.image_size
+        found = load_images(self.name, self.data_dir, size, labelled)
         return seen_by_camera(found, EventCamera(frames)) if self.events == "simulated" else found
 
     def at(self, data_dir: str | None) -> "Data":
@@ -100,12 +102,18 @@ class Data:
     @property
     def holds_recordings(self) -> bool:
         """Whether the data are a folder of event recordings."""
-        path = home(self.name)
-        return self.name not in NAMED and path.is_dir() and holds_recordings(path)
+        return self._is_folder(self.name) and holds_recordings(home(self.name))
 
     def load_source(self) -> ImageSet | None:
-        """The images of the second input stream, if there is one."""
-        return None if self.source is None else load_images(self.source, self.data_dir)
+        """The images of the second input stream, if there is one; those of a folder have ``image_size``."""
+        if self.source is None:
+            return None
+        return load_images(self.source, self.data_dir, self.image_size if self._is_folder(self.source) else None)
+
+    @staticmethod
+    def _is_folder(name: str | None) -> bool:
+        """Whether a set is a folder, for which ``image_size`` is."""
+        return name is not None and name not in NAMED and home(name).is_dir()
 
     def feed(
         self, images: ImageSet, training: "Training", source: ImageSet | None = None, replacement: float = 0.0
@@ -121,38 +129,38 @@ class Data:
             return feed
         return PairFeed(feed, source, self.paired, replacement, training.epochs)
 
-    def faults(self) -> list[str]:
-        """What cannot work, one sentence for each fault."""
-        faults = []
+    def problems(self) -> list[str]:
+        """What cannot work, one sentence for each problem."""
+        problems = []
         if not 0 <= self.validation < 1:
-            faults.append(f"validation (={self.validation}) must be 0 or more and below 1")
+            problems.append(f"validation (={self.validation}) must be 0 or more and below 1")
         if self.image_size is not None and self.image_size < 1:
-            faults.append(f"image_size (={self.image_size}), a side in pixels, must be 1 or more")
+            problems.append(f"image_size (={self.image_size}), a side in pixels, must be 1 or more")
         if self.crop < 0 or self.cutout < 0:
-            faults.append(f"crop (={self.crop}) and cutout (={self.cutout}), in pixels, must be 0 or more")
+            problems.append(f"crop (={self.crop}) and cutout (={self.cutout}), in pixels, must be 0 or more")
         if not 0 <= self.zoom <= 1:
-            faults.append(f"zoom (={self.zoom}), a fraction of the area, must be above 0 to 1, or 0 for none")
+            problems.append(f"zoom (={self.zoom}), a fraction of the area, must be above 0 to 1, or 0 for none")
         if self.labels == "none" and self.source is not None:
-            faults.append(f"source (={self.source}) is paired by labels: give labels=given")
+            problems.append(f"source (={self.source}) is paired by labels: give labels=given")
         if not 0 <= self.noise <= 1:
-            faults.append(f"noise (={self.noise}), a standard deviation for pixels in 0..1, must be 0 to 1")
+            problems.append(f"noise (={self.noise}), a standard deviation for pixels in 0..1, must be 0 to 1")
         if self.event_frames is not None and self.event_frames < 1:
-            faults.append(f"event_frames (={self.event_frames}) must be 1 or more")
+            problems.append(f"event_frames (={self.event_frames}) must be 1 or more")
         if self.event_duration is not None and (not self.event_duration > 0 or self.event_binning == "number"):
-            faults.append(f"event_duration (={self.event_duration}) must be above 0, with event_binning=time")
+            problems.append(f"event_duration (={self.event_duration}) must be above 0, with event_binning=time")
         if self.sensor is not None and min(self.sensor) < 1:
-            faults.append(f"sensor (={self.sensor}), rows and columns, must be 1 or more")
+            problems.append(f"sensor (={self.sensor}), rows and columns, must be 1 or more")
         given = {"event_binning": self.event_binning != "time"}
         given |= {name: getattr(self, name) is not None for name in ("event_duration", "sensor", "event_frames")}
         if self.events == "simulated" and not self.holds_recordings:
             given["event_frames"] = False  # simulated events have frames too
         if not self.holds_recordings and (unused := [name for name, said in given.items() if said]):
-            faults.append(f"{', '.join(unused)} of '{self.name}' is for folders of event recordings: omit it")
+            problems.append(f"{', '.join(unused)} of '{self.name}' is for folders of event recordings: omit it")
         if self.events == "simulated" and self.holds_recordings:
-            faults.append(f"'{self.name}' holds event recordings already: omit events")
+            problems.append(f"'{self.name}' holds event recordings already: omit events")
         if self.paired and self.source is None:
-            faults.append("paired needs a source, the images of the recordings: give --source")
-        return faults
+            problems.append("paired needs a source, the images of the recordings: give --source")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ class Training:
     """SGD with Nesterov momentum, AdamW, or Muon for the kernels of convolutions and SGD for everything else. Under
     Muon each kernel keeps its norm, which suits networks with batch norm."""
     lr: float | None = None
-    """Peak learning rate (default: 0.02 for a student that starts from trained weights, else 0.1)."""
+    """Peak learning rate (default: 0.02 for a student that starts from trained weights, else 0.1; 0.001 for AdamW)."""
     muon_lr: float = 0.24
     """Peak learning rate of the kernels with Muon, relative to the norm of each."""
     norm_lr: float = 1.0
@@ -182,9 +190,9 @@ class Training:
     warmup: float = 0.05
     """Fraction of the steps over which the learning rate rises, 0 to 1."""
     lr_first: float = 0.0
-    """Learning rate from which it rises, relative to the peak, 0 to 1."""
+    """Learning rate at the start of the warm-up, relative to the peak, 0 to 1."""
     lr_last: float = 0.0
-    """Learning rate to which it falls, relative to the peak, 0 to 1."""
+    """Learning rate at the end, relative to the peak, 0 to 1."""
     clip: float = 0.0
     """Largest norm of the gradient; 0 for no limit."""
     ema: float = 0.0
@@ -232,44 +240,49 @@ class Training:
 
     @property
     def peak(self) -> float:
-        """The peak learning rate."""
-        return 0.1 if self.lr is None else self.lr
+        """The peak learning rate: as given, or the default of the optimiser."""
+        usual = 1e-3 if self.optimizer == "adamw" else 0.1
+        return usual if self.lr is None else self.lr
 
-    def faults(self) -> list[str]:
-        """What cannot work, one sentence for each fault."""
+    def problems(self) -> list[str]:
+        """What cannot work, one sentence for each problem."""
         least = {"epochs": 1, "batch_size": 2}
         least |= dict.fromkeys(("weight_decay", "clip", "views", "checkpoint_minutes"), 0)
         least |= dict.fromkeys(("muon_lr", "norm_lr", "lookahead"), 0)
-        faults = [
+        problems = [
             f"{name} (={getattr(self, name)}) must be {low} or more"
             for name, low in least.items()
             if not getattr(self, name) >= low
         ]
         if not 0 <= self.seed < 2**63:
-            faults.append(f"seed (={self.seed}) must be 0 or more and below 2**63")
+            problems.append(f"seed (={self.seed}) must be 0 or more and below 2**63")
         if not self.peak >= 0:
-            faults.append(f"lr (={self.lr}) must be 0 or more")
+            problems.append(f"lr (={self.lr}) must be 0 or more")
         if 1 <= self.epochs <= self.views and self.cache_dir is None:
-            faults.append(f"views (={self.views}) repeat only in more epochs (={self.epochs}): lower views, or give 0")
+            problems.append(
+                f"views (={self.views}) repeat only in more epochs (={self.epochs}): lower views, or give 0"
+            )
         if self.cache_dir is not None and not self.views:
-            faults.append(f"cache_dir (={self.cache_dir!r}) is for repeated views: give views, 1 or more")
+            problems.append(f"cache_dir (={self.cache_dir!r}) is for repeated views: give views, 1 or more")
         for name in ("momentum", "warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                faults.append(f"{name} (={getattr(self, name)}) must be 0 or more and below 1")
+                problems.append(f"{name} (={getattr(self, name)}) must be 0 or more and below 1")
         for name in ("lr_first", "lr_last"):
             if not 0 <= getattr(self, name) <= 1:
-                faults.append(f"{name} (={getattr(self, name)}), a fraction of the peak, must be 0 to 1")
+                problems.append(f"{name} (={getattr(self, name)}), a fraction of the peak, must be 0 to 1")
         if self.ema and self.lookahead:
-            faults.append(f"ema (={self.ema}) and lookahead (={self.lookahead}) both average weights: give one of them")
-        return faults
+            problems.append(
+                f"ema (={self.ema}) and lookahead (={self.lookahead}) both average weights: give one of them"
+            )
+        return problems
 
 
 def check(*parts: Any) -> None:
-    """Report every fault of a recipe's parts at once.
+    """Report every problem of a recipe's parts at once.
 
     Raises:
-        ConfigError: if any part has a fault.
+        ConfigError: if any part has a problem.
     """
-    faults = [fault for part in parts for fault in part.faults()]
-    if faults:
-        raise ConfigError("The recipe cannot work: " + "; ".join(faults) + ".")
+    problems = [problem for part in parts for problem in part.problems()]
+    if problems:
+        raise ConfigError("The recipe is not valid: " + "; ".join(problems) + ".")

@@ -46,7 +46,12 @@ from spikedistill.files import (
     write_text,
 )
 from spikedistill.student.upgrade import upgrade
-from spikedistill.train.changes import NO_MATTER, differences, taken_over, without_how
+from spikedistill.train.changes import (
+    RESULT_NEUTRAL_FIELDS,
+    differences,
+    with_execution_fields_of,
+    without_execution_fields,
+)
 from spikedistill.train.checkpoint import previous
 from spikedistill.train.extend import check_extension, earlier_names, epochs_of, extend, without_epochs
 from spikedistill.train.machine import environment
@@ -141,14 +146,14 @@ class Run:
                 " --out."
             )
         if (before := previous(self.checkpoint)).exists() and not self.checkpoint.exists():
-            note(f"'{self.checkpoint}' is missing: going on from the previous checkpoint.")
+            note(f"'{self.checkpoint}' is missing: continuing from the previous checkpoint.")
             os.replace(before, self.checkpoint)
         planned = epochs_of(kept, usual)
         at = None if planned == epochs_of(now) else check_extension(self.path, written, now, planned, self.finished)
         others = differences(without_epochs(kept), without_epochs(now), usual)
         if others and not self.finished:
-            note(f"'{self.path}' was begun in another way ({'; '.join(others)}) and goes on in this one.")
-            self.write("recipe", taken_over(written, now))
+            note(f"'{self.path}' continues with other settings than it was begun with ({'; '.join(others)}).")
+            self.write("recipe", with_execution_fields_of(written, now))
         if at is not None:
             self.write("recipe", extend(self.path, written, now, at))
 
@@ -172,7 +177,7 @@ class Run:
         files = (self.checkpoint, previous(self.checkpoint), self.model, self.path / "scores.jsonl")
         if not resume and (self.finished or any(file.exists() for file in files)):
             raise RunError(
-                f"'{self.path}' already holds a run: go on with it by --resume (in Python resume=True), or"
+                f"'{self.path}' already holds a run: continue it with --resume (in Python resume=True), or"
                 " choose another --out."
             )
 
@@ -237,10 +242,12 @@ class Run:
     ) -> list[str]:
         """The differences between the recipe in the directory, or ``kept``, and another one; see ``differences``.
 
-        Where and how a run is computed (``HOW``) does not count.
+        Where and how a run is computed (``EXECUTION_FIELDS``) does not count.
         """
         now, usual = json.loads(json.dumps([recipe, defaults or {}]))
-        return differences(without_how(self.recipe() if kept is None else kept), without_how(now), usual)
+        return differences(
+            without_execution_fields(self.recipe() if kept is None else kept), without_execution_fields(now), usual
+        )
 
     def unfinished(self) -> str:
         """The progress of an unfinished run, as text."""
@@ -319,7 +326,7 @@ class Run:
                 file.write(content.encode())
         except OSError as error:
             raise RunError(
-                f"'{path}' could not be written ({error}): free some disk space, then go on with --resume."
+                f"'{path}' could not be written ({error}): free some disk space, then continue with --resume."
             ) from error
 
     def history(self, epoch: int) -> list[dict[str, Any]]:
@@ -376,7 +383,7 @@ def _readable(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
 
 def _name(recipe: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     """The name of a run: the same for the same recipe on the same machine, since results are the same too."""
-    training = {name: value for name, value in recipe.get("training", {}).items() if name not in NO_MATTER}
+    training = {name: value for name, value in recipe.get("training", {}).items() if name not in RESULT_NEUTRAL_FIELDS}
     asked = [{**recipe, "training": training}, {name: value for name, value in machine.items() if name != "date"}]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 

@@ -304,9 +304,9 @@ def part(into, out):
 def test_a_network_with_it_folds_and_becomes_a_student_with_the_same_layers():
     layers = *part(3, 32), *part(32, 32), *part(32, 48), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)
     network = nn.Sequential(*layers).eval().to(memory_format=torch.channels_last)
-    plain, _ = to_spiking(network, calibrate=torch.rand(8, 3, 16, 16))
+    plain, _ = to_spiking(network, calibration_images=torch.rand(8, 3, 16, 16))
     use_winograd(network)
-    student, _ = to_spiking(network, calibrate=torch.rand(8, 3, 16, 16))
+    student, _ = to_spiking(network, calibration_images=torch.rand(8, 3, 16, 16))
     assert list(student.state_dict()) == list(plain.state_dict())
     x = images(8, 3, 16, 16)
     torch.testing.assert_close(fold(network)(x), network(x), rtol=1e-3, atol=1e-4)

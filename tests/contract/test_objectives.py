@@ -16,6 +16,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.objective.budget import Budget, Penalty
 from spikedistill.objective.cross_kd import CrossKD
+from spikedistill.objective.decoupled import TemporalDecoupling
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
 from spikedistill.objective.qcfs import QCFS
@@ -39,6 +40,11 @@ SETTINGS = {
     KDSNNFeature: [{"pairs": PAIRS}, {"pairs": PAIRS, "weight": 0.5, "adapt": True, "margin": True, "partial": True}],
     KDSNN: [{"pairs": PAIRS}, {"pairs": PAIRS, "temperature": 4.0, "adapt": True, "margin": True, "partial": True}],
     HeterogeneousTemperatures: [{}, {"temperature": 6.0, "student_temperature": 1.5, "alpha": 0.3}],
+    TemporalDecoupling: [
+        {},
+        {"alpha": 0.0, "entropy": 0.1},
+        {"temperature": 1.0, "self_teachers": "all", "mirror": True},
+    ],
     Budget: [{"spikes": 2.0, "layers": LAYERS}, {"operations": 50.0, "penalty": 0.5, "layers": LAYERS}],
     Penalty: [{"spikes": 2.0, "layers": LAYERS}, {"spikes": 3.0, "operations": 50.0, "layers": LAYERS}],
     DistillingSpikes: [SPIKES, {**SPIKES, "window": 1, "distance": "l1", "weight": 0.5, "alpha": 0.4, "adapt": True}],
@@ -114,7 +120,7 @@ def pared(batch, needs):
     said = batch.teacher
     teacher = Answer(said.logits, some(said.features, theirs), some(said.spikes, needs.teacher_spikes))
     source = batch.source if needs.source else None
-    return replace(batch, student=student, teacher=teacher if needs.asks_teacher else None, source=source)
+    return replace(batch, student=student, teacher=teacher if needs.needs_teacher else None, source=source)
 
 
 def test_every_objective_is_listed():
@@ -238,9 +244,10 @@ class TestSettled:
     @pytest.mark.parametrize("objective", ALL + OPEN, ids=repr)
     def test_twice_is_once(self, objective, inherits, teachers):
         student, ann = teachers
-        once = objective.settled(ann, student, inherits)
+        teacher = student if objective.needs.teacher_spikes else ann
+        once = objective.settled(teacher, student, inherits)
         assert type(once) is type(objective)
-        assert once.settled(ann, student, inherits) == once
+        assert once.settled(teacher, student, inherits) == once
         assert once.settled(None, student, not inherits) == once  # nothing is open that a teacher could close
         assert objective in OPEN or once.needs == objective.needs
 
@@ -270,7 +277,7 @@ class TestSettled:
         assert OPEN[-1].settled(ann, student, inherits) == Sum(tuple(zip(weights, settled)))
 
 
-@pytest.mark.parametrize("objective", [each for each in ALL if each.needs.asks_teacher], ids=repr)
+@pytest.mark.parametrize("objective", [each for each in ALL if each.needs.needs_teacher], ids=repr)
 def test_without_a_teacher_it_says_so(objective, batch):
     modules, alone = objective.modules(batch, None), replace(batch, teacher=None)
     with pytest.raises(ConfigError, match="needs a teacher, and no teacher was given"):
@@ -280,7 +287,7 @@ def test_without_a_teacher_it_says_so(objective, batch):
             objective.modules(alone, None)
 
 
-@pytest.mark.parametrize("objective", [each for each in ALL if not each.needs.asks_teacher], ids=repr)
+@pytest.mark.parametrize("objective", [each for each in ALL if not each.needs.needs_teacher], ids=repr)
 def test_an_objective_that_asks_no_teacher_needs_none(objective, batch):
     alone = Batch(labels=batch.labels, student=pared(batch, objective.needs).student)
     found, expected = (objective(each, objective.modules(each, None)) for each in (alone, batch))

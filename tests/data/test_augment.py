@@ -6,7 +6,7 @@ import torch
 
 from spikedistill.data.augment import (
     Augment,
-    alternate,
+    alternating_flip,
     random_crop,
     random_cutout,
     random_noise,
@@ -163,12 +163,12 @@ class TestFlip:
 
     def test_in_two_epochs_in_turn_every_image_is_seen_both_ways(self, pixels):
         samples = torch.arange(100, 100 + len(pixels))
-        seen = [Augment(flip=True)(pixels, 0, alternate(400, samples, epoch)) for epoch in (1, 2, 3)]
+        seen = [Augment(flip=True)(pixels, 0, alternating_flip(400, samples, epoch)) for epoch in (1, 2, 3)]
         assert torch.equal(seen[0], seen[1].flip(-1)) and torch.equal(seen[0], seen[2])
-        turned = alternate(400, samples, 1)
+        turned = alternating_flip(400, samples, 1)
         assert torch.equal(seen[0][turned], to_unit(pixels)[turned].flip(-1))
         assert torch.equal(seen[0][~turned], to_unit(pixels)[~turned])
-        assert 150 < alternate(400, torch.arange(400), 1).sum() < 250
+        assert 150 < alternating_flip(400, torch.arange(400), 1).sum() < 250
 
 
 class TestCutout:

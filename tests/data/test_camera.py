@@ -67,6 +67,18 @@ def test_blind_pixels_send_less():
     assert counts[0] > counts[1] > counts[2] > 0
 
 
+def test_what_changes_while_a_pixel_is_blind_is_lost():
+    """Two steps of brightness: the second comes while a pixel is blind after the first, on the way there and back."""
+    image = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    image[..., 8:], image[..., 10:] = 100, 255
+    camera = EventCamera(timesteps=3, looks=100, amplitude=1.0, **{**IDEAL, "refractory": 0.2})
+    column = 4 + 16 * camera.path()[:, 1]
+    first, last = (int((column > place).nonzero()[0]) for place in (7, 10))
+    assert 0 < last - first < 0.2 * 300 - 10 and last + 100 < 200 + 0.2 * 300
+    counts = camera.record(image)[0, :, :, 5, 4].tolist()
+    assert counts == [[0, 1], [1, 0], [0, 0]]  # first saccade: one brighter; second: one darker; third: along the steps
+
+
 def test_higher_thresholds_send_less():
     counts = [EventCamera(**IDEAL, threshold=threshold).record(edge()).sum() for threshold in (0.1, 0.3, 1.0, 5.0)]
     assert counts[0] > counts[1] > counts[2] > counts[3] == 0
@@ -101,6 +113,16 @@ class TestSets:
         seen = seen_by_camera(self.make(images), EventCamera(timesteps=4))
         assert seen.frames == 4 and seen.channels == 2 and seen.class_names == ("a", "b")
         assert "simulated" in seen.name and "EventCamera" in seen.notes[-1]
+
+    def test_both_parts_are_seen_by_one_sensor_with_noise_of_their_own(self):
+        images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+        still, noisy = EventCamera(noise=0.0, mismatch=0.5), EventCamera(noise=0.5)
+        same = seen_by_camera(self.make(images), still)
+        assert torch.equal(same.test_images, same.train_images) and torch.equal(same.train_images, still.record(images))
+        assert not torch.equal(still.record(images), still.record(images, seed=1))
+        other = seen_by_camera(self.make(images), noisy)
+        assert not torch.equal(other.test_images, other.train_images)
+        assert torch.equal(other.train_images, noisy.record(images))
 
     def test_frames_are_refused(self):
         frames = torch.zeros(4, 3, 2, 8, 8, dtype=torch.uint8)

@@ -89,9 +89,15 @@ class TestFrames:
         assert to_frames([recording(np.zeros(300, int))], 1, 1, 1).flatten().tolist() == [255, 0]
 
     def test_what_does_not_fit_is_refused_with_its_values(self):
-        with pytest.raises(DataError, match=r"Recording 1 has events at x 0\.\.7.*expected x below 5, y below 4"):
+        with pytest.raises(
+            DataError, match=r"The events of recording 1 lie at x 0\.\.7.*expected x below 5 and y below 4"
+        ):
             to_frames([recording([0]), recording([0, 1], [0, 7])], 2, 4, 5)
-        with pytest.raises(DataError, match=r"polarity 2\.\.2: expected"):
+        with pytest.raises(
+            DataError, match=r"The events of 'a\.npz' lie at x 0\.\.7.*expected x below 5 and y below 4"
+        ):
+            to_frames([recording([0]), recording([0, 1], [0, 7])], 2, 4, 5, names=["'b.npz'", "'a.npz'"])
+        with pytest.raises(DataError, match=r"polarities 2\.\.2: expected"):
             to_frames([recording([0], p=2)], 2, 4, 5)
         with pytest.raises(DataError, match="0, 0, 0, 0 values of t, x, y and p are in recording 0"):
             to_frames([recording([])], 2, 4, 5)
@@ -150,9 +156,9 @@ class TestUnits:
             ({"x": [0.5, 1]}, r"x of recording 0 holds fractions \(0\.5\): round to pixels.*np\.floor"),
             ({"y": [0, 1e-3]}, r"y of recording 0 holds fractions \(0\.001\)"),
             ({"p": [0.25, 1]}, r"p of recording 0 holds fractions \(0\.25\): round to 0 and 1"),
-            ({"p": [-1, 0]}, r"polarity -1\.\.0: expected"),
-            ({"p": [-1, 2]}, r"polarity -1\.\.2: expected"),
-            ({"p": [1, 2]}, r"polarity 1\.\.2: expected"),
+            ({"p": [-1, 0]}, r"polarities -1\.\.0: expected"),
+            ({"p": [-1, 2]}, r"polarities -1\.\.2: expected"),
+            ({"p": [1, 2]}, r"polarities 1\.\.2: expected"),
             ({"x": [-1, 0]}, r"x -1\.\.0"),
             ({"y": [0, 3]}, r"y 0\.\.3.*y below 3"),
             ({"t": [0.0, np.nan]}, "t of recording 0 holds NaN or infinity"),

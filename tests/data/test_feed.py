@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikedistill.data.augment import Augment, alternate
+from spikedistill.data.augment import Augment, alternating_flip
 from spikedistill.data.feed import (
     Feed,
     Inputs,
@@ -74,10 +74,12 @@ def make_feed(kind, batch_size, seed, views):
     fields = {"batch_size": batch_size, "seed": seed, "views": views}
     if isinstance(kind, Augment):
         return MemoryFeed(IMAGES, augment=kind, **fields)
+    if kind == "moved":
+        return pair(True, augment=Augment(crop=1, flip=True), **fields)
     return MemoryFeed(FRAMES, **fields) if kind == "frames" else pair(kind == "paired", **fields)
 
 
-kinds = st.sampled_from([*AUGMENTS, "frames", "by class", "paired"])
+kinds = st.sampled_from([*AUGMENTS, "frames", "by class", "paired", "moved"])
 choices = st.tuples(kinds, st.sampled_from([4, 8]), st.integers(0, 99), st.integers(0, 3))
 
 
@@ -151,7 +153,7 @@ class TestMemoryFeed:
             samples = order[16 * step :][:16]
             assert torch.equal(inputs.samples, samples)
             drawn = (mixed * 1_000_003 + step) % 2**63
-            expected = augment(IMAGES.train_images[samples], drawn, alternate(48, samples, epoch))
+            expected = augment(IMAGES.train_images[samples], drawn, alternating_flip(48, samples, epoch))
             assert torch.equal(inputs.student, expected)
 
     def test_without_augmentation_pixels_are_bytes_over_255(self):
@@ -302,6 +304,45 @@ class TestPairFeed:
                 assert feed.images.train_labels[number] == label
                 assert not paired or number == inputs.samples[row]
 
+    @pytest.mark.parametrize(
+        "augment", [Augment(crop=2), Augment(flip=True), Augment(crop=2, flip=True, border="mirror")], ids=str
+    )
+    def test_a_paired_image_moves_and_turns_with_its_recording(self, augment):
+        """Recordings are the images themselves, so both must stay equal."""
+        shown = IMAGES.train_images.amax(1)
+        frames = replace(FRAMES, train_images=shown[:, None, None].expand(-1, 4, 2, -1, -1).contiguous())
+        grey = replace(IMAGES, train_images=shown[:, None].expand(-1, 3, -1, -1).contiguous())
+        feed = PairFeed(MemoryFeed(frames, 8, augment=augment), grey, paired=True)
+        moved = 0
+        for epoch in (1, 2, 3):
+            for inputs in feed.batches(epoch):
+                torch.testing.assert_close(inputs.student[0, :, 0], 255 * inputs.teacher[:, 0])
+                moved += int((inputs.teacher[:, 0] != shown[inputs.samples] / 255).flatten(1).any(1).sum())
+            for ours, usual in zip(feed.batches(epoch), feed.events.batches(epoch), strict=True):
+                assert torch.equal(ours.student, usual.student)
+        assert moved > 30
+
+    def test_a_paired_image_of_another_size_is_mirrored_as_its_recording_is(self):
+        feed, seen = pair(True, augment=Augment(crop=2, flip=True)), []
+        for inputs in feed.batches(1):
+            turned = alternating_flip(48, inputs.samples, 1)
+            expected = feed.images.train_images[inputs.samples] / 255
+            expected[turned] = expected[turned].flip(-1)
+            assert torch.equal(inputs.teacher, expected)
+            seen.append(turned)
+        assert 0 < torch.cat(seen).double().mean() < 1
+
+    def test_an_image_drawn_by_class_is_left_as_it_is(self):
+        plain, moved = pair(), pair(augment=Augment(crop=2, flip=True))
+        for one, other in zip(plain.batches(1), moved.batches(1), strict=True):
+            assert torch.equal(one.teacher, other.teacher) and not torch.equal(one.student, other.student)
+
+    def test_answers_of_a_teacher_that_saw_paired_images_unmoved_are_not_used(self):
+        """Before, such a feed had True here, and its images were not moved."""
+        assert pair(True, augment=Augment(flip=True)).fingerprint()["paired"] == "moved alike"
+        assert pair(True, augment=Augment(crop=1)).fingerprint()["paired"] is True  # another size: not moved
+        assert pair(augment=Augment(flip=True)).fingerprint()["paired"] is False
+
     def test_both_streams_show_the_image_that_the_teacher_sees(self):
         for inputs in pair().batches(1):
             assert inputs.shown_to_teacher is inputs.teacher and inputs.teacher.shape == (8, 3, 9, 7)
@@ -348,13 +389,27 @@ class TestPairFeed:
     def test_its_fingerprint_changes_with_all_that_batches_depend_on(self, changes):
         assert replace(pair(), **changes).fingerprint() != pair().fingerprint() == replace(pair()).fingerprint()
 
+    def test_classes_that_one_set_lacks_are_named(self):
+        ours = ("Faces_easy", "sea-horse", "ant", "BACKGROUND_Google")
+        theirs = ("Faces", "faces easy", "Sea_Horse", "ant", "bass")
+        events = make_set(4, 2, 6, 5, classes=4, name="N-Caltech101")
+        images = make_set(3, 6, 5, classes=5, name="Caltech101")
+        message = (
+            "'N-Caltech101' and 'Caltech101' cannot be paired: expected the same classes, found 4 and 5. Only"
+            " 'N-Caltech101' has BACKGROUND_Google. Only 'Caltech101' has Faces, bass. Remove the classes that are not"
+            " in both."
+        )
+        with pytest.raises(DataError) as caught:
+            PairFeed(MemoryFeed(replace(events, class_names=ours), 8), replace(images, class_names=theirs))
+        assert str(caught.value) == message
+
     @pytest.mark.parametrize(
         "events, images, message",
         [
             (
                 FRAMES,
                 make_set(3, 6, 5, classes=4),
-                "event frames and images of the same classes, found 3 and 4 classes",
+                "expected the same classes, found 3 and 4. Only 'own' has 3. Remove",
             ),
             (IMAGES, IMAGES, "expected event frames and images"),
             (FRAMES, FRAMES, "expected event frames and images"),
@@ -468,6 +523,12 @@ class TestAsFrames:
         images = torch.rand(3, channels, 6, 4)
         for frame, polarity in itertools.product(as_frames(images, 5, 6, 4), (0, 1)):
             torch.testing.assert_close(frame[:, polarity], images.amax(1))
+
+    def test_by_hand(self):
+        """The brightest of red, green and blue, at every step and in both polarities."""
+        image = torch.tensor([[[0.1, 0.9], [0.0, 0.3]], [[0.5, 0.2], [0.0, 0.4]], [[0.3, 0.7], [0.0, 0.8]]])
+        expected = torch.tensor([[0.5, 0.9], [0.0, 0.8]])
+        assert torch.equal(as_frames(image[None], 2, 2, 2), expected.expand(2, 1, 2, 2, 2))
 
     @given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 999))
     def test_frames_stay_between_0_and_1(self, height, width, seed):

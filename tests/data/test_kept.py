@@ -1,4 +1,4 @@
-"""Frames and pixels that are kept on disk are those that would be read, and never those of other files."""
+"""FrameCoding and pixels that are kept on disk are those that would be read, and never those of other files."""
 
 import itertools
 import os

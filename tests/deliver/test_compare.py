@@ -63,11 +63,13 @@ class TestSingleRuns:
     def test_are_set_side_by_side_and_the_shorter_are_padded(self, home):
         shown = compare([home / "teacher", home / "two", home / "three"])
         last = ["teacher (%)", "epochs", "minutes", "firing rate (%)", "agreement (%)", *STEPS]
-        assert shown.columns == ["run", "accuracy (%)", "method", "network", "T x D", "weights", *last]
+        first = ["run", "accuracy (%)", "method", "network", "T x D", "latency", "weights"]
+        assert shown.columns == [*first, *last]
         first, second, third = rows(shown).values()
         assert (first["run"], first["network"], first["method"]) == ("teacher", "vgg9", "teacher (ANN)")
-        empty = (*STEPS, "T x D", "weights", "firing rate (%)", "agreement (%)", "teacher (%)")
-        assert [first[name] for name in empty] == [""] * 8
+        empty = (*STEPS, "T x D", "latency", "weights", "firing rate (%)", "agreement (%)", "teacher (%)")
+        assert [first[name] for name in empty] == [""] * 9
+        assert [row["latency"] for row in (second, third)] == ["9", "21"]
         assert (second["network"], second["T x D"], second["weights"]) == ("vgg9", "2x1", "inherited")
         assert second["t=3 (%)"] == "" and third["t=3 (%)"] != "" and second["method"] == "direct"
         assert (third["network"], third["T x D"], third["weights"]) == ("resnet20", "3x1", "fresh")
@@ -80,6 +82,17 @@ class TestSingleRuns:
         columns, (graded, single) = lines(found)
         places = [columns.index(name) for name in ("timesteps", "levels")]
         assert [[row[place] for place in places] for row in (graded, single)] == [[1, 4], [4, 1]]
+
+    def test_have_a_latency_where_a_run_has_recorded_it(self, tmp_path):
+        """An earlier version recorded none. With D = 1 the latency step by step is T, which stands beside it."""
+        graded = made(tmp_path, student={"levels": 4}, found={"latency": {"layer-by-layer": 36}}, name="graded")
+        both = {"layer-by-layer": 9, "step-by-step": 2}
+        single, old = made(tmp_path, found={"latency": both}, name="single"), made(tmp_path, "kdsnn", name="old")
+        shown = table([old, graded, single])
+        assert [row["latency"] for row in rows(shown).values()] == ["", "36", "9"]
+        assert "Latency: sub-steps until the answer, layer by layer." in shown.caption
+        without = table([old])
+        assert "latency" not in without.columns and "Latency" not in without.caption
 
     @pytest.mark.parametrize("name", ["two", "three"])
     def test_show_the_numbers_of_the_results(self, home, name):

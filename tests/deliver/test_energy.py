@@ -26,10 +26,10 @@ def test_bills_students_and_anns_side_by_side(home):
     assert student.cost.updates == 2 * teacher.cost.updates
     assert 0 < student.cost.spikes < student.cost.updates
     images, few = Record.read(home / "student").images(), [0, 3, 6, 8, 11, 14, 17, 20, 23]
-    for bill in (teacher, student):
-        network = Record.read(home / bill.network).network()
+    for estimate in (teacher, student):
+        network = Record.read(home / estimate.network).network()
         found = percent_right(network, images.test_images[few], images.test_labels[few])
-        assert bill.accuracy == pytest.approx(found) and bill.images == 9
+        assert estimate.accuracy == pytest.approx(found) and estimate.images == 9
 
 
 def test_the_table_sets_the_quantised_ann_below_each_student(home):
@@ -41,20 +41,20 @@ def test_the_table_sets_the_quantised_ann_below_each_student(home):
 
 
 def test_the_file_holds_every_figure(home, tmp_path):
-    (bill,) = measure_energy([home / "student"], images=9)
-    write_csv(tmp_path / "x.csv", ("network", "metric", "value"), lines([bill]))
+    (estimate,) = measure_energy([home / "student"], images=9)
+    write_csv(tmp_path / "x.csv", ("network", "metric", "value"), lines([estimate]))
     with (tmp_path / "x.csv").open() as file:
         found = {(line["network"], line["metric"]): float(line["value"]) for line in csv.DictReader(file)}
-    assert found["student", "acs"] == bill.cost.acs
-    assert found["student", "energy_uJ_memory_quantised"] == bill.energy["memory"]["quantised"]
+    assert found["student", "acs"] == estimate.cost.acs
+    assert found["student", "energy_uJ_memory_quantised"] == estimate.energy["memory"]["quantised"]
     assert (found["student", "images"], found["student", "format_bits"]) == (9, 32)
-    assert found["student", "accuracy"] == bill.accuracy and found["student", "accuracy_error"] == bill.error
+    assert found["student", "accuracy"] == estimate.accuracy and found["student", "accuracy_error"] == estimate.error
 
 
 def test_table_and_file_have_the_same_figures(home, tmp_path):
-    bills = measure_energy([home / "teacher", home / "student"], images=9)
-    columns, rows = table(bills)
-    found = {(network, metric): value for network, metric, value in lines(bills)}
+    estimates = measure_energy([home / "teacher", home / "student"], images=9)
+    columns, rows = table(estimates)
+    found = {(network, metric): value for network, metric, value in lines(estimates)}
     ends = ("", "", "_quantised", "_quantised-sparse")
     for row, network, end in zip(rows, ("teacher", *["student"] * 3), ends):
         shown = dict(zip(columns, row))
@@ -67,17 +67,17 @@ def test_table_and_file_have_the_same_figures(home, tmp_path):
         for model in ("float32", "int8", "memory"):
             kind = end[1:] or ("ann" if network == "teacher" else "student")
             assert float(shown[f"µJ, {model}"]) == pytest.approx(found[network, f"energy_uJ_{model}_{kind}"], rel=5e-3)
-    assert found["student", "macs_quantised-sparse"] == bills[1].cost.active < bills[1].cost.dense
+    assert found["student", "macs_quantised-sparse"] == estimates[1].cost.active < estimates[1].cost.dense
     # every connection is one for the teacher, however many of its inputs were zero
-    assert found["teacher", "macs"] == found["student", "macs_quantised"] == bills[0].cost.dense
+    assert found["teacher", "macs"] == found["student", "macs_quantised"] == estimates[0].cost.dense
 
 
 def test_sets_the_student_beside_each_ann(home):
-    bills = measure_energy([home / "teacher", home / "student"], images=9)
-    columns, (teacher, student, *anns) = table(bills)
+    estimates = measure_energy([home / "teacher", home / "student"], images=9)
+    columns, (teacher, student, *anns) = table(estimates)
     place = columns.index("student / ANN")
     assert teacher[place] == student[place] == ""
-    energy = bills[1].energy
+    energy = estimates[1].energy
     for row, kind in zip(anns, ("quantised", "quantised-sparse")):
         ratios = [energy[model]["student"] / energy[model][kind] for model in ("float32", "int8", "memory")]
         assert [float(found) for found in row[place].split(", ")] == pytest.approx(ratios, abs=0.006)
@@ -90,15 +90,15 @@ def test_shows_each_run_and_how_far_it_is(home):
 
 
 def test_says_how_many_images_in_what_format_and_with_what_error(home):
-    (bill,) = measure_energy([home / "student"], images=9)
-    columns, (row, *_) = table([bill])
+    (estimate,) = measure_energy([home / "student"], images=9)
+    columns, (row, *_) = table([estimate])
     shown = dict(zip(columns, row))
     assert (shown["images"], shown["format"]) == ("9", "float32")
-    assert shown["accuracy"] == f"{bill.accuracy:.2f} ± {bill.error:.2f} %"
+    assert shown["accuracy"] == f"{estimate.accuracy:.2f} ± {estimate.error:.2f} %"
     # 900 of 1000 right: the root of 0.9 x 0.1 / 1000, a hair more with one more right and one more wrong
-    thousand = dataclasses.replace(bill, accuracy=90.0, images=1000)
+    thousand = dataclasses.replace(estimate, accuracy=90.0, images=1000)
     assert thousand.error == pytest.approx(100 * (0.9 * 0.1 / 1000) ** 0.5, rel=0.01)
-    assert dataclasses.replace(bill, accuracy=100.0, images=9).error > 5
+    assert dataclasses.replace(estimate, accuracy=100.0, images=9).error > 5
 
 
 def test_a_network_that_answers_with_nan_has_no_accuracy(home):
@@ -106,18 +106,18 @@ def test_a_network_that_answers_with_nan_has_no_accuracy(home):
     network.core.get_submodule("layer1.0").weight.data.fill_(torch.nan)
     pixels, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, dtype=torch.long)
     with pytest.raises(ConfigError, match="The logits of 3 of 3 samples hold NaN"):
-        module.bill_of("broken", network, pixels, labels, torch.float32)
+        module.estimate_energy("broken", network, pixels, labels, torch.float32)
 
 
 def test_measures_every_run_where_it_was_trained(home, elsewhere, monkeypatch):
-    asked, bill_of = {}, module.bill_of
+    asked, estimate_energy = {}, module.estimate_energy
 
     def remember(name, network, pixels, labels, dtype, seen):
         asked[name] = dtype, network.core.get_submodule("layer1.0").weight.is_contiguous()
-        return bill_of(name, network, pixels, labels, dtype, seen)
+        return estimate_energy(name, network, pixels, labels, dtype, seen)
 
-    monkeypatch.setattr(module, "bill_of", remember)
+    monkeypatch.setattr(module, "estimate_energy", remember)
     measure_energy([home / "student", elsewhere], images=3)
     assert asked == {"student": (torch.float32, False), "elsewhere": (torch.bfloat16, True)}
-    bills = measure_energy([home / "student", elsewhere], images=3, device="cpu", precision="fp32")
-    assert [bill.dtype for bill in bills] == [torch.float32] * 2
+    estimates = measure_energy([home / "student", elsewhere], images=3, device="cpu", precision="fp32")
+    assert [estimate.dtype for estimate in estimates] == [torch.float32] * 2

@@ -22,7 +22,7 @@ from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.files import weights_file
 from spikedistill.neuron.dynamics import LIF, Neuron
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
+from spikedistill.student.coding import FrameCoding
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.save import load_student
 from spikedistill.teacher import zoo
@@ -36,7 +36,7 @@ CASES = {
     "resnet18": ("resnet18", 3, Conversion(timesteps=2, neuron=Neuron(initial=0.5))),
     "graded": ("vgg9", 3, Conversion(timesteps=1, neuron=Neuron(initial=0.5, levels=4))),
     "leaky": ("vgg9", 1, Conversion(timesteps=3, neuron=LIF)),
-    "event frames": ("vgg9", 2, Conversion(timesteps=3, neuron=Neuron(initial=0.5), coding=Frames())),
+    "event frames": ("vgg9", 2, Conversion(timesteps=3, neuron=Neuron(initial=0.5), coding=FrameCoding())),
 }
 
 pytestmark = pytest.mark.usefixtures("without_compiler", "symbolic_shapes")
@@ -49,12 +49,12 @@ def made(case):
     torch.manual_seed(0)
     samples = torch.rand(67, channels, 16, 16)
     ann = getattr(zoo, network)(classes=5, channels=channels, width=4)
-    student, _ = to_spiking(ann, conversion, calibrate=samples[:32])
+    student, _ = to_spiking(ann, conversion, calibration_images=samples[:32])
     if conversion.neuron.learn_initial:  # one value per channel
         with torch.no_grad():
             for layer in student.neurons.values():
                 layer.initial.add_(0.1 * torch.rand_like(layer.initial))
-    if isinstance(conversion.coding, Frames):
+    if isinstance(conversion.coding, FrameCoding):
         samples = torch.stack([samples, samples.flip(-1), samples.flip(-2)])
     return student.eval(), samples
 
@@ -87,7 +87,7 @@ def test_onnxruntime_does_what_the_student_does_at_any_batch(case, form):
 def test_a_fresh_state_begins_a_stream(case):
     student, samples = made(case)
     image = student.coding.frame(some(samples, 3), 0, student.timesteps)
-    fresh = student.fresh(image)
+    fresh = student.initial_state(image)
     assert len(fresh) == student.states
     begun, expected = student.step(image, fresh), student.step(image)
     assert torch.equal(begun[0], expected[0])
@@ -226,7 +226,9 @@ def test_a_file_that_does_something_else_is_not_written(tmp_path, monkeypatch):
 def test_an_image_on_a_threshold_is_known_by_changes_of_the_last_bits(weight, near):
     """A neuron with the threshold 1 and the potential 0.5 before the current: 0.5 more is exactly a spike."""
     ann = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2))
-    student, _ = to_spiking(ann, Conversion(timesteps=1, neuron=Neuron(initial=0.5)), calibrate=torch.ones(2, 1, 1, 1))
+    student, _ = to_spiking(
+        ann, Conversion(timesteps=1, neuron=Neuron(initial=0.5)), calibration_images=torch.ones(2, 1, 1, 1)
+    )
     with torch.no_grad():
         linear = next(layer for layer in student.modules() if isinstance(layer, nn.Linear) and layer.out_features == 1)
         linear.weight.fill_(weight)

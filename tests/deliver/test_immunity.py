@@ -129,7 +129,7 @@ def test_goes_on_where_it_was_interrupted_with_the_same_result(home, tmp_path, m
     options = {"kinds": ("noise",), "images": 6}
     with pytest.raises(KeyboardInterrupt):
         measure_immunity(runs, tmp_path / "cut", **options, progress=Told(most=10))
-    with pytest.raises(RunError, match="already holds a run: go on with it by --resume"):
+    with pytest.raises(RunError, match="already holds a run: continue it with --resume"):
         measure_immunity(runs, tmp_path / "cut", **options)
     with pytest.raises(RunError, match="begun with another recipe"):
         measure_immunity(runs, tmp_path / "cut", kinds=("noise",), images=7, resume=True)

@@ -7,7 +7,7 @@ import torch
 
 import spikedistill
 from spikedistill.errors import ConfigError, RunError
-from spikedistill.evaluate.inside import look_inside
+from spikedistill.evaluate.activity import record_activity
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
@@ -21,51 +21,53 @@ def student_of(timesteps, levels, **neuron):
     torch.manual_seed(0)
     images = torch.rand(6, 3, 16, 16)
     model = Neuron(initial=0.5, levels=levels, **neuron)
-    made, _ = to_spiking(vgg9(classes=4, width=2), Conversion(timesteps=timesteps, neuron=model), calibrate=images)
+    made, _ = to_spiking(
+        vgg9(classes=4, width=2), Conversion(timesteps=timesteps, neuron=model), calibration_images=images
+    )
     return made.eval(), images
 
 
 @pytest.fixture(scope="module")
-def inside():
-    return look_inside(*student_of(3, 1))
+def activity():
+    return record_activity(*student_of(3, 1))
 
 
 class TestLookInside:
-    def test_spikes_and_answers_are_the_students(self, inside):
+    def test_spikes_and_answers_are_the_students(self, activity):
         student, images = student_of(3, 1)
         found = student.observe(images, spikes=student.layers())
         for layer, counts in found.spikes.items():
-            assert torch.equal(inside.spikes[layer], counts.flatten(2).round())
+            assert torch.equal(activity.spikes[layer], counts.flatten(2).round())
         expected = torch.stack([found.logits[: t + 1].mean(0) for t in range(3)]).softmax(-1)
-        assert torch.allclose(inside.probabilities, expected, atol=1e-6)
+        assert torch.allclose(activity.probabilities, expected, atol=1e-6)
 
     def test_graded_spikes_become_binary_sub_steps(self):
         student, images = student_of(2, 3)
-        inside = look_inside(student, images)
+        activity = record_activity(student, images)
         trains = run_in_substeps(student, images, spikes=tuple(student.layers())).spikes
         for layer in student.layers():
-            assert torch.equal(inside.spikes[layer], trains[layer].flatten(2))
-            assert inside.spikes[layer].shape[0] == inside.potentials[layer].shape[0] == 6
+            assert torch.equal(activity.spikes[layer], trains[layer].flatten(2))
+            assert activity.spikes[layer].shape[0] == activity.potentials[layer].shape[0] == 6
 
     @pytest.mark.parametrize("timesteps, levels", [(3, 1), (2, 3)])
     def test_a_neuron_fires_where_its_potential_reaches_the_threshold(self, timesteps, levels):
-        inside = look_inside(*student_of(timesteps, levels))
-        for layer, trains in inside.spikes.items():
-            clear = (inside.potentials[layer] - 1).abs() > 1e-4
-            assert torch.equal((inside.potentials[layer] >= 1)[clear], (trains > 0)[clear])
+        activity = record_activity(*student_of(timesteps, levels))
+        for layer, trains in activity.spikes.items():
+            clear = (activity.potentials[layer] - 1).abs() > 1e-4
+            assert torch.equal((activity.potentials[layer] >= 1)[clear], (trains > 0)[clear])
 
-    def test_rates_are_percent_of_neurons(self, inside):
-        for layer, rates in inside.rates().items():
-            expected = 100 * inside.spikes[layer].flatten(1).sum(1) / inside.spikes[layer][0].numel()
+    def test_rates_are_percent_of_neurons(self, activity):
+        for layer, rates in activity.rates().items():
+            expected = 100 * activity.spikes[layer].flatten(1).sum(1) / activity.spikes[layer][0].numel()
             assert rates == pytest.approx(expected.tolist())
 
 
 class TestPictures:
-    def test_a_raster_has_a_mark_for_each_spike_it_shows(self, inside):
-        layer = next(iter(inside.spikes))
-        figure = plot.raster(inside, 1, layers=[layer])
+    def test_a_raster_has_a_mark_for_each_spike_it_shows(self, activity):
+        layer = next(iter(activity.spikes))
+        figure = plot.raster(activity, 1, layers=[layer])
         (axis,) = [axis for axis in figure.axes if axis.collections]
-        trains = inside.spikes[layer][:, 1]
+        trains = activity.spikes[layer][:, 1]
         busy = trains.any(0).nonzero().flatten()
         assert len(axis.collections) == min(16, len(busy))
         drawn = sum(len(one.get_positions()) for one in axis.collections)
@@ -73,15 +75,15 @@ class TestPictures:
             assert drawn == int(trains.sum())
         assert f"({int(trains.sum()):,})" in axis.get_yticklabels()[0].get_text()
 
-    def test_membranes_are_the_potentials_and_rings_the_spikes(self, inside):
-        layer = list(inside.spikes)[1]
-        figure = plot.membrane(inside, 2, layer=layer, neurons=[0, 5])
+    def test_membranes_are_the_potentials_and_rings_the_spikes(self, activity):
+        layer = list(activity.spikes)[1]
+        figure = plot.membrane(activity, 2, layer=layer, neurons=[0, 5])
         (axis,) = figure.axes
         lines = [line for line in axis.get_lines() if len(line.get_xdata()) == 3]
         for line, neuron in zip(lines, (0, 5)):
-            assert line.get_ydata().tolist() == pytest.approx(inside.potentials[layer][:, 2, neuron].tolist())
+            assert line.get_ydata().tolist() == pytest.approx(activity.potentials[layer][:, 2, neuron].tolist())
         rings = sum(len(one.get_offsets()) for one in axis.collections)
-        assert rings == int(inside.spikes[layer][:, 2, [0, 5]].sum())
+        assert rings == int(activity.spikes[layer][:, 2, [0, 5]].sum())
 
     def test_a_confusion_matrix_has_percent_of_rows(self):
         figure = plot.confusion(torch.tensor([[3, 1], [0, 0]]), ["a", "b"])
@@ -95,13 +97,13 @@ class TestPictures:
 
     @pytest.mark.parametrize("timesteps, levels", [(3, 1), (1, 3)])
     def test_every_picture_is_written_as_png_and_svg(self, timesteps, levels, tmp_path):
-        inside = look_inside(*student_of(timesteps, levels))
+        activity = record_activity(*student_of(timesteps, levels))
         names = ["zero", "one", "two", "three"]
         pictures = {
-            "raster": plot.raster(inside),
-            "membrane": plot.membrane(inside),
-            "answer": plot.answer(inside, names, label="two"),
-            "rates": plot.rates(inside.rates(), levels=levels),
+            "raster": plot.raster(activity),
+            "membrane": plot.membrane(activity),
+            "answer": plot.answer(activity, names, label="two"),
+            "rates": plot.rates(activity.rates(), levels=levels),
             "confusion": plot.confusion(torch.eye(4), names),
             "curves": plot.curves({"": {"x": [(1.0, 2.0), (2.0, 3.0)]}}, "x", "y"),
         }
@@ -111,25 +113,25 @@ class TestPictures:
                 plot.save(tmp_path / f"{name}.{kind}", figure)
                 assert (tmp_path / f"{name}.{kind}").read_bytes().startswith(begins)
 
-    def test_wrong_names_are_said(self, inside, tmp_path):
+    def test_wrong_names_are_said(self, activity, tmp_path):
         for call, said in (
-            (lambda: plot.raster(inside, 6), r"sample \(=6\) is not among the 6"),
-            (lambda: plot.raster(inside, layers=["nix"]), "no layer 'nix'"),
-            (lambda: plot.membrane(inside, neurons=[10**6]), r"neuron \(=1000000\) is not in"),
+            (lambda: plot.raster(activity, 6), r"sample \(=6\) is not among the 6"),
+            (lambda: plot.raster(activity, layers=["nix"]), "no layer 'nix'"),
+            (lambda: plot.membrane(activity, neurons=[10**6]), r"neuron \(=1000000\) is not in"),
             (lambda: plot.confusion(torch.eye(3), ["a", "b"]), r"expected \[K, K\]"),
-            (lambda: plot.save(tmp_path / "x.jpg", plot.raster(inside)), r"ends in \.png or \.svg"),
+            (lambda: plot.save(tmp_path / "x.jpg", plot.raster(activity)), r"ends in \.png or \.svg"),
         ):
             with pytest.raises(ConfigError, match=said):
                 call()
         (tmp_path / "file").write_text("")
         with pytest.raises(RunError):
-            plot.save(tmp_path / "file" / "x.png", plot.raster(inside))
+            plot.save(tmp_path / "file" / "x.png", plot.raster(activity))
 
 
-def test_inline_pictures_have_ids_of_their_own_and_the_colour_of_the_page(inside):
+def test_inline_pictures_have_ids_of_their_own_and_the_colour_of_the_page(activity):
     from spikedistill.deliver.figures import inline_svg
 
-    texts = [inline_svg(plot.raster(inside), name) for name in ("first", "second")]
+    texts = [inline_svg(plot.raster(activity), name) for name in ("first", "second")]
     ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in texts]
     assert not ids[0] & ids[1]
     for text, found in zip(texts, ids):

@@ -15,7 +15,7 @@ from spikedistill.deliver import pretrained as module
 from spikedistill.deliver.pretrained import PRETRAINED, pretrained, read_card, sample_images, sample_logits
 from spikedistill.errors import ConfigError, WeightsError
 from spikedistill.evaluate.accuracy import accuracy_by_step, predict
-from spikedistill.files import PRETRAINED as FOLDER
+from spikedistill.files import PRETRAINED_DIR as FOLDER
 from spikedistill.files import shipped
 from spikedistill.student.student import Student
 

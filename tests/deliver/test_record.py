@@ -198,7 +198,9 @@ class TestFindTeacher:
     def test_may_be_a_library_s_with_its_published_weights(self, home, images, monkeypatch):
         taught, _ = load_teacher(home / "teacher")
         published = (taught, Architecture("torchvision/resnet18", 3))
-        monkeypatch.setattr(teachers, "pretrained", lambda name: published if name == "torchvision/resnet18" else None)
+        monkeypatch.setattr(
+            teachers, "load_published", lambda name: published if name == "torchvision/resnet18" else None
+        )
         assert find_teacher(images, "torchvision/resnet18") == published
 
     def test_none_is_none(self, images):

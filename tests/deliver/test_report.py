@@ -100,6 +100,7 @@ def test_its_figures_are_those_of_the_run(home, single):
     for name, value in (("training.lr", run.read("recipe")["training"]["lr"]), ("training.seed", 0)):
         assert f"{name} {value}" in text
     assert run.read("environment")["versions"]["torch"] in text
+    assert "latency 9 layer by layer or 2 step by step (sub-steps until the answer) training" in text
 
 
 def test_it_reaches_out_to_nothing_and_names_cannot_act(single):
@@ -161,8 +162,12 @@ def test_what_cannot_run_is_told_from_its_files(home, tmp_path):
     page = Page(report([tmp_path / "moved"], data_dir=None, out=tmp_path / "a.html").read_text(encoding="utf-8"))
     assert "Told from its files alone" not in page.text
     (tmp_path / "moved" / "model.safetensors").write_bytes(b"damaged")
+    run = Run(tmp_path / "moved")
+    buffers = [{"bits": 1000}, {"bits": 234}]
+    run.write("results", {**run.read("results"), "latency": {"layer-by-layer": 68}, "buffers": buffers})
     page = Page(report([tmp_path / "moved"], out=tmp_path / "b.html").read_text(encoding="utf-8"))
     assert "Told from its files alone, since it could not be run here" in page.text
+    assert "68 layer by layer (sub-steps until the answer); 1,234 bits of spikes wait in 2 buffers" in page.text
     assert "run0-learning" in page.ids
 
 

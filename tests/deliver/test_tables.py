@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from spikedistill.deliver.forms import FORMS, check_table, write_table
 from spikedistill.deliver.latex import escaped, latex
-from spikedistill.deliver.tables import Table, blocks, markdown, plain
+from spikedistill.deliver.tables import Table, blocks, markdown, text_table
 from spikedistill.errors import RunError
 from spikedistill.files import csv_text
 
@@ -139,7 +139,7 @@ class TestLatex:
 class TestPlainText:
     @given(HOSTILE)
     def test_has_a_line_a_row_and_every_cell_below_its_head(self, rows):
-        told = plain(COLUMNS, rows)
+        told = text_table(COLUMNS, rows)
         head, *body = told.removesuffix("\n").split("\n")
         places = [head.index(column) for column in COLUMNS]
         assert len(body) == len(rows)
@@ -147,7 +147,7 @@ class TestPlainText:
             assert [line[a:b].strip() for a, b in zip(places, [*places[1:], None])] == [one_line(c) for c in row]
 
     def test_counts_wide_letters_as_two(self):
-        assert plain(["a", "b"], [["中", "x"], ["cc", "y"]]).splitlines() == ["a   b", "中  x", "cc  y"]
+        assert text_table(["a", "b"], [["中", "x"], ["cc", "y"]]).splitlines() == ["a   b", "中  x", "cc  y"]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 100))

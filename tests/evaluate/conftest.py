@@ -15,7 +15,7 @@ def trio():
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3)
     teacher = Teacher(nn.Sequential(*layers), (0.5,), (0.25,))
-    student, _ = to_spiking(teacher, Conversion(timesteps=3), calibrate=torch.rand(16, 1, 8, 8))
+    student, _ = to_spiking(teacher, Conversion(timesteps=3), calibration_images=torch.rand(16, 1, 8, 8))
     for layer in student.neurons.values():
         layer.backend = "reference"
     images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=Generator().manual_seed(2))

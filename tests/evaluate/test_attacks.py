@@ -14,15 +14,15 @@ from spikedistill.evaluate.attacks import ATTACKS, OWN, SURROGATES, TEACHER, Tar
 from spikedistill.evaluate.immunity import immunity, sample
 from spikedistill.neuron.surrogate import ATan, Rectangle, Triangle
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Latency, Rate
-from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.coding import LatencyCoding, RateCoding
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
 
 
 def test_one_step_on_a_linear_network_is_the_worst_case():
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
     images = torch.full((3, 1, 2, 2), 0.5)
     labels = torch.tensor([0, 1, 0])
-    changed = attack(net, images, labels, reach=0.1, steps=1, generator=Generator())
+    changed = attack(net, images, labels, epsilon=0.1, steps=1, generator=Generator())
     weight = net[1].weight.detach()
     for image, label in zip(changed, labels):
         worst = 0.5 + 0.1 * torch.sign(weight[1 - label] - weight[label])
@@ -33,7 +33,7 @@ def test_one_step_on_a_linear_network_is_the_worst_case():
 def test_images_stay_within_reach_and_the_loss_rises(trio, steps):
     _, student, images, labels = trio
     clean = images.float() / 255
-    changed = attack(student, clean, labels, reach=8 / 255, steps=steps, generator=Generator().manual_seed(0))
+    changed = attack(student, clean, labels, epsilon=8 / 255, steps=steps, generator=Generator().manual_seed(0))
     assert float((changed - clean).abs().max()) <= 8 / 255 + 1e-6
     assert float(changed.min()) >= 0 and float(changed.max()) <= 1
     with torch.no_grad():
@@ -43,17 +43,17 @@ def test_images_stay_within_reach_and_the_loss_rises(trio, steps):
 
 @pytest.mark.parametrize("steps", [2, 10])
 def test_a_step_of_pgd_is_as_long_as_stated(steps):
-    """Of a linear network every step goes the same way: by 2.5 reach / steps, until it is out of reach."""
-    net, seen, reach = nn.Sequential(nn.Flatten(), nn.Linear(100, 2, bias=False)), [], 0.1
+    """Of a linear network every step goes the same way: by 2.5 epsilon / steps, until it is out of epsilon."""
+    net, seen, epsilon = nn.Sequential(nn.Flatten(), nn.Linear(100, 2, bias=False)), [], 0.1
     net.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
     images, labels = torch.full((3, 1, 10, 10), 0.5), torch.tensor([0, 1, 0])
-    seen.append(attack(net, images, labels, reach=reach, steps=steps, generator=Generator().manual_seed(0)))
+    seen.append(attack(net, images, labels, epsilon=epsilon, steps=steps, generator=Generator().manual_seed(0)))
     *starts, last = seen
-    offsets = (starts[0] - images) / reach
+    offsets = (starts[0] - images) / epsilon
     assert float(offsets.abs().max()) <= 1 and float(offsets.std()) == pytest.approx(3**-0.5, rel=0.1)
     way = torch.sign(net[1].weight[1 - labels] - net[1].weight[labels]).view_as(images)
     for number, now in enumerate([*starts[1:], last], 1):
-        expected = (starts[0] + number * 2.5 * reach / steps * way).clamp(0.5 - reach, 0.5 + reach)
+        expected = (starts[0] + number * 2.5 * epsilon / steps * way).clamp(0.5 - epsilon, 0.5 + epsilon)
         torch.testing.assert_close(now, expected)
     assert len(starts) == steps
 
@@ -135,7 +135,7 @@ def test_a_surrogate_that_is_the_networks_own_is_not_tried_twice(trio):
 
 
 def test_graded_spikes_use_no_surrogate_so_others_would_be_the_same_attack():
-    neuron = dataclasses.replace(ROUNDING, levels=2)
+    neuron = dataclasses.replace(INHERITED_NEURON, levels=2)
     network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     graded, _ = to_spiking(network, Conversion(neuron=neuron, inherit=False))
     assert gradients(graded, None) == [OWN] and gradients(graded, graded) == [OWN, TEACHER]
@@ -144,8 +144,8 @@ def test_graded_spikes_use_no_surrogate_so_others_would_be_the_same_attack():
 def test_a_transfer_is_the_teachers_own_attack(trio):
     teacher, student, images, labels = trio
     target = Target(student, teacher, images, labels, torch.float32, seed=0)
-    reach = ATTACKS["fgsm"][1][4] / 255
-    changed = attack(teacher, images / 255, labels, reach=reach, steps=1, generator=Generator())
+    epsilon = ATTACKS["fgsm"][1][4] / 255
+    changed = attack(teacher, images / 255, labels, epsilon=epsilon, steps=1, generator=Generator())
     with torch.no_grad():
         right = student(changed).mean(0).argmax(-1) == labels
     assert torch.equal(target.right("fgsm", 5, TEACHER), right)
@@ -216,10 +216,10 @@ def test_the_surrogates_are_of_several_kinds_and_widths():
     assert {Triangle(1.0), Triangle(2.0), ATan(1.0)} <= set(SURROGATES.values())
 
 
-@pytest.mark.parametrize("coding", [Rate(1), Latency()])
+@pytest.mark.parametrize("coding", [RateCoding(1), LatencyCoding()])
 def test_a_coding_without_gradients_is_attacked_by_the_teachers_alone(trio, coding):
     teacher, _, images, labels = trio
-    student, _ = to_spiking(teacher, Conversion(timesteps=2, coding=coding), calibrate=torch.rand(16, 1, 8, 8))
+    student, _ = to_spiking(teacher, Conversion(timesteps=2, coding=coding), calibration_images=torch.rand(16, 1, 8, 8))
     assert gradients(student, teacher) == [TEACHER]
     with pytest.raises(ConfigError, match="No gradient reaches the pixels"):
         immunity({"snn": student}, images, labels, kinds=["attack"], attacked=5)

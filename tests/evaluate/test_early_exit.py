@@ -9,7 +9,7 @@ from spikedistill.evaluate.accuracy import cumulative, predict
 from spikedistill.evaluate.early_exit import EarlyExit, early_exit, predict_early
 from spikedistill.neuron.dynamics import LIF
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
+from spikedistill.student.coding import DirectCoding, FrameCoding, LatencyCoding, RateCoding
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.fold import fold
 from spikedistill.student.student import Student
@@ -38,14 +38,16 @@ def student_of(coding=DIRECT, dtype=torch.float64, **options) -> Student:
     network = Net().to(dtype)
     network(torch.rand(20, 3, 8, 8, dtype=dtype))
     many = torch.rand(16, 3, 8, 8, dtype=dtype)
-    student, _ = to_spiking(network.eval(), Conversion(timesteps=STEPS, coding=coding, **options), calibrate=many)
+    student, _ = to_spiking(
+        network.eval(), Conversion(timesteps=STEPS, coding=coding, **options), calibration_images=many
+    )
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student.eval()
 
 
 def inputs(coding=DIRECT, dtype=torch.float64) -> Tensor:
-    shape = (STEPS, BATCH, 3, 8, 8) if isinstance(coding, Frames) else (BATCH, 3, 8, 8)
+    shape = (STEPS, BATCH, 3, 8, 8) if isinstance(coding, FrameCoding) else (BATCH, 3, 8, 8)
     return torch.rand(shape, dtype=dtype)
 
 
@@ -69,7 +71,7 @@ def cut(means: Tensor, confidence: float) -> EarlyExit:
     return EarlyExit(means[steps, torch.arange(means.shape[1])], steps + 1)
 
 
-@pytest.mark.parametrize("coding", [DIRECT, Frames(), Rate(seed=1), Latency()], ids=repr)
+@pytest.mark.parametrize("coding", [DIRECT, FrameCoding(), RateCoding(seed=1), LatencyCoding()], ids=repr)
 class TestEverySample:
     def test_answers_as_the_whole_run_cut_after_its_last_step(self, coding):
         student, images = student_of(coding), inputs(coding)
@@ -94,7 +96,7 @@ class TestEverySample:
 
 
 def test_unseeded_rate_coding_draws_the_spikes_of_the_whole_run():
-    student, images = student_of(Rate()), inputs()
+    student, images = student_of(RateCoding()), inputs()
     torch.manual_seed(7)
     means = so_far(student, images)
     torch.manual_seed(7)
@@ -187,4 +189,4 @@ class TestWrongUse:
 
     def test_too_few_frames_are_refused(self):
         with pytest.raises(ShapeError, match="timesteps=5"):
-            early_exit(student_of(Frames()), inputs(Frames())[:3], 0.5)
+            early_exit(student_of(FrameCoding()), inputs(FrameCoding())[:3], 0.5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spikedistill.deliver.energy import bill_of, lines, table
+from spikedistill.deliver.energy import estimate_energy, lines, table
 from spikedistill.evaluate.energy import MODELS, Cost, ann_energies, cost_of, energies, verdicts
 from spikedistill.evaluate.firing import firing_rates
 from spikedistill.evaluate.operations import operations
@@ -67,17 +67,17 @@ def test_graded_spikes_are_counted_as_by_hand():
     student.core.get_submodule("0").weight.data = torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)
     student.core.get_submodule("3").weight.data.fill_(1.0)
     white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
-    bill = bill_of("graded", student.eval(), white, torch.zeros(1, dtype=torch.int64), F32)
+    estimate = estimate_energy("graded", student.eval(), white, torch.zeros(1, dtype=torch.int64), F32)
     # A white pixel alone is like a spike: 2 accumulates. Currents of 1 and 1/2: counts 1, 1 and 0, 1. Then with 2.5
     # times the weights: 2, 3 and 1, 1.
-    assert (bill.cost.spikes, bill.cost.acs, bill.cost.updates) == (3, 2 + 9, 2 * 2 * 3)
+    assert (estimate.cost.spikes, estimate.cost.acs, estimate.cost.updates) == (3, 2 + 9, 2 * 2 * 3)
     student.core.get_submodule("0").weight.data *= 2.5
-    bill = bill_of("graded", student, white, torch.zeros(1, dtype=torch.int64), F32)
-    assert (bill.cost.spikes, bill.cost.acs, bill.cost.macs) == (7, 2 + 21, 0)
-    assert (bill.cost.timesteps, bill.cost.levels, bill.cost.bits) == (2, 3, 3)
-    columns, (row, *_) = table([bill])
+    estimate = estimate_energy("graded", student, white, torch.zeros(1, dtype=torch.int64), F32)
+    assert (estimate.cost.spikes, estimate.cost.acs, estimate.cost.macs) == (7, 2 + 21, 0)
+    assert (estimate.cost.timesteps, estimate.cost.levels, estimate.cost.bits) == (2, 3, 3)
+    columns, (row, *_) = table([estimate])
     assert dict(zip(columns, row))["T x D"] == "2x3"
-    assert ("graded", "levels", 3) in lines([bill])
+    assert ("graded", "levels", 3) in lines([estimate])
 
 
 def test_where_a_student_loses_it_is_said_with_both_figures():
@@ -105,7 +105,7 @@ def test_costs_are_counted_as_by_hand():
     with torch.no_grad(), firing_rates(student.eval()) as rates, operations(student) as counted:
         student(images[:2])
         student(images[2:])
-    cost = cost_of(counted, 4, sum(rates.spikes.values()), float(sum(rates.chances.values())))
+    cost = cost_of(counted, 4, sum(rates.spikes.values()), float(sum(rates.possible_spikes.values())))
     # spikes: 4 and 2; 1 and 0 (half a threshold after four steps); 0 and 0
     assert cost.spikes == 7 / 3 and cost.updates == 8
     assert cost.acs == pytest.approx(7 * 3 / 3)

@@ -21,7 +21,7 @@ def test_spikes_are_counted_as_by_hand(student):
     # currents 1 and 0.5, 0.5 and 0.25, 0 and 0: in four steps 4 + 2, 2 + 1, 0 + 0 spikes of 3 x 2 neurons
     (name,) = student.neurons
     assert rates.spikes == {name: 9.0}
-    assert rates.chances == {name: 24}
+    assert rates.possible_spikes == {name: 24}
     assert rates.by_layer() == {name: 9 / 24}
     assert rates.mean() == 9 / 24
 

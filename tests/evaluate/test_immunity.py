@@ -18,7 +18,7 @@ from spikedistill.evaluate.immunity import (
 )
 from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
+from spikedistill.student.coding import FrameCoding
 from spikedistill.student.conversion import Conversion
 
 
@@ -93,7 +93,7 @@ def test_images_that_are_no_bytes_or_have_no_labels_are_refused(trio, given, lab
 def event_student():
     torch.manual_seed(0)
     layers = nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 3)
-    student, _ = to_spiking(nn.Sequential(*layers), Conversion(timesteps=4, inherit=False, coding=Frames()))
+    student, _ = to_spiking(nn.Sequential(*layers), Conversion(timesteps=4, inherit=False, coding=FrameCoding()))
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student.eval()

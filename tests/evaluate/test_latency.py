@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spikedistill.evaluate.latency import latency, latency_facts, longest_path, waits
+from spikedistill.evaluate.latency import buffers_of, latency, latency_facts, longest_path
 from spikedistill.student.build import to_spiking
-from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
 
 
 class Branches(nn.Module):
@@ -28,7 +28,7 @@ class Branches(nn.Module):
 
 def made(network, timesteps, levels):
     torch.manual_seed(0)
-    neuron = dataclasses.replace(ROUNDING, levels=levels)
+    neuron = dataclasses.replace(INHERITED_NEURON, levels=levels)
     return to_spiking(network, Conversion(timesteps=timesteps, neuron=neuron, inherit=False))[0]
 
 
@@ -44,17 +44,17 @@ def test_a_chain_is_a_pipeline(layers, timesteps, levels):
     ends = [(k + t + 1) * levels for k in range(layers) for t in range(timesteps)]
     assert longest_path(student) == layers and latency(student, "layer-by-layer") == max(ends)
     assert latency(student, "step-by-step") == timesteps * levels
-    assert waits(student, dict.fromkeys(student.neurons, 32)) == []
+    assert buffers_of(student, dict.fromkeys(student.neurons, 32)) == []
 
 
 def test_spikes_wait_for_the_longest_branch_that_they_meet():
     student = made(Branches(), 2, 3)
     names = student.layers()
-    (wait,) = waits(student, dict.fromkeys(student.neurons, 128))
+    (buffer,) = buffers_of(student, dict.fromkeys(student.neurons, 128))
     # first meets second's branch one layer later, and third two layers later, before nothing but the logits
     assert longest_path(student) == 3
-    assert (wait.layer, wait.before, wait.sub_steps, wait.bits) == (names[0], "logits", 6, 6 * 128)
-    assert "cat" in wait.where
+    assert (buffer.layer, buffer.before, buffer.sub_steps, buffer.bits) == (names[0], "logits", 6, 6 * 128)
+    assert "cat" in buffer.where
 
 
 def test_a_sum_names_the_layer_that_it_feeds():
@@ -68,9 +68,9 @@ def test_a_sum_names_the_layer_that_it_feeds():
             return self.fc(F.relu(self.b(F.relu(x)) + x))
 
     student = made(Skip(), 1, 4)
-    (wait,) = waits(student, dict.fromkeys(student.neurons, 5))
-    assert (wait.layer, wait.before) == (student.layers()[0], student.layers()[-1]) and "add" in wait.where
-    assert (wait.sub_steps, wait.bits) == (4, 20)
+    (buffer,) = buffers_of(student, dict.fromkeys(student.neurons, 5))
+    assert (buffer.layer, buffer.before) == (student.layers()[0], student.layers()[-1]) and "add" in buffer.where
+    assert (buffer.sub_steps, buffer.bits) == (4, 20)
 
 
 def test_one_spike_a_step_has_both_schedules_and_more_its_own():

@@ -12,8 +12,8 @@ from spikedistill.evaluate import measure as module
 from spikedistill.evaluate.measure import check_fits, measure_student, measure_teacher
 from spikedistill.neuron.dynamics import LIF
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
-from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.coding import FrameCoding
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
 from spikedistill.teacher.load import Teacher
 
 PLACE = choose_place("cpu", "fp32", convolutions="torch")
@@ -32,7 +32,7 @@ def teacher():
 
 @pytest.fixture
 def student(teacher, blobs):
-    return to_spiking(teacher, Conversion(timesteps=3), calibrate=blobs.train_images.float() / 255)[0].eval()
+    return to_spiking(teacher, Conversion(timesteps=3), calibration_images=blobs.train_images.float() / 255)[0].eval()
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ class TestStudent:
 
     def test_tells_how_many_images_each_pass_saw(self, student, teacher, blobs):
         seen = []
-        measure_student(student, teacher, blobs, PLACE, confidence=0.5, seen=seen.append)
+        measure_student(student, teacher, blobs, PLACE, confidence=0.5, on_batch=seen.append)
         assert sum(seen) == 3 * len(blobs.test_images)  # student, teacher, early exit
 
     def test_alone_is_compared_with_nobody(self, student, teacher, blobs):
@@ -76,14 +76,14 @@ class TestStudent:
         assert results["teacher_accuracy"] == results["test_accuracy"]
 
     def test_of_event_frames_is_measured_too(self, events):
-        conversion = Conversion(timesteps=4, inherit=False, coding=Frames())
+        conversion = Conversion(timesteps=4, inherit=False, coding=FrameCoding())
         student, _ = to_spiking(network(channels=2), conversion)
         assert len(measure_student(student, None, events, PLACE)["accuracy_by_step"]) == 4
 
     def test_of_graded_spikes_is_measured_in_sub_steps(self, teacher, blobs):
-        neuron = dataclasses.replace(ROUNDING, levels=3)
+        neuron = dataclasses.replace(INHERITED_NEURON, levels=3)
         made = Conversion(timesteps=2, neuron=neuron)
-        student = to_spiking(teacher, made, calibrate=blobs.train_images.float() / 255)[0].eval()
+        student = to_spiking(teacher, made, calibration_images=blobs.train_images.float() / 255)[0].eval()
         pixels, path = blobs.test_images.float() / 255, student.layers()
         results = measure_student(student, None, blobs, PLACE)
         assert (results["timesteps"], results["levels"], results["schedule"]) == (2, 3, "layer-by-layer")
@@ -96,7 +96,7 @@ class TestStudent:
         # one layer of neurons: its spikes are the same ones, but for where in time they are
         assert single["test_accuracy"] == results["test_accuracy"] and single["early_exit_steps"] == 6
         assert single["firing_rate"] == pytest.approx(results["firing_rate"], abs=0.1)
-        assert student.conversion.model.levels == 3 and student.timesteps == 2
+        assert student.conversion.neuron_model.levels == 3 and student.timesteps == 2
 
     def test_of_leaky_graded_spikes_runs_layer_by_layer_alone(self, blobs):
         conversion = Conversion(timesteps=2, neuron=dataclasses.replace(LIF, levels=2), inherit=False)

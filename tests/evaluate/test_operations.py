@@ -14,7 +14,7 @@ from spikedistill.evaluate.firing import firing_rates
 from spikedistill.evaluate.operations import operations
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
+from spikedistill.student.coding import FrameCoding
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.synapses import fan_out
 
@@ -67,7 +67,7 @@ class TestOperations:
         network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Flatten())
         network.append(nn.Linear(2 * 4, 3))
         images = torch.rand(64, 1, 6, 6)
-        student, _ = to_spiking(network, Conversion(per_channel=True), calibrate=images)
+        student, _ = to_spiking(network, Conversion(per_channel=True), calibration_images=images)
         with operations(student) as counts:
             student.eval()(images)
         assert len({float(height) for height in next(iter(student.neurons.values())).threshold.flatten()}) > 1
@@ -162,7 +162,7 @@ class TestWhoeverCalls:
         images = (torch.rand(6, *shape) - 0.2).relu()
         expected, found = counted(module, images), counted(other, images)
         assert sums(found[0]) == sums(expected[0]) and sums(found[0])[2] > 0
-        assert found[1].spikes == expected[1].spikes and found[1].chances == {"relu": 6 * features}
+        assert found[1].spikes == expected[1].spikes and found[1].possible_spikes == {"relu": 6 * features}
         with FlopCounterMode(display=False) as flops, torch.no_grad():
             other(images)
         assert found[0].per_image()["dense"] == flops.get_total_flops() / 2 / 6
@@ -170,7 +170,7 @@ class TestWhoeverCalls:
             "transposed",
             "ATen",
             "linear",
-        ):  # as functions they have no spiking meaning, or no axis of channels
+        ):  # as functions they have no spiking equivalent, or no axis of channels
             return
         students = [student_like(one) for one in (module, other)]
         (first, _), (second, _) = counted(students[0], images), counted(students[1], images)
@@ -226,7 +226,7 @@ class TestWhoeverCalls:
     def test_an_activation_counts_whoever_calls_it(self, activate):
         network = Written(nn.Linear(7, 5), lambda m, x: m(x), 5, activate)
         _, rates = counted(network, torch.randn(6, 7))
-        assert sum(rates.chances.values()) == 30 and 0 < rates.mean() < 1
+        assert sum(rates.possible_spikes.values()) == 30 and 0 < rates.mean() < 1
 
     def test_attention_counts_both_of_its_products(self):
         class Attention(nn.Module):
@@ -318,7 +318,7 @@ class TestImages:
         for network, images in self.networks():
             direct, framed, frames = (
                 student_like(network),
-                student_like(network, coding=Frames()),
+                student_like(network, coding=FrameCoding()),
                 images.expand(4, *images.shape),
             )
             with torch.no_grad(), operations(direct) as one, operations(framed) as other:

@@ -6,7 +6,16 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikedistill.evaluate.paired import beyond, gaps, holm, interval_of, p_value, verdict, with_deviation, with_test
+from spikedistill.evaluate.paired import (
+    beyond,
+    holm,
+    interval_of,
+    p_value,
+    paired_differences,
+    verdict,
+    with_deviation,
+    with_test,
+)
 
 SLEEP = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
 """Hours of sleep gained by ten patients, the example of Student's paper of 1908: t = 4.0621 with 9 degrees."""
@@ -40,7 +49,7 @@ def test_students_own_example():
 def test_p_is_that_of_the_paired_test(gains):
     direct = [70.0 + seed for seed in range(len(gains))]
     taught = [base + gain for base, gain in zip(direct, gains)]
-    found = gaps(dict(enumerate(taught)), dict(enumerate(direct)))
+    found = paired_differences(dict(enumerate(taught)), dict(enumerate(direct)))
     assert p_value(found) == pytest.approx(scipy.stats.ttest_rel(taught, direct).pvalue, abs=1e-6)
     assert p_value(found) == pytest.approx(p_value([-gain for gain in found]))
     ends = scipy.stats.t.interval(0.95, len(found) - 1, np.mean(found), scipy.stats.sem(found))

@@ -9,7 +9,7 @@ from spikedistill.neuron import fused
 from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron, Reset, run, run_with_slope
 from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import ATan, Rectangle, Sigmoid
-from spikedistill.student.conversion import ROUNDING
+from spikedistill.student.conversion import INHERITED_NEURON
 
 T = 3
 
@@ -33,7 +33,7 @@ CASES = {
     "if, to zero, state": Case(Neuron(reset=Reset.ZERO, surrogate=Rectangle()), state=True),
     "lif, state": Case(LIF, state=True),
     "lif, to zero, detached, constant": Case(Neuron(leak=0.4, reset=Reset.ZERO, detach_reset=True), constant=True),
-    "rounding, half": Case(ROUNDING, torch.bfloat16, keep=False),
+    "rounding, half": Case(INHERITED_NEURON, torch.bfloat16, keep=False),
     "graded, learned threshold": Case(Neuron(initial=0.5, levels=4, learn_threshold=True)),
     "graded lif, half, state": Case(Neuron(leak=0.5, levels=3), torch.bfloat16, state=True),
     "graded, detached, constant": Case(Neuron(levels=2, detach_reset=True), constant=True, keep=False),

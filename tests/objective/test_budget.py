@@ -5,15 +5,17 @@ import torch
 from torch import nn
 
 from spikedistill.answer import Answer
+from spikedistill.deliver.energy import estimate_energy
 from spikedistill.errors import ConfigError
-from spikedistill.objective.budget import Budget, Penalty
+from spikedistill.neuron.dynamics import Neuron
+from spikedistill.objective.budget import Budget, Penalty, spikes_per_image
 from spikedistill.objective.kdsnn import KDSNNResponse
 from spikedistill.objective.temperatures import HeterogeneousTemperatures
 from spikedistill.objective.terms import Batch, Sum, total
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.teacher.load import Architecture
-from spikedistill.train.lesson import settle_objective
+from spikedistill.train.training_step import settle_objective
 
 pytestmark = pytest.mark.usefixtures("without_compiler")
 NONE = nn.ModuleDict()
@@ -59,10 +61,11 @@ class TestTemperatures:
             HeterogeneousTemperatures(student_temperature=0.0)
 
 
-def spiking():
+def spiking(timesteps=2, levels=1):
     torch.manual_seed(0)
     ann, images = Architecture("vgg9", 5, 3, 4).build(), torch.rand(16, 3, 16, 16)
-    return to_spiking(ann, Conversion(timesteps=2), calibrate=images)[0].eval(), images
+    conversion = Conversion(timesteps=timesteps, neuron=Neuron(levels=levels, initial=0.5))
+    return to_spiking(ann, conversion, calibration_images=images)[0].eval(), images
 
 
 class TestBudget:
@@ -83,7 +86,7 @@ class TestBudget:
 
     def test_processes_decide_together(self):
         given = batch(spikes=50.0)
-        together = Batch(labels=None, student=given.student, over_processes=lambda found: 0 * found + 10.0)
+        together = Batch(labels=None, student=given.student, mean_over_processes=lambda found: 0 * found + 10.0)
         assert float(Penalty(spikes=30.0)(together, NONE)["spikes"].detach()) == 0
 
     def test_only_its_own_layers_count_beside_other_parts(self):
@@ -91,6 +94,16 @@ class TestBudget:
         for layers, found in (((), 50.0), (("a",), 25.0)):
             term = Penalty(spikes=10.0, layers=layers)(given, NONE)["spikes"]
             assert float(term.detach()) == pytest.approx(found / 10 - 1)
+
+    @pytest.mark.parametrize("timesteps, levels", [(4, 1), (1, 4)])
+    def test_spikes_are_those_that_energy_counts(self, timesteps, levels):
+        student, _ = spiking(timesteps, levels)
+        images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
+        cost = estimate_energy("student", student, images, torch.zeros(16).long(), torch.float32).cost
+        assert (cost.timesteps, cost.levels) == (timesteps, levels) and cost.spikes > 100
+        answer = student.observe(images.float() / 255, spikes=student.layers())
+        found = spikes_per_image(Batch(labels=None, student=answer))
+        assert float(found.detach()) == pytest.approx(cost.spikes, rel=1e-6)
 
     def test_it_adds_to_distillation(self):
         given = batch(spikes=50.0, operations=1200.0)

@@ -16,7 +16,7 @@ from spikedistill.objective.cross_kd import CrossKD, StepWeights, cross_entropie
 from spikedistill.objective.logits import cross_entropy_per_step, soft_target_divergence
 from spikedistill.objective.terms import Batch
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
+from spikedistill.student.coding import FrameCoding
 from spikedistill.student.conversion import Conversion
 
 
@@ -126,8 +126,8 @@ def test_events_alone_are_left_when_all_is_switched_off(batch):
 
 def test_it_takes_the_last_layer_of_neurons(without_compiler):
     ann = nn.Sequential(nn.Flatten(), nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    conversion = Conversion(timesteps=2, coding=Frames())
-    student, _ = to_spiking(ann, conversion, calibrate=torch.rand(4, 2, 4, 4))
+    conversion = Conversion(timesteps=2, coding=FrameCoding())
+    student, _ = to_spiking(ann, conversion, calibration_images=torch.rand(4, 2, 4, 4))
     made = CrossKD().settled(None, student, False)
     assert made.needs.potentials == (student.layers()[-1],) and made.settled(None, student, False) == made
     assert CrossKD(similarity=0.0).settled(None, student, False).needs.potentials == ()

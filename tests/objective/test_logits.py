@@ -6,7 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikedistill.objective.logits import cross_entropy_of_mean, cross_entropy_per_step, soft_target_divergence
+from spikedistill.objective.logits import (
+    cross_entropy_of_mean,
+    cross_entropy_per_step,
+    entropy_per_step,
+    soft_target_divergence,
+    soft_target_divergences,
+)
 
 seeds = st.integers(0, 10**6)
 
@@ -115,3 +121,43 @@ class TestSoftTargetDivergence:
     def test_have_the_gradient_that_differences_give(self):
         student, teacher = drawn(0, 2, 3).requires_grad_(), drawn(1, 2, 3)
         assert torch.autograd.gradcheck(lambda answer: soft_target_divergence(answer, teacher, 2.0), student)
+
+
+class TestSoftTargetDivergences:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+    def test_are_those_of_each_step_and_sample(self, temperature):
+        student, teacher = drawn(0, 3, 4, 5, scale=3.0), drawn(1, 4, 5, scale=3.0)
+        found = soft_target_divergences(student, teacher, temperature)
+        p, q = (probabilities(logits.numpy() / temperature) for logits in (teacher, student))
+        np.testing.assert_allclose(found, temperature**2 * np.sum(p * np.log(p / q), axis=-1), rtol=1e-9)
+        each = [
+            [soft_target_divergence(z[b : b + 1], teacher[b : b + 1], temperature) for b in range(4)] for z in student
+        ]
+        torch.testing.assert_close(found, torch.tensor(each, dtype=torch.float64))
+
+    @settings(max_examples=30)
+    @given(seed=seeds, temperature=st.floats(0.5, 20))
+    def test_cost_no_less_than_the_mean_of_the_steps_for_any_sample(self, seed, temperature):
+        student, teacher = drawn(seed, 3, 4, 5, scale=2.0), drawn(seed + 1, 4, 5, scale=2.0)
+        found = soft_target_divergences(student, teacher, temperature).mean(0)
+        mean = soft_target_divergences(student.mean(0, keepdim=True), teacher, temperature)[0]
+        assert (found >= mean).all()
+        torch.testing.assert_close(mean.mean(), soft_target_divergence(student.mean(0), teacher, temperature))
+
+    def test_of_logits_that_differ_much_are_finite(self):
+        far = torch.tensor([[[0.0, 1e4]]])
+        assert float(soft_target_divergences(far, far[0], 1.0)) == 0
+        assert float(soft_target_divergences(far.flip(-1), far[0], 1.0)) == pytest.approx(1e4)
+
+
+class TestEntropy:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+    def test_is_numpys(self, temperature):
+        logits = drawn(0, 3, 4, 5, scale=3.0)
+        p = probabilities(logits.numpy() / temperature)
+        expected = -np.mean(np.sum(p * np.log(p), axis=-1))
+        assert float(entropy_per_step(logits, temperature)) == pytest.approx(expected, rel=1e-9)
+
+    def test_is_the_logarithm_of_the_classes_at_most_and_0_for_a_sure_answer(self):
+        assert float(entropy_per_step(torch.zeros(3, 4, 5), 1.0)) == pytest.approx(math.log(5))
+        assert float(entropy_per_step(1e4 * torch.eye(5)[None], 2.0)) == 0

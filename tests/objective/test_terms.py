@@ -59,13 +59,13 @@ class TestBatch:
     def test_alone_it_has_no_teacher_no_second_stream_and_no_features(self, batch):
         assert (batch.teacher, batch.source, dict(batch.student.features)) == (None, None, {})
         with pytest.raises(ConfigError, match="needs a teacher, and no teacher was given"):
-            batch.asked_teacher()
+            batch.require_teacher()
         with pytest.raises(ConfigError, match="needs a second input stream, and the feed has none: use a PairFeed"):
-            batch.asked_source()
+            batch.require_source()
 
     def test_what_is_there_is_given(self, batch):
         whole = replace(batch, teacher=Answer(torch.ones(1, 3, 4)), source=Answer(torch.ones(2, 3, 4)))
-        assert whole.asked_teacher() is whole.teacher and whole.asked_source() is whole.source
+        assert whole.require_teacher() is whole.teacher and whole.require_source() is whole.source
 
     def test_it_stands_at_the_beginning_of_training(self, batch):
         assert batch.progress.shape == () and batch.progress == 0
@@ -88,7 +88,7 @@ class TestNeeds:
     @pytest.mark.parametrize("name", [name for name in vars(FULL)])
     def test_a_teacher_is_asked_for_logits_features_and_its_own_spikes_alone(self, name):
         needs = Needs(**{name: getattr(FULL, name)})
-        assert needs.asks_teacher == (name in ("teacher", "pairs", "teacher_spikes"))
+        assert needs.needs_teacher == (name in ("teacher", "pairs", "teacher_spikes"))
 
 
 def test_an_objective_needs_nothing_and_has_no_helpers_unless_it_says_so(batch):
@@ -211,7 +211,7 @@ def test_a_fraction_from_0_to_1_is_taken(value):
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
 def test_a_fraction_outside_0_to_1_is_refused(value):
-    with pytest.raises(ConfigError, match=rf"alpha \(={value}\) mixes two terms: give a value from 0 to 1"):
+    with pytest.raises(ConfigError, match=rf"alpha \(={value}\) is a weight: give a value from 0 to 1"):
         check_fraction("alpha", value)
 
 

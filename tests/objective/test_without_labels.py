@@ -8,6 +8,7 @@ from torch import nn
 
 from spikedistill.answer import Answer
 from spikedistill.errors import ConfigError
+from spikedistill.objective.decoupled import TemporalDecoupling
 from spikedistill.objective.direct import TET, Direct
 from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
 from spikedistill.objective.qcfs import QCFS
@@ -19,6 +20,7 @@ LEARN = [
     KDSNNResponse(alpha=1.0),
     KDSNNFeature(PAIRS, weight=2.0),
     KDSNN(PAIRS, temperature=3.0),
+    TemporalDecoupling(entropy=0.1),
     Sum(((0.5, KDSNNResponse()), (2.0, KDSNNFeature(PAIRS)))),
 ]
 NEED = [Direct(), TET(), QCFS(), Objective(), Sum(((1.0, KDSNNResponse()), (1.0, Direct())))]

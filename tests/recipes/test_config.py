@@ -135,7 +135,7 @@ class TestWrong:
             ({"method": {"name": "kdsn"}}, r"'kdsn'. Did you mean 'kdsnn'"),
             ({"method": {"name": "kdsnn", "heat": 2.0}}, r"'kdsnn' has no field heat"),
             ({"method": {"name": "kdsnn", "alpha": "x"}}, r"'kdsnn' cannot be created"),
-            ({"method": {"name": "kdsnn", "alpha": 7.5}}, r"alpha \(=7\.5\) mixes two terms"),
+            ({"method": {"name": "kdsnn", "alpha": 7.5}}, r"alpha \(=7\.5\) is a weight"),
             ({"method": None}, r"There is no method 'None'"),
         ],
     )

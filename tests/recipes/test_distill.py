@@ -9,6 +9,7 @@ from scores import percent_right
 
 from spikedistill.data.images import NAMED, load_images
 from spikedistill.deliver.record import Record, evaluate
+from spikedistill.deliver.results import Result
 from spikedistill.deliver.teachers import find_teacher
 from spikedistill.errors import ConfigError, RunError, UnsupportedError, WeightsError
 from spikedistill.evaluate.accuracy import predict
@@ -166,7 +167,7 @@ class TestConversion:
 )
 def test_choices_that_exclude_each_other_are_refused(changes, message):
     choice = StudentChoice(**changes)
-    assert message in "; ".join(choice.faults() + Distill(student=choice).faults())
+    assert message in "; ".join(choice.problems() + Distill(student=choice).problems())
 
 
 def test_the_neuron_is_its_fields():
@@ -179,9 +180,9 @@ def test_the_neuron_is_its_fields():
 
 def test_a_compiled_step_is_for_anns_and_for_students_whose_training_has_one_step():
     compiled = Distill(training=Training(compile=True))
-    assert any(fault.startswith("compile is for ANNs") for fault in compiled.faults())
+    assert any(fault.startswith("compile is for ANNs") for fault in compiled.problems())
     for choice in (StudentChoice(gradient="quantised"), StudentChoice(timesteps=1, levels=4)):
-        assert not dataclasses.replace(compiled, student=choice).faults()
+        assert not dataclasses.replace(compiled, student=choice).problems()
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +294,12 @@ class TestLearningRate:
         assert self.settled() == self.settled(network="vgg9", start="runs/first") == 0.02
         assert self.settled(network="vgg9") == self.settled(inherit=False) == 0.1
 
+    def test_of_adamw_is_small_everywhere(self):
+        for choice in (StudentChoice(), StudentChoice("vgg9")):
+            made = Distill(student=choice, training=Training(optimizer="adamw")).settled()
+            assert made.training.lr == 1e-3
+        assert Teach(training=Training(optimizer="adamw")).written()["training"]["lr"] == 1e-3
+
     def test_that_was_given_is_kept(self):
         assert Distill(training=Training(lr=0.5)).settled().training.lr == 0.5
 
@@ -349,6 +356,23 @@ class TestStart:
             assert not torch.equal(layer.initial, torch.full_like(layer.initial, 0.5))
         assert evaluate(tmp_path).items() <= results.items()
 
+    def test_is_corrected_layer_by_layer(self, home, finished, tmp_path):
+        out, _ = finished
+        made = recipe(home, training=dataclasses.replace(TRAINING, lr=1e-9))
+        choice = StudentChoice(timesteps=1, levels=4, calibration=90, start=str(out), correct="layers")
+        results = distill(dataclasses.replace(made, student=choice), tmp_path)
+        held = json.loads((tmp_path / "conversion.json").read_text())
+        assert held["start"] == str(out) and held["corrected"]
+        assert all(one["after"] <= one["before"] for one in held["corrected"])
+        thresholds = [float(layer.threshold.mean()) for layer in load_student(tmp_path).neurons.values()]
+        assert [site["threshold"] for site in held["sites"]] == pytest.approx(thresholds, rel=1e-3)
+        assert Result.read(Record.read(tmp_path)).weights == "from a student"
+        assert evaluate(tmp_path).items() <= results.items()
+
+    def test_keeps_biases_as_they_are(self):
+        faults = "; ".join(StudentChoice(start="runs/first", correct="biases").problems())
+        assert "correct (='biases') is for the ANN's own weights, not for those of start" in faults
+
     def test_is_not_needed_once_the_run_is_finished(self, home, finished, tmp_path):
         begin, _ = finished
         shutil.copytree(begin, tmp_path / "begin")
@@ -372,7 +396,7 @@ class TestStart:
 
     def test_of_a_conversion_is_refused(self):
         made = Distill(student=StudentChoice(start="runs/first", rule="max"), method=None)
-        assert "start (=runs/first) is for methods that train, not for conversion-max" in "; ".join(made.faults())
+        assert "start (=runs/first) is for methods that train, not for conversion-max" in "; ".join(made.problems())
 
 
 class TestTeacher:
@@ -455,7 +479,7 @@ class TestRefusals:
         began = Run(tmp_path / "run")
         began.start(made.written(), resume=False)
         began.checkpoint.touch()
-        with pytest.raises(RunError, match="already holds a run: go on with it by --resume"):
+        with pytest.raises(RunError, match="already holds a run: continue it with --resume"):
             train(made, tmp_path / "run")
         absent = dataclasses.replace(made, training=dataclasses.replace(TRAINING, device="cuda:99"))
         with pytest.raises(ConfigError, match="'cuda:99' cannot be used here"):
@@ -518,7 +542,7 @@ class TestNamedRecipes:
     def test_a_student_can_be_built_and_has_no_fault(self, name):
         made = STUDENTS[name]()
         check(made.student, made.data, made.training)
-        assert made.method.needs.teacher and not made.faults()
+        assert made.method.needs.teacher and not made.problems()
         assert f"spikedistill distill {name}" in STUDENTS[name].__doc__
 
     @pytest.mark.parametrize("name", STUDENTS)

@@ -1,9 +1,11 @@
 """Event frames, [N, T, 2, H, W] in an .npz file, from the command line to a measured student."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
+import torch
 
 from spikedistill.student.save import load_student
 from spikedistill.train.run import Run
@@ -50,6 +52,20 @@ def test_it_is_measured_again(command, home, call, capsys):
     caught, results = capsys.readouterr(), Run(home / "student").read("results")
     assert f" {results['test_accuracy']:.2f} " in caught.out
     assert caught.err == ("evaluate: measuring on 24 test images\n" if command == "evaluate" else "")
+
+
+def test_it_is_measured_with_early_exits(home, call, capsys):
+    with np.load(home / "events.npz") as arrays, torch.no_grad():
+        logits = load_student(home / "student")(torch.from_numpy(arrays["test_images"]).float().transpose(0, 1))
+    likeliest = (logits.cumsum(0) / torch.arange(1, 5).view(-1, 1, 1)).softmax(-1).amax(-1)
+    middle = likeliest[:3].flatten().sort().values[35:37]
+    for confidence in (float(middle.mean()), 0.5):
+        sure = likeliest > confidence
+        sure[-1] = True
+        steps = float((sure.int().argmax(0) + 1).double().mean())
+        assert call("evaluate", home / "student", "--confidence", confidence) == 0
+        assert re.search(rf"(?m)^early exit steps +{steps:.2f} \(mean\)$", capsys.readouterr().out)
+        assert 1 < steps < 4 or confidence == 0.5
 
 
 def test_it_is_measured_under_what_event_cameras_do_wrong(home, tmp_path, call, capsys):

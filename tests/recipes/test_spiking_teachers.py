@@ -1,8 +1,12 @@
-"""Runs of 'distill' as teachers, and students without one, from the command line."""
+"""Runs of 'distill' and spiking networks of one's own as teachers, and students without one, by the command line."""
 
+import runpy
+
+import numpy as np
 import pytest
 import torch
 from scores import percent_right
+from torch import nn
 
 from spikedistill.data.images import load_images
 from spikedistill.deliver.record import Record
@@ -11,6 +15,49 @@ from spikedistill.train.run import Run
 
 QUICK = ("--epochs", 1, "--batch-size", 16, "--lr", 0.05, "--device", "cpu", "--precision", "fp32")
 SMALL = ("--student", "vgg9", "--student-width", 4, "--timesteps", 4)
+KINDS = ("images", "labels")
+OWN = """
+import torch
+from torch import nn
+
+
+class Fire(nn.Module):
+    def forward(self, current):
+        if self.potential is None:
+            self.potential = torch.zeros_like(current)
+        spikes = (self.potential + current >= 1).float()
+        self.potential = self.potential + current - spikes
+        return spikes
+
+
+def layer(inputs, outputs):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), Fire())
+
+
+class Keeps(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.layer1, self.layer2, self.fc = layer(3, 6), layer(6, 5), nn.Linear(320, classes)
+        self.begin()
+
+    def begin(self):
+        for one in (self.layer1, self.layer2):
+            one[1].potential = None
+
+    def forward(self, x):
+        return torch.stack([self.fc(self.layer2(self.layer1(x)).flatten(1)) for _ in range(5)])
+
+
+class Begins(Keeps):
+    def forward(self, x):
+        self.begin()
+        return super().forward(x)
+
+
+class BatchFirst(Begins):
+    def forward(self, x):
+        return super().forward(x).transpose(0, 1)
+"""
 
 
 pytestmark = pytest.mark.usefixtures("without_compiler")
@@ -24,7 +71,14 @@ def home(tmp_path_factory, write_blobs, call):
     large = ("--student", "resnet20", "--student-width", 8, "--timesteps", 8, "--method", "direct")
     known = ("distill", "--data", folder / "blobs.npz", *QUICK)
     assert call(*known, "--teacher", "none", *large, "--out", folder / "large") == 0
+    (folder / "own.py").write_text(OWN)
+    torch.manual_seed(3)
+    torch.save(own(folder, "Begins").state_dict(), folder / "own.pt")
     return folder
+
+
+def own(home, name):
+    return runpy.run_path(str(home / "own.py"))[name](classes=3)
 
 
 def distill(home, *options):
@@ -82,6 +136,80 @@ class TestASpikingTeacher:
         fresh, start = (Run(tmp_path / name) for name in ("fresh", "start"))
         assert fresh.read("conversion")["network"] == start.read("conversion")["network"] == "resnet20"
         assert fresh.read("before")["divergence"] > start.read("before")["divergence"]
+
+
+class TestASpikingNetworkOfOnesOwn:
+    def command(self, home, name, *options):
+        """The command that teaches by the network of this name."""
+        given = ("--teacher", home / "own.pt", "--teacher-network", f"{home / 'own.py'}:{name}")
+        scale = ("--teacher-mean", 0.3, 0.4, 0.5, "--teacher-std", 0.2, 0.25, 0.3)
+        return ("distill", "--data", home / "blobs.npz", *QUICK, *given, *scale, *options)
+
+    def test_teaches_by_its_spikes_and_is_measured(self, home, tmp_path, call, capsys):
+        command = self.command(home, "Begins", *SMALL, "--method", "distilling-spikes", "--alpha", 0.5, "--window", 2)
+        assert call(*command, "--out", tmp_path / "small") == 0
+        run = Run(tmp_path / "small")
+        results, (line,) = run.read("results"), run.lines("metrics")
+        assert line["distance"] > 0 and line["soft"] > 0
+        assert [theirs for theirs, _ in results["method"]["spike_pairs"]] == ["layer1.1", "layer2.1"]
+        images = load_images(str(home / "blobs.npz"))
+        network = own(home, "Begins")
+        network.load_state_dict(torch.load(home / "own.pt"))
+        expected = percent_right(Scaled(network), images.test_images, images.test_labels)
+        assert results["teacher_accuracy"] == pytest.approx(expected)
+        held_out = results["teacher"]["accuracy"]
+        assert run.read("teacher")["accuracy"] == held_out and 0 <= held_out <= 100
+        capsys.readouterr()
+        assert call("evaluate", tmp_path / "small") == 0
+        assert "agreement" not in capsys.readouterr().out
+        assert call("evaluate", tmp_path / "small", "--trust-code") == 0
+        assert f"{results['agreement']:.2f} %" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("labels", [(), ("--labels", "none")], ids=["labels", "none"])
+    def test_teaches_by_its_logits_and_keeps_them(self, labels, home, tmp_path, call):
+        command = self.command(home, "Begins", *SMALL, "--method", "kdsnn-response", *labels)
+        kept = ("--epochs", 2, "--views", 1, "--cache-dir", tmp_path / "kept")
+        assert call(*command, *kept, "--out", tmp_path / "first") == 0
+        assert call(*command, *kept, "--out", tmp_path / "second") == 0
+        first, second = (Run(tmp_path / name).lines("metrics") for name in ("first", "second"))
+        assert first == second and first[0]["soft"] != first[1]["soft"]
+        assert len(list((tmp_path / "kept").iterdir())) == 1
+
+    @pytest.mark.parametrize(
+        "name, options, message",
+        [
+            ("Keeps", SMALL, "Keeps keeps state between calls: its second logits for the same 16 images are others."),
+            ("BatchFirst", SMALL, "BatchFirst returns shape (16, 5, 3) for 16 images: expected logits [T, B, K], time"),
+            (
+                "Begins",
+                (),
+                "'same' network as its teacher, but the network of '{own}' is not known: name the student's",
+            ),
+            ("Begins", ("--data", "{events}"), "'{own}' takes images, but 'events' holds event frames: give it images"),
+        ],
+        ids=["state", "axes", "same", "events"],
+    )
+    def test_that_cannot_teach_is_refused(self, name, options, message, home, tmp_path, call, capsys):
+        frames = torch.randint(0, 3, (12, 4, 2, 8, 8)).byte().numpy()
+        labels = (torch.arange(12) % 3).numpy()
+        parts = {f"{part}_{kind}": held for part in ("train", "test") for kind, held in zip(KINDS, (frames, labels))}
+        np.savez(tmp_path / "events.npz", **parts)
+        places = {"own": home / "own.pt", "events": tmp_path / "events.npz"}
+        given = [str(option).format(**places) for option in options]
+        assert call(*self.command(home, name, *given, "--out", tmp_path / "out")) == 2
+        assert message.format(**places) in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+class Scaled(nn.Module):
+    """The network after the normalisation that the command names, by hand."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        scaled = [(images[:, c] - mean) / std for c, (mean, std) in enumerate(((0.3, 0.2), (0.4, 0.25), (0.5, 0.3)))]
+        return self.network(torch.stack(scaled, 1))
 
 
 class TestNoTeacher:

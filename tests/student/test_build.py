@@ -14,9 +14,9 @@ from spikedistill.errors import ConfigError, ConversionError, ShapeError
 from spikedistill.neuron.dynamics import IF, LIF, PLIF, Neuron
 from spikedistill.student.build import to_spiking
 from spikedistill.student.calibrate import SMALLEST_SHARE
-from spikedistill.student.coding import DirectCoding, Frames, Latency, Rate
-from spikedistill.student.conversion import FRESH, ROUNDING, Conversion
-from spikedistill.student.report import Report
+from spikedistill.student.coding import DirectCoding, FrameCoding, LatencyCoding, RateCoding
+from spikedistill.student.conversion import INHERITED_NEURON, SCRATCH_NEURON, Conversion
+from spikedistill.student.report import ConversionReport
 from spikedistill.student.student import Student
 from spikedistill.teacher.load import Teacher
 
@@ -47,11 +47,11 @@ def net(channels: int = 1) -> Net:
     return network.eval()
 
 
-def convert(network: nn.Module, timesteps: int = 4, **options) -> tuple[Student, Report]:
+def convert(network: nn.Module, timesteps: int = 4, **options) -> tuple[Student, ConversionReport]:
     """A student in evaluation mode whose neurons run step by step, so that nothing is compiled."""
     if options.get("inherit", True):
-        options.setdefault("calibrate", images(8))
-    given = {name: options.pop(name) for name in ("calibrate", "mean", "std") if name in options}
+        options.setdefault("calibration_images", images(8))
+    given = {name: options.pop(name) for name in ("calibration_images", "mean", "std") if name in options}
     student, report = to_spiking(network, Conversion(timesteps=timesteps, **options), **given)
     for layer in student.neurons.values():
         layer.backend = "reference"
@@ -60,7 +60,7 @@ def convert(network: nn.Module, timesteps: int = 4, **options) -> tuple[Student,
 
 def trained(**options) -> Student:
     """A student after a step of training, as users copy and wrap it; in single precision."""
-    student, _ = convert(Net(), calibrate=torch.rand(8, 1, 4, 4), **options)
+    student, _ = convert(Net(), calibration_images=torch.rand(8, 1, 4, 4), **options)
     optimizer = torch.optim.SGD(student.train().parameters(), 0.01)
     student(torch.rand(4, 1, 4, 4)).mean(0).square().sum().backward()
     optimizer.step()
@@ -87,10 +87,10 @@ class TestTheTeacher:
     def test_lends_its_normalisation(self):
         network, mean, std = net(3), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
         many = images(8, 3)
-        student, report = convert(Teacher(network, mean, std), calibrate=many)
-        same, _ = convert(network, calibrate=many, mean=mean, std=std)
+        student, report = convert(Teacher(network, mean, std), calibration_images=many)
+        same, _ = convert(network, calibration_images=many, mean=mean, std=std)
         by_hand = (many - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        plain, other = convert(network, calibrate=by_hand)
+        plain, other = convert(network, calibration_images=by_hand)
         assert torch.equal(student(many), same(many)) and torch.equal(student(many), plain(by_hand))
         assert not torch.equal(student(many), plain(many))
         assert [site.threshold for site in report.sites] == [site.threshold for site in other.sites]
@@ -117,7 +117,7 @@ class TestTheConversionLimit:
         network, many = self.network(), images(16)
         means = []
         for timesteps in (8, 32, 128):
-            student, report = convert(network, timesteps, rule="max", calibrate=many)
+            student, report = convert(network, timesteps, rule="max", calibration_images=many)
             first, second = (site.threshold for site in report.sites)
             disturbance = 0.5 * network[3].weight.abs().sum(1) * first / second
             bound = network[5].weight.abs() @ (second * (0.5 + disturbance)) / timesteps
@@ -128,7 +128,7 @@ class TestTheConversionLimit:
 
     def test_expected_rate_is_the_rate_of_a_shallow_network(self):
         network, many = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 3)).double(), images(16)
-        student, report = convert(network, 100, calibrate=many)
+        student, report = convert(network, 100, calibration_images=many)
         (site,) = report.sites
         features = student.observe(many, ["2"]).features
         rate = float((features["2"] > 0).double().mean())
@@ -159,21 +159,21 @@ class TestTime:
         assert self.rows(student, images(3)) == {"conv1": 3, "conv2": 15, "fc": 15}
 
     def test_frames_are_computed_each(self):
-        student, _ = convert(net(), timesteps=5, coding=Frames())
+        student, _ = convert(net(), timesteps=5, coding=FrameCoding())
         frames = torch.rand(5, 3, 1, 4, 4, dtype=torch.float64)
         assert self.rows(student, frames) == {"conv1": 15, "conv2": 15, "fc": 15}
 
     def test_a_repeated_image_is_the_same_as_frames_of_it(self):
         network, many, given = net(), images(8), images()
-        direct, _ = convert(network, calibrate=many)
-        frames, _ = convert(network, calibrate=many, coding=Frames())
+        direct, _ = convert(network, calibration_images=many)
+        frames, _ = convert(network, calibration_images=many, coding=FrameCoding())
         torch.testing.assert_close(direct(given), frames(given.expand(4, *given.shape)))
 
-    @pytest.mark.parametrize("neuron", [ROUNDING, LIF, PLIF], ids=["rounding", "lif", "plif"])
-    @pytest.mark.parametrize("coding", [DirectCoding(), Frames(), Rate(seed=1), Latency()], ids=repr)
+    @pytest.mark.parametrize("neuron", [INHERITED_NEURON, LIF, PLIF], ids=["rounding", "lif", "plif"])
+    @pytest.mark.parametrize("coding", [DirectCoding(), FrameCoding(), RateCoding(seed=1), LatencyCoding()], ids=repr)
     def test_a_whole_call_equals_a_stream_of_steps(self, coding, neuron):
         student, _ = convert(net(), coding=coding, neuron=neuron)
-        given = torch.rand(4, 3, 1, 4, 4, dtype=torch.float64) if isinstance(coding, Frames) else images()
+        given = torch.rand(4, 3, 1, 4, 4, dtype=torch.float64) if isinstance(coding, FrameCoding) else images()
         state, stream = None, []
         for t in range(4):
             logits, state = student.step(student.coding.frame(given, t, 4), state)
@@ -244,7 +244,7 @@ class TestObserve:
         assert ((features["act1"].mean(0) - activation).abs() <= threshold * 0.5 / 10 + 1e-6).all()
 
     def test_frames_have_features_of_their_own_at_every_step(self):
-        student, _ = convert(net(), coding=Frames())
+        student, _ = convert(net(), coding=FrameCoding())
         features = student.observe(torch.rand(4, 3, 1, 4, 4, dtype=torch.float64), ["bn", "act1"]).features
         assert features["bn"].shape == features["act1"].shape == (4, 3, 4, 4, 4)
         assert not torch.equal(features["bn"][0], features["bn"][1])
@@ -298,7 +298,7 @@ class TestFreshWeights:
 
     @pytest.mark.parametrize("inherit", [True, False])
     def test_and_inherited_ones_get_the_neuron_that_was_named_or_their_own_kind(self, inherit):
-        for named, expected in ((None, ROUNDING if inherit else FRESH), (LIF, LIF)):
+        for named, expected in ((None, INHERITED_NEURON if inherit else SCRATCH_NEURON), (LIF, LIF)):
             student, _ = convert(net(), inherit=inherit, neuron=named)
             assert {layer.neuron for layer in student.neurons.values()} == {expected}
 
@@ -306,8 +306,8 @@ class TestFreshWeights:
 class TestRules:
     def test_percentile_lies_below_max(self):
         network, many = net(), images(50)
-        tops = convert(network, calibrate=many, rule="max", per_channel=False)[1]
-        shares = convert(network, calibrate=many, rule="percentile", percentile=90.0, per_channel=False)[1]
+        tops = convert(network, calibration_images=many, rule="max", per_channel=False)[1]
+        shares = convert(network, calibration_images=many, rule="percentile", percentile=90.0, per_channel=False)[1]
         activations = network.bn(network.conv1(many)).clamp_min(0).flatten().detach()
         assert tops.sites[0].threshold == pytest.approx(float(activations.max()))
         positive = activations[activations > 0]
@@ -315,7 +315,7 @@ class TestRules:
 
     def test_each_channel_has_a_threshold_of_its_own(self):
         network, many = net(), images(50)
-        student, report = convert(network, calibrate=many, rule="max")
+        student, report = convert(network, calibration_images=many, rule="max")
         largest = network.bn(network.conv1(many)).amax((0, 2, 3)).detach().float()
         first = next(iter(student.neurons.values())).threshold
         torch.testing.assert_close(first, largest.clamp_min(SMALLEST_SHARE * largest.max()))
@@ -331,9 +331,11 @@ class TestRules:
             other[0].weight.mul_(scale[:, None, None, None])
             other[0].bias.mul_(scale)
             other[2].weight.div_(scale[:, None, None])
-        expected, found = (convert(one, calibrate=given)[0](given) for one in (network, other))
+        expected, found = (convert(one, calibration_images=given)[0](given) for one in (network, other))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        expected, found = (convert(one, calibrate=given, per_channel=False)[0](given) for one in (network, other))
+        expected, found = (
+            convert(one, calibration_images=given, per_channel=False)[0](given) for one in (network, other)
+        )
         assert (found - expected).abs().max() > 0.01
 
     @pytest.mark.parametrize("percentile", [-1.0, 100.5, float("nan")])
@@ -342,12 +344,14 @@ class TestRules:
             convert(net(), rule="percentile", percentile=percentile)
 
     def test_inheriting_without_images_is_refused(self):
-        with pytest.raises(ConfigError, match=r"give a few hundred images as calibrate=\.\.\., or set inherit=False"):
+        with pytest.raises(
+            ConfigError, match=r"give a few hundred images as calibration_images=\.\.\., or set inherit=False"
+        ):
             to_spiking(net())
 
     def test_images_that_are_not_finite_are_refused(self):
         with pytest.raises(ConversionError, match="NaN or infinity: check the weights and the calibration images"):
-            convert(net(), calibrate=torch.full((2, 1, 4, 4), torch.nan, dtype=torch.float64))
+            convert(net(), calibration_images=torch.full((2, 1, 4, 4), torch.nan, dtype=torch.float64))
 
     def test_an_ann_that_is_always_silent_has_a_silent_student(self):
         network = net()
@@ -360,7 +364,7 @@ class TestRules:
 
 
 def test_images_of_the_wrong_number_of_channels_are_refused():
-    student, _ = convert(Teacher(net(3), (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)), calibrate=images(4, 3))
+    student, _ = convert(Teacher(net(3), (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)), calibration_images=images(4, 3))
     with pytest.raises(
         ShapeError, match=r"\(3, 2, 4, 4\) were given to a network that takes \[B, 3, H, W\] with B of 1"
     ):
@@ -370,7 +374,7 @@ def test_images_of_the_wrong_number_of_channels_are_refused():
 @pytest.mark.parametrize("shape", [(1, 4, 4), (2, 3, 1, 4, 4), (3, 2, 4, 4), (0, 1, 4, 4), (4,)])
 def test_images_of_another_shape_are_refused(shape):
     student, _ = convert(net())
-    message = rf"{re.escape(str(shape))} were given to a network that takes \[B, 1, H, W\] .* coding=Frames\(\)"
+    message = rf"{re.escape(str(shape))} were given to a network that takes \[B, 1, H, W\] .* coding=FrameCoding\(\)"
     with pytest.raises(ShapeError, match=message):
         student(torch.rand(shape))
 
@@ -390,7 +394,7 @@ def test_the_state_of_another_student_is_refused():
 
 def test_no_image_at_all_is_refused_as_calibration():
     with pytest.raises(ConfigError, match="need calibrated thresholds: give a few hundred images"):
-        convert(net(), calibrate=torch.rand(0, 1, 4, 4))
+        convert(net(), calibration_images=torch.rand(0, 1, 4, 4))
 
 
 def test_a_gradient_that_is_none_is_refused():
@@ -407,7 +411,7 @@ def test_what_cannot_be_computed_again_is_refused():
         student(images())
 
 
-@pytest.mark.parametrize("neuron", [ROUNDING, replace(PLIF, learn_threshold=True)], ids=["rounding", "plif"])
+@pytest.mark.parametrize("neuron", [INHERITED_NEURON, replace(PLIF, learn_threshold=True)], ids=["rounding", "plif"])
 class TestAsAnyModule:
     given = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
 
@@ -472,5 +476,5 @@ class TestAsAnyModule:
 def test_the_report_says_when_spikes_round_down(initial, inherits, said):
     ann = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 2))
     conversion = Conversion(timesteps=2, neuron=Neuron(initial=initial), inherit=inherits)
-    _, report = to_spiking(ann, conversion, calibrate=torch.rand(8, 1, 4, 4))
+    _, report = to_spiking(ann, conversion, calibration_images=torch.rand(8, 1, 4, 4))
     assert report.rounds_down == said == ("give initial=0.5 to round" in str(report))

@@ -19,7 +19,7 @@ from spikedistill.student.calibrate import (
     staircase,
     thresholds,
 )
-from spikedistill.student.coding import DirectCoding, Frames
+from spikedistill.student.coding import DirectCoding, FrameCoding
 from spikedistill.student.conversion import Conversion
 
 law = settings(max_examples=30)
@@ -233,7 +233,7 @@ class TestSilentLayers:
     def test_of_a_leak_that_lets_too_little_pass_are_said(self):
         # the second layer is made for activations that the first one answers with a tenth of itself at most
         neuron, images = Neuron(leak=0.9, decay_input=True), torch.rand(20, 1, 2, 2) + 0.1
-        _, report = to_spiking(self.network(), Conversion(timesteps=1, neuron=neuron), calibrate=images)
+        _, report = to_spiking(self.network(), Conversion(timesteps=1, neuron=neuron), calibration_images=images)
         assert [site.silent for site in report.sites] == [False, True]
         assert all(site.expected_rate > 0 for site in report.sites)
         first_line = str(report).splitlines()[0]
@@ -241,7 +241,7 @@ class TestSilentLayers:
 
     def test_are_none_where_every_layer_fires_and_the_student_stays_as_it_was(self):
         images = torch.rand(20, 1, 2, 2) + 0.1
-        student, report = to_spiking(self.network(), Conversion(timesteps=4), calibrate=images)
+        student, report = to_spiking(self.network(), Conversion(timesteps=4), calibration_images=images)
         assert not any(site.silent for site in report.sites) and "never firing" not in str(report)
         assert student.training and {layer.backend for layer in student.neurons.values()} == {"auto"}
         assert not any(layer._forward_hooks for layer in student.neurons.values())
@@ -325,7 +325,9 @@ class TestBiases:
 
     def lacking(self, ann, images, **options):
         """The largest difference of a channel's mean from the ANN's, over the layers of neurons."""
-        student, _ = to_spiking(ann, Conversion(timesteps=3, neuron=IF, rule="max", **options), calibrate=images)
+        student, _ = to_spiking(
+            ann, Conversion(timesteps=3, neuron=IF, rule="max", **options), calibration_images=images
+        )
         seen = []
         for layer in student.neurons.values():
             layer.backend = "reference"
@@ -386,15 +388,15 @@ class TestBiases:
 
         images = torch.rand(32, 1, 8, 8)
         ann, options = Block(), {"neuron": IF, "rule": "max"}
-        plain = to_spiking(ann, Conversion(**options), calibrate=images)[0].state_dict()
-        corrected = to_spiking(ann, Conversion(**options, correct="biases"), calibrate=images)[0].state_dict()
+        plain = to_spiking(ann, Conversion(**options), calibration_images=images)[0].state_dict()
+        corrected = to_spiking(ann, Conversion(**options, correct="biases"), calibration_images=images)[0].state_dict()
         assert {name for name in plain if not torch.equal(plain[name], corrected[name])} == {"core.norm.bias"}
 
     def test_see_single_frames_as_images(self):
         ann, images = self.network(), torch.rand(32, 1, 8, 8)
         found = [
-            to_spiking(ann, Conversion(3, coding=coding, correct="biases"), calibrate=images)[0].state_dict()
-            for coding in (DirectCoding(), Frames())
+            to_spiking(ann, Conversion(3, coding=coding, correct="biases"), calibration_images=images)[0].state_dict()
+            for coding in (DirectCoding(), FrameCoding())
         ]
         assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 

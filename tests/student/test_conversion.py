@@ -11,13 +11,14 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import IF, LIF, NEURONS, PLIF, Neuron, Reset
 from spikedistill.neuron.surrogate import SURROGATES, ATan, Triangle
 from spikedistill.recipes.choices import StudentChoice
-from spikedistill.student.coding import CODINGS, DirectCoding, Frames, Latency, Rate
-from spikedistill.student.conversion import FRESH, ROUNDING, Conversion, Correct, neuron_from
+from spikedistill.student.coding import CODINGS, DirectCoding, FrameCoding, LatencyCoding, RateCoding
+from spikedistill.student.conversion import INHERITED_NEURON, SCRATCH_NEURON, Conversion, Correct, neuron_from
 
 positive = st.floats(1e-3, 1e3)
 surrogates = st.one_of(st.builds(kind, positive) for kind in SURROGATES.values())
 codings = st.one_of(
-    st.sampled_from([DirectCoding(), Frames(), Latency()]), st.builds(Rate, st.none() | st.integers(0, 2**40))
+    st.sampled_from([DirectCoding(), FrameCoding(), LatencyCoding()]),
+    st.builds(RateCoding, st.none() | st.integers(0, 2**40)),
 )
 
 
@@ -69,7 +70,7 @@ def test_every_name_is_offered():
         assert Conversion.from_facts(Conversion(coding=kind()).facts()).coding == kind()
 
 
-@pytest.mark.parametrize("inherit, usual", [(True, ROUNDING), (False, FRESH)])
+@pytest.mark.parametrize("inherit, usual", [(True, INHERITED_NEURON), (False, SCRATCH_NEURON)])
 def test_settled_closes_the_neuron(inherit, usual):
     assert Conversion(inherit=inherit).settled().neuron == usual
     assert Conversion(inherit=inherit, neuron=LIF).settled().neuron == LIF
@@ -105,7 +106,7 @@ HOSTILE = [
     ({"neuron": {"leak": 1.0}}, "Neuron is written as ['leak']: expected the fields leak, learn_leak"),
     ({"coding": "direct"}, "'direct' is none of direct, frames, latency, rate"),
     ({"coding": {"name": ["direct"]}}, "is none of direct"),
-    ({"coding": {"name": "rate", "seed": 0.5}}, "Rate: seed (='0.5') has the wrong type"),
+    ({"coding": {"name": "rate", "seed": 0.5}}, "RateCoding: seed (='0.5') has the wrong type"),
     ({"coding": {"name": "direct", "seed": 1}}, "DirectCoding is written as ['seed']: expected the fields none"),
     ({"more": 1}, "Conversion is written as"),
 ]
@@ -158,7 +159,7 @@ def test_a_class_of_the_user_s_own_works_but_is_not_written(fields):
 
 class TestNeuronFrom:
     def test_names_the_usual_ones(self):
-        assert neuron_from("if", fresh=False) == ROUNDING and neuron_from("if", fresh=True) == FRESH
+        assert neuron_from("if", fresh=False) == INHERITED_NEURON and neuron_from("if", fresh=True) == SCRATCH_NEURON
         rounding = dataclasses.replace(PLIF, initial=0.5, surrogate=Triangle(), detach_reset=True)
         assert neuron_from("plif", fresh=True) == rounding
         assert not neuron_from("if", fresh=True, gradient="rate").detach_reset

@@ -6,8 +6,8 @@ from torch import nn
 
 from spikedistill.neuron.dynamics import IF, LIF, Neuron
 from spikedistill.student import correct
-from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames, Rate
+from spikedistill.student.build import starting_from, to_spiking
+from spikedistill.student.coding import FrameCoding, RateCoding
 from spikedistill.student.conversion import Conversion
 
 GRADED = Neuron(initial=0.5, levels=4)
@@ -43,7 +43,7 @@ def pictures(count):
 
 
 def converted(ann, images, **options):
-    return to_spiking(ann, Conversion(**options), calibrate=images)
+    return to_spiking(ann, Conversion(**options), calibration_images=images)
 
 
 def test_a_channel_that_batch_norm_silences_keeps_its_weights():
@@ -166,7 +166,7 @@ def test_layers_that_are_used_twice_keep_their_weights():
     assert report.corrected[-1].name == "head"
 
 
-@pytest.mark.parametrize("coding", [Rate(seed=0), Frames()])
+@pytest.mark.parametrize("coding", [RateCoding(seed=0), FrameCoding()])
 def test_other_codings_are_corrected_too(coding):
     _, report = converted(network(), pictures(40), correct="layers", coding=coding)
     assert len(report.corrected) >= 6
@@ -189,3 +189,63 @@ def test_layers_that_are_too_wide_have_their_bias_corrected(monkeypatch):
     assert torch.equal(student.core.get_parameter("head.weight"), ann.head.weight)
     assert not torch.equal(student.core.get_parameter("head.bias"), ann.head.bias)
     assert not torch.equal(student.core.get_parameter("conv.weight"), ann.conv.weight)
+
+
+STARTED = {
+    "of one spike a step": ({"timesteps": 4}, "graded"),
+    "of two steps": ({"timesteps": 2, "neuron": Neuron(initial=0.5, levels=2)}, "graded"),
+    "that leaks": ({"timesteps": 4, "neuron": LIF}, "graded"),
+    "graded, from single spikes": ({"timesteps": 1, "neuron": GRADED}, "one spike a step"),
+}
+
+
+def started(name, images, shown):
+    """A student with another's weights, corrected on the images shown; that other one; the report."""
+    options, origin = STARTED[name]
+    other, _ = converted(network(), images, **OPTIONS[origin])
+    student, report = converted(network(), images, **options)
+    student.load_state_dict(other.state_dict(), strict=False)
+    for layer, one in zip(student.neurons.values(), other.neurons.values()):
+        layer.set_threshold(one.threshold.detach() * one.neuron.levels / layer.neuron.levels)
+    before = copy.deepcopy(other.state_dict())
+    report = starting_from(student, report, other, "runs/other", shown)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    return student.eval(), other.eval(), report
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_a_student_that_starts_from_another_has_its_means(name):
+    images = pictures(60)
+
+    def distance(shown):
+        student, other, report = started(name, images, shown)
+        with torch.no_grad():
+            ours, theirs = (one(images).mean(0) for one in (student, other))
+        return float(((ours - theirs).mean(0) / theirs.std()).abs().max()), student, report
+
+    plain, _, untouched = distance(None)
+    near, student, report = distance(images)
+    assert near < 1e-5 and plain > 1e-2
+    assert [one.name for one in report.corrected if "relu" not in one.name] == ["conv", "deep", "head"]
+    assert not untouched.corrected
+    assert [site.threshold for site in report.sites] == [
+        float(one.threshold.mean()) for one in student.neurons.values()
+    ]
+    assert str(report).startswith("3 layers of neurons, those of 'runs/other' as weights, T=")
+
+
+def test_a_student_that_leaks_comes_near_to_one_that_does_not():
+    images, others = pictures(400), pictures(200)
+    (plain, wanted, _), (corrected, _, _) = (started("that leaks", images, shown) for shown in (None, images))
+    assert error(lambda x: wanted(x).mean(0), corrected, others) < 0.5 * error(
+        lambda x: wanted(x).mean(0), plain, others
+    )
+
+
+def test_a_student_that_starts_from_one_of_its_kind_stays_as_it_is():
+    images = pictures(50)
+    other, report = converted(network(), images, timesteps=3)
+    student = copy.deepcopy(other)
+    made = starting_from(student, report, other, "runs/other", images)
+    assert not made.corrected
+    assert all(torch.equal(value, student.state_dict()[name]) for name, value in other.state_dict().items())

@@ -6,7 +6,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.neuron.dynamics import LIF, Neuron, Reset
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.build import to_spiking
-from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
 from spikedistill.student.cos import _offset, _Offsets, run_with_offsets
 
 
@@ -17,7 +17,7 @@ def network():
 
 
 def converted(ann, images, **options):
-    return to_spiking(ann, Conversion(**options), calibrate=images)[0].eval()
+    return to_spiking(ann, Conversion(**options), calibration_images=images)[0].eval()
 
 
 def counted(currents, steps):
@@ -25,7 +25,7 @@ def counted(currents, steps):
     student = converted(network(), torch.rand(8, 1, 8, 8), timesteps=len(currents))
     walk = _Offsets(student.core, (), ())
     walk.steps = steps
-    layer = Spiking(ROUNDING, 1.0)
+    layer = Spiking(INHERITED_NEURON, 1.0)
     spikes, _ = walk.fire(layer, torch.tensor(currents).view(-1, 1), len(currents), 1, None, False)
     return spikes.flatten().tolist()
 
@@ -40,7 +40,7 @@ def counted(currents, steps):
     ],
 )
 def test_spikes_by_hand(currents, plain, calibrated):
-    layer = Spiking(ROUNDING, 1.0)
+    layer = Spiking(INHERITED_NEURON, 1.0)
     assert float(layer(torch.tensor(currents).view(-1, 1), len(currents))[0].sum()) == plain
     assert sum(counted(currents, len(currents) - 1)) == calibrated
 
@@ -65,10 +65,10 @@ def test_a_constant_current_needs_no_offset():
 def test_counts_come_nearer_to_those_of_a_constant_current():
     currents = torch.randn(8, 5000, generator=torch.Generator().manual_seed(0)) + 0.3
     ideal = (currents.sum(0) + 0.5).floor().clamp(0, 8)
-    plain = Spiking(ROUNDING, 1.0, "reference")(currents.view(-1, 1), 8)[0].view(8, -1).sum(0)
+    plain = Spiking(INHERITED_NEURON, 1.0, "reference")(currents.view(-1, 1), 8)[0].view(8, -1).sum(0)
     walk = _Offsets(converted(network(), torch.rand(8, 1, 8, 8)).core, (), ())
     walk.steps = 8
-    found = walk.fire(Spiking(ROUNDING, 1.0, "reference"), currents.view(-1, 1), 8, 1, None, False)[0]
+    found = walk.fire(Spiking(INHERITED_NEURON, 1.0, "reference"), currents.view(-1, 1), 8, 1, None, False)[0]
     before, after = ((one - ideal).abs().mean() for one in (plain, found.view(8, -1).sum(0)))
     assert after < 0.6 * before
 

@@ -9,8 +9,8 @@ from spikedistill.errors import ConversionError
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.fold import fold
+from spikedistill.teacher.capture import capture_features
 from spikedistill.teacher.load import Teacher
-from spikedistill.teacher.taps import taps
 from spikedistill.teacher.zoo import ZOO
 
 
@@ -43,7 +43,7 @@ def test_a_teacher_answers_as_before_and_is_not_changed(name):
 
 def test_a_student_spikes_as_before():
     images = torch.rand(4, 3, 16, 16)
-    student, _ = to_spiking(used(ZOO["resnet20"](width=4)), Conversion(timesteps=3), calibrate=images)
+    student, _ = to_spiking(used(ZOO["resnet20"](width=4)), Conversion(timesteps=3), calibration_images=images)
     student = student.double().eval()
     folded = fold(student)
     assert norms(folded) == 0
@@ -55,7 +55,7 @@ def test_features_stay_where_they_were():
     images = torch.rand(2, 3, 16, 16)
     paths = ("stem.0", "layer1", "layer3")
     folded = fold(network, keep=("stem.0",))
-    with taps(network, paths) as expected, taps(folded, paths) as found:
+    with capture_features(network, paths) as expected, capture_features(folded, paths) as found:
         network(images)
         folded(images)
     for path in paths:
@@ -67,15 +67,15 @@ def test_what_a_container_returns_is_kept_too(spiking):
     stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
     network = used(nn.Sequential(stem, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 3)))
     images = torch.rand(2, 3, 16, 16)
-    with taps(network, ("0",)) as expected:
+    with capture_features(network, ("0",)) as expected:
         network(images)
     if spiking:
-        student, _ = to_spiking(network, Conversion(timesteps=1), calibrate=images)
+        student, _ = to_spiking(network, Conversion(timesteps=1), calibration_images=images)
         found = fold(student, keep=("0",)).observe(images, ("0",)).features
         torch.testing.assert_close(found["0"][0], expected["0"])
     else:
         folded = fold(network, keep=("0",))
-        with taps(folded, ("0",)) as seen:
+        with capture_features(folded, ("0",)) as seen:
             folded(images)
         torch.testing.assert_close(seen["0"], expected["0"])
 

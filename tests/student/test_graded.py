@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from students import convert
 from torch import nn
 
-from spikedistill.student.conversion import ROUNDING
+from spikedistill.student.conversion import INHERITED_NEURON
 from spikedistill.student.fold import fold
 from spikedistill.student.save import load_student, save_student
 from spikedistill.student.student import Student
@@ -36,7 +36,9 @@ class Blocks(nn.Module):
 def student(timesteps, levels, **neuron) -> tuple[Student, torch.Tensor]:
     torch.manual_seed(4)
     images = torch.rand(10, 2, 8, 8)
-    made, _ = convert(Blocks(), images, timesteps, neuron=dataclasses.replace(ROUNDING, levels=levels, **neuron))
+    made, _ = convert(
+        Blocks(), images, timesteps, neuron=dataclasses.replace(INHERITED_NEURON, levels=levels, **neuron)
+    )
     return made, images
 
 
@@ -85,7 +87,7 @@ class TestGraded:
         again = load_student(tmp_path, Blocks())
         for layer in again.neurons.values():
             layer.backend = "reference"
-        assert again.conversion.model.levels == levels and again.timesteps == timesteps
+        assert again.conversion.neuron_model.levels == levels and again.timesteps == timesteps
         torch.testing.assert_close(again(images), made.eval()(images), rtol=0, atol=0)
 
     @pytest.mark.parametrize("recompute", ["neurons", "stages"])

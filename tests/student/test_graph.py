@@ -9,14 +9,14 @@ from torch import nn
 
 from spikedistill.neuron import layer as neuron_layer
 from spikedistill.student.build import to_spiking
-from spikedistill.student.conversion import ROUNDING, Conversion
-from spikedistill.student.graph import Charges, Walk, repeat_time, spike_nodes, tap
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
+from spikedistill.student.graph import GraphInterpreter, PotentialRecorder, repeat_time, spike_nodes, tap
 from spikedistill.teacher.zoo import ZOO
 
 
 def student_of(name="resnet20", timesteps=3, **fields):
     images = torch.rand(4, 3, 16, 16)
-    student, _ = to_spiking(ZOO[name](width=4), Conversion(timesteps=timesteps, **fields), calibrate=images)
+    student, _ = to_spiking(ZOO[name](width=4), Conversion(timesteps=timesteps, **fields), calibration_images=images)
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student.eval()
@@ -31,14 +31,14 @@ def test_a_walk_is_the_graph(name):
     student = student_of(name)
     given = given_to(student)
     output, states = student.core(*given)
-    walked, after = Walk(student.core).run(*given)
+    walked, after = GraphInterpreter(student.core).run(*given)
     assert torch.equal(walked, output) and all(map(torch.equal, after, states))
 
 
 def test_a_walk_keeps_what_it_was_asked_for():
     student = student_of()
     names = list(spike_nodes(student.core).values())
-    walk = Walk(student.core, names)
+    walk = GraphInterpreter(student.core, names)
     walk.run(*given_to(student))
     assert set(walk.kept) == set(names) and all(value.shape[0] == 6 for value in walk.kept.values())
 
@@ -46,7 +46,7 @@ def test_a_walk_keeps_what_it_was_asked_for():
 def test_a_walk_reads_as_its_three_methods():
     seen = []
 
-    class Told(Walk):
+    class Told(GraphInterpreter):
         def fire(self, layer, current, timesteps, repeats, state, keep):
             seen.append(("fire", self.current.target))
             return super().fire(layer, current, timesteps, repeats, state, keep)
@@ -72,7 +72,7 @@ def test_a_walk_reads_as_its_three_methods():
 def test_an_error_inside_a_walk_is_said_once():
     student = student_of()
     with pytest.raises(RuntimeError) as caught:
-        Walk(student.core).run(torch.rand(2, 5, 16, 16), 3, 3, (None,) * student.states, False)
+        GraphInterpreter(student.core).run(torch.rand(2, 5, 16, 16), 3, 3, (None,) * student.states, False)
     assert "While executing" not in str(caught.value)
 
 
@@ -87,7 +87,7 @@ def test_charges_run_the_reference_for_the_layers_named_and_no_others(monkeypatc
     student = student_of()
     monkeypatch.setattr(neuron_layer, "run", counted)
     paths = list(spike_nodes(student.core))
-    walk = Charges(student.core, (), paths[1:3])
+    walk = PotentialRecorder(student.core, (), paths[1:3])
     output, _ = walk.run(*given_to(student))
     assert list(walk.potentials) == paths[1:3]
     assert runs == [False, True, True] + [False] * (len(paths) - 3) and output.shape == (6, 10)
@@ -122,13 +122,13 @@ COMPILED = """
 import dataclasses
 import torch
 from spikedistill import Conversion, to_spiking
-from spikedistill.student.conversion import ROUNDING
+from spikedistill.student.conversion import INHERITED_NEURON
 from spikedistill.teacher.zoo import ZOO
 
 torch.manual_seed(0)
-neuron, images = dataclasses.replace(ROUNDING, levels=4, learn_threshold=True), torch.rand(6, 1, 8, 8)
+neuron, images = dataclasses.replace(INHERITED_NEURON, levels=4, learn_threshold=True), torch.rand(6, 1, 8, 8)
 network = ZOO["resnet20"](classes=3, channels=1, width=4)
-student, _ = to_spiking(network, Conversion(timesteps=1, neuron=neuron), calibrate=images)
+student, _ = to_spiking(network, Conversion(timesteps=1, neuron=neuron), calibration_images=images)
 path = student.paths()[-3]
 for layer in student.neurons.values():
     layer.backend = "reference"
@@ -156,9 +156,9 @@ class TestTap:
     def made(self, **changes):
         torch.manual_seed(0)
         network = ZOO["resnet20"](classes=3, channels=1, width=4)
-        neuron = dataclasses.replace(ROUNDING, levels=4, learn_threshold=True, **changes)
+        neuron = dataclasses.replace(INHERITED_NEURON, levels=4, learn_threshold=True, **changes)
         images = torch.rand(6, 1, 8, 8)
-        student, _ = to_spiking(network, Conversion(timesteps=1, neuron=neuron), calibrate=images)
+        student, _ = to_spiking(network, Conversion(timesteps=1, neuron=neuron), calibration_images=images)
         for layer in student.neurons.values():
             layer.backend = "reference"
         return student, images
@@ -167,9 +167,9 @@ class TestTap:
         student, images = self.made()
         student.eval()
         paths = student.paths()[::3]
-        keep = {student.ends[path] for path in paths}
+        keep = {student.output_nodes[path] for path in paths}
         given = images, 1, 1, (None,) * student.states, False
-        walk = Walk(student.core, keep)
+        walk = GraphInterpreter(student.core, keep)
         (logits, _), kept = tap(student.core, keep)(*given)
         torch.testing.assert_close(logits, walk.run(*given)[0], rtol=0, atol=0)
         assert kept.keys() == walk.kept.keys() == keep

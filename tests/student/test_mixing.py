@@ -84,21 +84,21 @@ class Doing(nn.Module):
 def test_what_works_along_the_batch_is_refused_without_images_too(name, inherit):
     images = torch.rand(4, 1, 6, 6) if inherit else None
     with pytest.raises(ConversionError, match=r"test_mixing\.py.*The batch also holds the time steps"):
-        to_spiking(Doing(BY_DIMENSION[name]), Conversion(inherit=inherit), calibrate=images)
+        to_spiking(Doing(BY_DIMENSION[name]), Conversion(inherit=inherit), calibration_images=images)
 
 
 @pytest.mark.parametrize("inherit", [True, False])
 @pytest.mark.parametrize("name", BY_TRIAL)
 def test_what_mixes_samples_in_another_way_shows_on_images(name, inherit):
     with pytest.raises(ConversionError, match=r"mixes the samples of a batch|does not accept the calibration images"):
-        to_spiking(Doing(BY_TRIAL[name]), Conversion(inherit=inherit), calibrate=torch.rand(4, 1, 6, 6))
+        to_spiking(Doing(BY_TRIAL[name]), Conversion(inherit=inherit), calibration_images=torch.rand(4, 1, 6, 6))
 
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_works_on_each_sample_is_kept(name):
     torch.manual_seed(1)
     network, images = Doing(HARMLESS[name]).eval(), torch.rand(4, 1, 6, 6)
-    student, _ = to_spiking(network, Conversion(timesteps=3), calibrate=images)
+    student, _ = to_spiking(network, Conversion(timesteps=3), calibration_images=images)
     whole = student.eval()(images)
     alone = torch.cat([student(images[i : i + 2]) for i in (0, 2)], dim=1)
     torch.testing.assert_close(alone, whole)
@@ -112,7 +112,7 @@ def test_what_works_on_each_sample_is_kept(name):
 @pytest.mark.parametrize("name", HARMLESS)
 def test_a_batch_of_one_is_a_batch(name, timesteps):
     images = torch.rand(4, 1, 6, 6)
-    student, _ = to_spiking(Doing(HARMLESS[name]).eval(), Conversion(timesteps=timesteps), calibrate=images)
+    student, _ = to_spiking(Doing(HARMLESS[name]).eval(), Conversion(timesteps=timesteps), calibration_images=images)
     student.eval()
     for given in (student, pickle.loads(pickle.dumps(student))):
         torch.testing.assert_close(given(images[:1]), student(images)[:, :1])
@@ -129,10 +129,10 @@ def test_a_batch_of_one_is_a_batch_before_the_first_neuron():
             return self.head(F.relu(self.hidden(self.conv(x).mean((2, 3), keepdim=True).squeeze())))
 
     images = torch.rand(4, 1, 6, 6)
-    student, _ = to_spiking(Early(), Conversion(timesteps=4), calibrate=images)
+    student, _ = to_spiking(Early(), Conversion(timesteps=4), calibration_images=images)
     torch.testing.assert_close(student.eval()(images[:1]), student(images)[:, :1])
 
 
 def test_a_single_calibration_image_is_enough_to_tell():
     with pytest.raises(ConversionError, match="mixes the samples"):
-        to_spiking(Doing(BY_TRIAL["negative dimension"]), calibrate=torch.rand(1, 1, 6, 6))
+        to_spiking(Doing(BY_TRIAL["negative dimension"]), calibration_images=torch.rand(1, 1, 6, 6))

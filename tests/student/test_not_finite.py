@@ -9,14 +9,14 @@ from torch import nn
 from spikedistill.neuron.dynamics import IF, LIF, PLIF
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.build import to_spiking
-from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
 
 
-def student_of(neuron=ROUNDING):
+def student_of(neuron=INHERITED_NEURON):
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1)]
     network = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3))
-    student, _ = to_spiking(network, Conversion(timesteps=3, neuron=neuron), calibrate=torch.rand(20, 1, 6, 6))
+    student, _ = to_spiking(network, Conversion(timesteps=3, neuron=neuron), calibration_images=torch.rand(20, 1, 6, 6))
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student

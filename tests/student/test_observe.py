@@ -13,11 +13,11 @@ from spikedistill.neuron.layer import Spiking
 from spikedistill.neuron.surrogate import Rectangle
 from spikedistill.student import student as student_module
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
-from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.coding import FrameCoding
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
 from spikedistill.teacher.zoo import ZOO
 
-LEARNED = dataclasses.replace(ROUNDING, learn_threshold=True)
+LEARNED = dataclasses.replace(INHERITED_NEURON, learn_threshold=True)
 
 
 class Net(nn.Module):
@@ -39,7 +39,7 @@ class Net(nn.Module):
 def convert(network=None, **fields):
     fields = {"timesteps": 4, **fields}
     given = torch.rand(8, 1, 4, 4)
-    student, report = to_spiking(network or Net(), Conversion(**fields), calibrate=given)
+    student, report = to_spiking(network or Net(), Conversion(**fields), calibration_images=given)
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student, report
@@ -161,7 +161,7 @@ class TestPotentials:
         assert student.core.get_submodule("0").weight.grad.abs().sum() > 0
 
     def test_of_frames_too(self):
-        student, _ = convert(coding=Frames())
+        student, _ = convert(coding=FrameCoding())
         answer = student.eval().observe(torch.rand(4, 3, 1, 4, 4), potentials=["act"], spikes=["act"])
         assert torch.equal((answer.potentials["act"] >= 1).float(), answer.spikes["act"])
 
@@ -180,7 +180,7 @@ class TestWhatIsNotAskedFor:
         student, _ = convert()
         expected = student.eval()(images)
         walks, heights, runs = [], [], []
-        monkeypatch.setattr(student_module, "Charges", lambda *_: walks.append(1))
+        monkeypatch.setattr(student_module, "PotentialRecorder", lambda *_: walks.append(1))
         monkeypatch.setattr(Spiking, "heights", lambda *_: heights.append(1))
         for layer in student.neurons.values():
             layer.register_forward_hook(lambda *_: runs.append(1))
@@ -263,5 +263,5 @@ class TestRefusals:
 
 
 def test_printing_names_time_steps_and_coding():
-    student, _ = to_spiking(ZOO["resnet20"](width=4), Conversion(inherit=False, timesteps=7, coding=Frames()))
-    assert "timesteps=7" in repr(student) and "coding=Frames()" in repr(student)
+    student, _ = to_spiking(ZOO["resnet20"](width=4), Conversion(inherit=False, timesteps=7, coding=FrameCoding()))
+    assert "timesteps=7" in repr(student) and "coding=FrameCoding()" in repr(student)

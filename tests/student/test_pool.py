@@ -10,7 +10,7 @@ from torch import nn
 
 from spikedistill.errors import ShapeError
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames, Rate
+from spikedistill.student.coding import FrameCoding, RateCoding
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.pool import MAX_POOLS, CumulativeMaxPool
 from spikedistill.teacher.zoo import ZOO
@@ -181,7 +181,7 @@ def vgg(timesteps, **fields):
     return (
         network.eval(),
         images,
-        lambda t=timesteps: to_spiking(network, Conversion(timesteps=t, **fields), calibrate=images),
+        lambda t=timesteps: to_spiking(network, Conversion(timesteps=t, **fields), calibration_images=images),
     )
 
 
@@ -199,11 +199,11 @@ def test_conversion_converges_and_with_a_logical_or_it_does_not():
     assert long > short / 2
 
 
-@pytest.mark.parametrize("coding", [None, Rate(seed=3), Frames()])
+@pytest.mark.parametrize("coding", [None, RateCoding(seed=3), FrameCoding()])
 def test_a_stream_is_the_whole_call(coding):
     _, images, convert = vgg(3, **({} if coding is None else {"coding": coding}))
     student = convert()[0].eval()
-    given_ = torch.rand(3, 2, 3, 32, 32) if isinstance(coding, Frames) else images[:2]
+    given_ = torch.rand(3, 2, 3, 32, 32) if isinstance(coding, FrameCoding) else images[:2]
     with torch.no_grad():
         for each in (student, copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
             state, logits = None, []
@@ -226,11 +226,11 @@ class First(nn.Module):
 
 def test_before_the_first_neuron_an_image_is_pooled_once_and_frames_over_time():
     images = torch.rand(3, 1, 8, 8)
-    student, report = to_spiking(First(), Conversion(timesteps=4), calibrate=images)
+    student, report = to_spiking(First(), Conversion(timesteps=4), calibration_images=images)
     assert student.states == 2 and [pool.name for pool in report.pools] == ["pool", "pool#2"]
     assert [pool.note.split(":")[0] for pool in report.pools] == ["before the first neuron", "cumulative"]
     assert all(pool.name in str(report) and pool.source in str(report) for pool in report.pools)
-    frames, _ = to_spiking(First(), Conversion(timesteps=4, coding=Frames()), calibrate=images)
+    frames, _ = to_spiking(First(), Conversion(timesteps=4, coding=FrameCoding()), calibration_images=images)
     assert frames.states == 3
     pooled = frames.eval().observe(torch.randn(4, 2, 1, 8, 8), ["pool"]).features["pool"]
     assert pooled.shape == (4, 2, 4, 2, 2)  # a module that is called twice has its last result

@@ -13,8 +13,8 @@ from spikedistill.evaluate.accuracy import cumulative
 from spikedistill.neuron.dynamics import LIF, Neuron, Reset, run
 from spikedistill.neuron.layer import Spiking
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
-from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.coding import FrameCoding
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
 
 ONE = torch.ones(())
 
@@ -27,7 +27,7 @@ def clip_floor_shift(x: Tensor, threshold: Tensor, levels: int) -> Tensor:
 
 
 def layer(threshold=1.0, levels=1, backend="reference", **options):
-    return Spiking(dataclasses.replace(ROUNDING, levels=levels, **options), threshold, backend)
+    return Spiking(dataclasses.replace(INHERITED_NEURON, levels=levels, **options), threshold, backend)
 
 
 class TestOneStep:
@@ -84,7 +84,7 @@ class TestOneStep:
 
 
 def learner(*layers, **options):
-    student, _ = to_spiking(nn.Sequential(*layers), Conversion(**options), calibrate=torch.rand(32, 1, 4, 4))
+    student, _ = to_spiking(nn.Sequential(*layers), Conversion(**options), calibration_images=torch.rand(32, 1, 4, 4))
     for one in student.neurons.values():
         one.backend = "reference"
     student.gradient = "quantised"
@@ -94,7 +94,7 @@ def learner(*layers, **options):
 class TestStudent:
     @pytest.mark.parametrize("timesteps, levels", [(4, 1), (2, 2), (1, 4), (3, 2)])
     def test_of_one_layer_answers_as_its_neurons_do(self, timesteps, levels):
-        neuron = dataclasses.replace(ROUNDING, levels=levels)
+        neuron = dataclasses.replace(INHERITED_NEURON, levels=levels)
         layers = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
         student = learner(*layers, timesteps=timesteps, neuron=neuron)
         images = torch.rand(8, 1, 4, 4)
@@ -112,7 +112,7 @@ class TestStudent:
 
     def test_trains_a_student_of_one_step_as_the_exact_gradient_does(self):
         # T = 1, D = 4: there is one step anyway
-        neuron = dataclasses.replace(ROUNDING, levels=4, learn_threshold=True)
+        neuron = dataclasses.replace(INHERITED_NEURON, levels=4, learn_threshold=True)
         layers = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
         student, found = learner(*layers, timesteps=1, neuron=neuron).train(), []
         images = torch.rand(8, 1, 4, 4)
@@ -131,7 +131,7 @@ class TestStudent:
 
     def test_refuses_frames(self):
         layers = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
-        student = learner(*layers, timesteps=4, coding=Frames()).train()
+        student = learner(*layers, timesteps=4, coding=FrameCoding()).train()
         with pytest.raises(ConfigError, match=r"trains all time steps as one: give images \(no frames\)"):
             student(torch.rand(4, 5, 1, 4, 4))
 
@@ -157,7 +157,9 @@ class TestStudent:
 
         ann = Skip()
         student, _ = to_spiking(
-            ann, Conversion(timesteps=512, rule="max", neuron=ROUNDING), calibrate=torch.rand(16, 1, 4, 4)
+            ann,
+            Conversion(timesteps=512, rule="max", neuron=INHERITED_NEURON),
+            calibration_images=torch.rand(16, 1, 4, 4),
         )
         student.gradient = "quantised"
         images = torch.rand(4, 1, 4, 4)

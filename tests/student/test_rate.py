@@ -13,14 +13,14 @@ from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.teacher.zoo import ZOO
 
-ROUNDING = dataclasses.replace(IF, initial=0.5)
+INHERITED_NEURON = dataclasses.replace(IF, initial=0.5)
 
 
-def pair(name, timesteps, neuron=ROUNDING, pool="average"):
+def pair(name, timesteps, neuron=INHERITED_NEURON, pool="average"):
     """The same student twice, with either gradient."""
     images = torch.rand(8, 3, 16, 16)
     exact, _ = to_spiking(
-        ZOO[name](width=4), Conversion(timesteps=timesteps, max_pool=pool, neuron=neuron), calibrate=images
+        ZOO[name](width=4), Conversion(timesteps=timesteps, max_pool=pool, neuron=neuron), calibration_images=images
     )
     for layer in exact.neurons.values():
         layer.backend = "reference"
@@ -38,7 +38,9 @@ def teach(student, images):
 
 
 @pytest.mark.parametrize("name", ["resnet20", "preact-resnet18", "vgg9"])
-@pytest.mark.parametrize("neuron", [ROUNDING, LIF, dataclasses.replace(IF, detach_reset=True)], ids=["if", "lif", "d"])
+@pytest.mark.parametrize(
+    "neuron", [INHERITED_NEURON, LIF, dataclasses.replace(IF, detach_reset=True)], ids=["if", "lif", "d"]
+)
 def test_one_step_has_the_exact_gradient(name, neuron):
     images, exact, rate = pair(name, 1, neuron)
     teach(exact.double(), images.double()), teach(rate.double(), images.double())
@@ -62,7 +64,7 @@ def test_the_smallest_variance_of_a_batch_norm_is_its_own(timesteps):
     images, students = torch.rand(8, 3, 4, 4, dtype=torch.float64), []
     network[0].weight.data.mul_(4)
     for gradient in ("exact", "rate"):
-        student, _ = to_spiking(network, Conversion(timesteps=timesteps), calibrate=images.float())
+        student, _ = to_spiking(network, Conversion(timesteps=timesteps), calibration_images=images.float())
         student.gradient = gradient
         for layer in student.neurons.values():
             layer.backend = "reference"
@@ -81,7 +83,7 @@ def test_running_statistics_of_a_batch_norm_without_momentum_are_the_mean_of_all
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Flatten())
     norms = []
     for gradient in ("exact", "rate"):
-        student, _ = to_spiking(network, Conversion(timesteps=2), calibrate=torch.full((2, 3, 4, 4), 0.5))
+        student, _ = to_spiking(network, Conversion(timesteps=2), calibration_images=torch.full((2, 3, 4, 4), 0.5))
         student.gradient = gradient
         for layer in student.neurons.values():
             layer.backend = "reference"

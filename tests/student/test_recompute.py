@@ -18,8 +18,8 @@ from spikedistill.objective.kdsnn import KDSNN
 from spikedistill.recipes.choices import StudentChoice
 from spikedistill.recipes.distill import Distill, build_student
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
-from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.coding import FrameCoding
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
 from spikedistill.student.recompute import FEWEST, Recompute, stages
 from spikedistill.teacher.load import Architecture, Teacher
 from spikedistill.teacher.zoo import ZOO
@@ -39,8 +39,8 @@ def pair(request):
         if isinstance(network, str):
             network = ZOO[network](width=4)
         given = torch.rand(4, 3, 16, 16, dtype=next(network.parameters()).dtype)
-        options = {"neuron": ROUNDING, **options}
-        kept, _ = to_spiking(network, Conversion(timesteps=timesteps, **options), calibrate=given)
+        options = {"neuron": INHERITED_NEURON, **options}
+        kept, _ = to_spiking(network, Conversion(timesteps=timesteps, **options), calibration_images=given)
         for layer in kept.train().neurons.values():
             layer.backend = backend
         again = copy.deepcopy(kept)
@@ -121,7 +121,7 @@ def test_any_neuron_and_any_number_of_steps(neuron, timesteps, pair):
 
 
 def test_frames_have_no_part_without_time(pair):
-    given, kept, again = pair(Net().double(), coding=Frames())
+    given, kept, again = pair(Net().double(), coding=FrameCoding())
     frames = torch.rand(3, *given.shape, dtype=given.dtype)
     learn(kept, frames), learn(again, frames)
     alike(kept, again)

@@ -88,7 +88,7 @@ class TestOtherActivations:
 GATE = "leave it out with its product where it is a gate"
 
 
-EXCHANGE, ATTENTION = "exchange it for nn.ReLU", "use a convolutional network"
+EXCHANGE, ATTENTION = "replace it by nn.ReLU", "use a convolutional network"
 
 
 NORM, RECURRENT, OTHER = "use batch norm", "use a feed-forward network", "use convolutions, linear layers"
@@ -116,7 +116,7 @@ class TestRefusals:
         ids=lambda value: type(value).__name__,
     )
     def test_of_a_layer_name_it_its_line_and_a_remedy(self, part, remedy):
-        said = rf"'part' \({type(part).__name__}\) at {place('the part')} has no spiking meaning: .*{remedy}"
+        said = rf"'part' \({type(part).__name__}\) at {place('the part')} has no spiking equivalent: .*{remedy}"
         with pytest.raises(ConversionError, match=said):
             convert(Around(part), torch.rand(2, 1, 4, 4))
 
@@ -143,7 +143,7 @@ class TestRefusals:
         ids=lambda value: value if isinstance(value, str) and value[0] in "'t" else "",
     )
     def test_of_a_function_name_it_its_line_and_a_remedy(self, part, name, remedy):
-        said = rf"{re.escape(name)}.* at {re.escape(str(HERE))}:\d+ has no spiking meaning: .*{remedy}"
+        said = rf"{re.escape(name)}.* at {re.escape(str(HERE))}:\d+ has no spiking equivalent: .*{remedy}"
         with pytest.raises(ConversionError, match=said):
             convert(Around(part), torch.rand(2, 1, 4, 4))
 

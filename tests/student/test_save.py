@@ -15,8 +15,8 @@ from spikedistill.errors import ConfigError, RunError, WeightsError
 from spikedistill.files import read_tensors, write_tensors
 from spikedistill.neuron.dynamics import IF, PLIF
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames, Rate
-from spikedistill.student.conversion import ROUNDING, Conversion
+from spikedistill.student.coding import FrameCoding, RateCoding
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
 from spikedistill.student.save import load_student, save_student, start_from
 from spikedistill.teacher.load import Architecture, Teacher
 
@@ -49,18 +49,18 @@ def made(neuron=None, **fields):
 def trained(neuron, **fields):
     given = torch.rand(16, 1, 8, 8)
     ann = Teacher(ZOO.build(), (0.4,), (0.3,))
-    student, _ = to_spiking(ann, Conversion(timesteps=3, neuron=neuron, **fields), calibrate=given)
+    student, _ = to_spiking(ann, Conversion(timesteps=3, neuron=neuron, **fields), calibration_images=given)
     for layer in student.neurons.values():
         layer.backend = "reference"
     optimiser = torch.optim.SGD(student.train().parameters(), 0.05)
-    inputs = given if student.coding != Frames() else torch.rand(3, 4, 1, 8, 8)
+    inputs = given if student.coding != FrameCoding() else torch.rand(3, 4, 1, 8, 8)
     student(inputs).square().mean().backward()
     optimiser.step()
     return student.eval()
 
 
 def inputs_of(student):
-    return torch.rand(student.timesteps, 2, 1, 8, 8) if student.coding == Frames() else torch.rand(2, 1, 8, 8)
+    return torch.rand(student.timesteps, 2, 1, 8, 8) if student.coding == FrameCoding() else torch.rand(2, 1, 8, 8)
 
 
 def same_bits(student, loaded):
@@ -74,12 +74,12 @@ def same_bits(student, loaded):
 
 CASES = {
     "usual": {},
-    "learned": {"neuron": dataclasses.replace(ROUNDING, learn_threshold=True, learn_initial=True)},
+    "learned": {"neuron": dataclasses.replace(INHERITED_NEURON, learn_threshold=True, learn_initial=True)},
     "plif": {"neuron": dataclasses.replace(PLIF, learn_threshold=True)},
     "per layer": {"per_channel": False, "neuron": dataclasses.replace(IF, learn_initial=True)},
     "fresh": {"inherit": False},
-    "frames": {"coding": Frames()},
-    "rate coding": {"coding": Rate(seed=4)},
+    "frames": {"coding": FrameCoding()},
+    "rate coding": {"coding": RateCoding(seed=4)},
     "corrected": {"correct": "biases", "rule": "max"},
 }
 
@@ -96,7 +96,7 @@ def test_a_student_comes_back_as_it_was(fields, tmp_path):
 
 @pytest.mark.parametrize("gradient, recompute", [("quantised", "nothing"), ("rate", "nothing"), ("exact", "stages")])
 def test_with_what_was_set_since(gradient, recompute, tmp_path):
-    student = made(dataclasses.replace(ROUNDING, learn_threshold=True))
+    student = made(dataclasses.replace(INHERITED_NEURON, learn_threshold=True))
     student.gradient, student.recompute = gradient, recompute
     student.set_timesteps(6)
     save_student(tmp_path / "it.safetensors", student, architecture=ZOO, facts={"results": {"test_accuracy": 1.5}})
@@ -109,7 +109,7 @@ def test_with_what_was_set_since(gradient, recompute, tmp_path):
 
 
 def test_learned_thresholds_below_zero_come_back(tmp_path):
-    student = made(dataclasses.replace(ROUNDING, learn_threshold=True)).eval()
+    student = made(dataclasses.replace(INHERITED_NEURON, learn_threshold=True)).eval()
     given = torch.rand(4, 1, 8, 8)
     with torch.no_grad():
         next(iter(student.neurons.values())).threshold.sub_(10)
@@ -126,7 +126,7 @@ def test_a_second_save_writes_the_same(tmp_path):
 
 def test_double_precision_is_not_rounded(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3)).double()
-    student, _ = to_spiking(network, calibrate=torch.rand(8, 1, 8, 8, dtype=torch.float64))
+    student, _ = to_spiking(network, calibration_images=torch.rand(8, 1, 8, 8, dtype=torch.float64))
     save_student(tmp_path / "it", student.eval())
     loaded = load_student(tmp_path / "it", copy.deepcopy(network).float())
     given = torch.rand(2, 1, 8, 8, dtype=torch.float64)
@@ -147,7 +147,8 @@ class TestANetworkOfOnesOwn:
                 "from spikedistill.student.build import to_spiking",
                 "from spikedistill.student.save import save_student",
                 "torch.manual_seed(0)",
-                "student, _ = to_spiking(own_net.Own(), calibrate=torch.rand(16, 1, 4, 4), mean=(0.4,), std=(0.3,))",
+                "images = torch.rand(16, 1, 4, 4)",
+                "student, _ = to_spiking(own_net.Own(), calibration_images=images, mean=(0.4,), std=(0.3,))",
                 "for layer in student.neurons.values(): layer.backend = 'reference'",
                 "student.train()(torch.rand(8, 1, 4, 4))",
                 "save_student('it.safetensors', student)",
@@ -225,7 +226,7 @@ class TestTheFirstFormat:
         for student in (trusted, given):
             for layer in student.neurons.values():
                 layer.backend = "reference"
-            assert student.conversion.model.learn_initial and student.timesteps == 4
+            assert student.conversion.neuron_model.learn_initial and student.timesteps == 4
         assert torch.equal(trusted(images), given(images))
 
     def test_a_header_of_a_run_of_then_loads(self, tmp_path):
@@ -242,7 +243,7 @@ class TestTheFirstFormat:
 def test_what_starts_from_a_student_sees_images_as_that_student_did(tmp_path):
     before, images = made(), torch.rand(6, 1, 8, 8)
     save_student(tmp_path / "it", before, architecture=ZOO)
-    student, _ = to_spiking(ZOO.build(), Conversion(timesteps=3), calibrate=images, mean=(0.1,), std=(0.9,))
+    student, _ = to_spiking(ZOO.build(), Conversion(timesteps=3), calibration_images=images, mean=(0.1,), std=(0.9,))
     for layer in student.neurons.values():
         layer.backend = "reference"
     start_from(student, tmp_path / "it")

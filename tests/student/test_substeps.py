@@ -10,8 +10,8 @@ from spikedistill.errors import ConfigError
 from spikedistill.evaluate.firing import firing_rates
 from spikedistill.evaluate.operations import operations
 from spikedistill.neuron.dynamics import Reset
-from spikedistill.student.coding import Frames
-from spikedistill.student.conversion import ROUNDING
+from spikedistill.student.coding import DirectCoding, FrameCoding
+from spikedistill.student.conversion import INHERITED_NEURON
 from spikedistill.student.substeps import run_in_substeps, step_by_step
 from spikedistill.teacher.load import Architecture
 
@@ -64,10 +64,42 @@ class PreActivation(nn.Module):
         return self.fc(F.relu(x).flatten(1))
 
 
+class Joined(nn.Module):
+    """Spikes meet constants: ``join`` makes what the last neurons see of the spikes and the image."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.conv, self.mix, self.fc = nn.Conv2d(2, 32, 3, padding=1), nn.Conv2d(64, 32, 1), nn.Linear(32, 3)
+        self.weight, self.bias = nn.Parameter(torch.randn(32, 32, 1, 1) / 4), nn.Parameter(torch.randn(32))
+        self.each, self.place = nn.Parameter(torch.randn(32, 1, 1)), nn.Parameter(torch.randn(1, 32, 8, 8))
+        self.join = join
+
+    def forward(self, x):
+        return self.fc(F.relu(self.join(self, F.relu(self.conv(x)), x)).mean((2, 3)))
+
+
+def placed(net, like):
+    """A constant with a row for each image."""
+    return net.place.expand(like.size(0), -1, -1, -1)
+
+
+JOINS = {
+    "a function's argument by name": lambda net, x, _: torch.add(x + 0.25, other=net.mix(torch.cat([x, x], 1))),
+    "a method's argument by name": lambda net, x, _: x.add(other=net.mix(torch.cat([x, x], 1))),
+    "a constant of as many rows": lambda net, x, _: x + placed(net, x),
+    "the same of the image's rows": lambda net, x, images: x + placed(net, images),
+    "a parameter as long as the rows": lambda net, x, _: x + net.each,
+    "weights as long as the rows": lambda net, x, _: F.conv2d(x, net.weight, net.bias),
+    "a constant in a list": lambda net, x, _: net.mix(torch.cat([x, placed(net, x)], 1)),
+    "parts in a list": lambda net, x, _: net.mix(torch.cat([x, torch.cat((x + placed(net, x)).chunk(2, 1), 1)], 1)),
+    "spikes of a constant": lambda net, x, _: x + F.relu(placed(net, x)),
+}
+
+
 def student(timesteps, levels, on_grid=True, network=Mixed, **options):
     torch.manual_seed(3)
     ann, images = network().eval(), torch.randint(0, 9, (12, 2, 8, 8)) / 8
-    made = dataclasses.replace(ROUNDING, levels=levels)
+    made = dataclasses.replace(INHERITED_NEURON, levels=levels)
     student, _ = convert(ann, images, timesteps, neuron=made, **options)
     if on_grid:
         for name, parameter in student.named_parameters():
@@ -122,7 +154,7 @@ class TestBinarySubSteps:
     @pytest.mark.parametrize("network", [PooledCurrents, PreActivation])
     @pytest.mark.parametrize("max_pool", ["cumulative", "or"])
     def test_count_the_same_of_frames(self, timesteps, levels, network, max_pool):
-        made, _ = student(timesteps, levels, network=network, max_pool=max_pool, coding=Frames())
+        made, _ = student(timesteps, levels, network=network, max_pool=max_pool, coding=FrameCoding())
         frames = torch.randint(0, 9, (timesteps, 6, 2, 8, 8)) / 8
         with torch.no_grad():
             graded = made.observe(frames, spikes=made.layers())
@@ -130,8 +162,24 @@ class TestBinarySubSteps:
             torch.testing.assert_close(found, graded.spikes[path], rtol=0, atol=0)
             assert found.any()
 
+    @pytest.mark.parametrize("timesteps, levels", [(1, 4), (2, 2)])
+    @pytest.mark.parametrize("coding", [DirectCoding(), FrameCoding()])
+    @pytest.mark.parametrize("join", JOINS.values(), ids=JOINS)
+    def test_count_the_same_where_spikes_meet_constants(self, join, coding, timesteps, levels):
+        """The batch of 8 has 32 rows of sub-steps, as many as a weight has channels."""
+        made, images = student(timesteps, levels, network=lambda: Joined(join), coding=coding)
+        frames = isinstance(coding, FrameCoding)
+        inputs = torch.randint(0, 9, (timesteps, 8, 2, 8, 8)) / 8 if frames else images[:8]
+        with torch.no_grad():
+            graded = made.observe(inputs, spikes=made.layers())
+        binary = run_in_substeps(made, inputs, spikes=tuple(made.layers()))
+        for path, found in counts(binary, timesteps).items():
+            torch.testing.assert_close(found, graded.spikes[path], rtol=0, atol=0)
+            assert found.any()
+        torch.testing.assert_close(binary.logits, graded.logits)
+
     def test_a_stream_of_frames_is_counted_step_by_step(self):
-        made, _ = student(3, 2, network=PooledCurrents, coding=Frames())
+        made, _ = student(3, 2, network=PooledCurrents, coding=FrameCoding())
         frames, state, streamed = torch.randint(0, 9, (3, 6, 2, 8, 8)) / 8, None, []
         with operations(made) as counted, torch.no_grad():
             for frame in frames:
@@ -174,20 +222,24 @@ class TestBinarySubSteps:
     def test_of_leaky_neurons_leak_once_a_step(self):
         torch.manual_seed(3)
         images = torch.rand(6, 2, 8, 8)
-        neuron = dataclasses.replace(ROUNDING, levels=3, leak=0.5)
+        neuron = dataclasses.replace(INHERITED_NEURON, levels=3, leak=0.5)
         made, _ = convert(Mixed().eval(), images, 3, neuron=neuron)
         assert_hardly_differs(made.eval(), images, 3)
 
     def test_of_frames_take_each_frame_once(self):
         torch.manual_seed(3)
-        made, _ = convert(Mixed().eval(), torch.rand(6, 2, 8, 8), 3, neuron=dataclasses.replace(ROUNDING, levels=2))
-        made.conversion = dataclasses.replace(made.conversion, coding=Frames())
+        made, _ = convert(
+            Mixed().eval(), torch.rand(6, 2, 8, 8), 3, neuron=dataclasses.replace(INHERITED_NEURON, levels=2)
+        )
+        made.conversion = dataclasses.replace(made.conversion, coding=FrameCoding())
         frames = torch.rand(3, 5, 2, 8, 8)
         assert_hardly_differs(made.eval(), frames, 3)
 
     def test_need_the_subtractive_reset(self):
         made, images = student(2, 1)
-        made.conversion = dataclasses.replace(made.conversion, neuron=dataclasses.replace(ROUNDING, reset=Reset.ZERO))
+        made.conversion = dataclasses.replace(
+            made.conversion, neuron=dataclasses.replace(INHERITED_NEURON, reset=Reset.ZERO)
+        )
         with pytest.raises(ConfigError, match="Sub-steps are of subtractive reset"):
             run_in_substeps(made, images)
 
@@ -206,7 +258,7 @@ class TestStepByStep:
         single = step_by_step(made)
         with torch.no_grad():
             torch.testing.assert_close(single(images).mean(0), made(images).mean(0))
-        assert (single.timesteps, single.conversion.model.levels) == (8, 1)
+        assert (single.timesteps, single.conversion.neuron_model.levels) == (8, 1)
 
     def test_leaves_the_student_as_it_is(self):
         made, images = student(1, 4)
@@ -217,15 +269,15 @@ class TestStepByStep:
 
     @torch.no_grad()
     def test_of_one_spike_a_step_is_the_student_itself(self):
-        neuron = dataclasses.replace(ROUNDING, leak=0.5)
+        neuron = dataclasses.replace(INHERITED_NEURON, leak=0.5)
         made, images = student(3, 1)
         made.conversion = dataclasses.replace(made.conversion, neuron=neuron)
         torch.testing.assert_close(step_by_step(made)(images), made(images), rtol=0, atol=0)
 
     def test_is_refused_with_a_leak_and_with_frames(self):
         made, _ = student(1, 2)
-        leaky = dataclasses.replace(made.conversion, neuron=dataclasses.replace(ROUNDING, leak=0.5, levels=2))
-        for other in (leaky, dataclasses.replace(made.conversion, coding=Frames())):
+        leaky = dataclasses.replace(made.conversion, neuron=dataclasses.replace(INHERITED_NEURON, leak=0.5, levels=2))
+        for other in (leaky, dataclasses.replace(made.conversion, coding=FrameCoding())):
             made.conversion = other
             with pytest.raises(ConfigError, match="Step by step is for neurons without leak"):
                 step_by_step(made)
@@ -238,10 +290,25 @@ class TestCounts:
         with operations(made) as counted, firing_rates(made) as rates:
             made(images)
         assert sum(rates.spikes.values()) == sum(float(one.sum()) for one in trains.values())
-        assert sum(rates.chances.values()) == sum(one.numel() for one in trains.values())
+        assert sum(rates.possible_spikes.values()) == sum(one.numel() for one in trains.values())
         last = next(one for name, one in trains.items() if "relu_3" in name or name == made.layers()[-1])
         assert counted.acs["core.fc2"] == float(last.sum()) * 3 and counted.macs["core.fc2"] == 0
         assert counted.images == len(images)
+
+    def test_operations_do_not_depend_on_how_many_rows_a_batch_has(self):
+        """A weight with as many channels as the batch of 8 has rows of sub-steps is no signal."""
+        made, images = student(1, 4, network=lambda: Joined(JOINS["weights as long as the rows"]))
+        with torch.no_grad():
+            first, last = made.observe(images[:8], spikes=made.layers()).spikes.values()
+            with operations(made) as whole, firing_rates(made) as rates:
+                logits = made(images[:8])
+            with operations(made) as halves:
+                made(images[:4]), made(images[4:8])
+            torch.testing.assert_close(logits, made(images[:8]))
+        fan = (dict(made.named_parameters())["core.weight"] != 0).sum((0, 2, 3))
+        assert whole.acs["core.conv2d"] == (first.sum((0, 1, 3, 4)) * fan).sum() > 0
+        assert (whole.acs, whole.macs, whole.images) == (halves.acs, halves.macs, halves.images)
+        assert sum(rates.spikes.values()) == first.sum() + last.sum()
 
     def test_rates_alone_are_the_same(self):
         made, images = student(2, 3)
@@ -249,4 +316,4 @@ class TestCounts:
             made(images)
         with operations(made), firing_rates(made) as beside:
             made(images)
-        assert (alone.spikes, alone.chances) == (beside.spikes, beside.chances)
+        assert (alone.spikes, alone.possible_spikes) == (beside.spikes, beside.possible_spikes)

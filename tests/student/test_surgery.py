@@ -13,7 +13,7 @@ from students import Own, Sized, can_learn, convert, line
 from torch import Tensor, nn
 
 from spikedistill.errors import ConversionError
-from spikedistill.student.report import Report
+from spikedistill.student.report import ConversionReport
 from spikedistill.student.student import Student
 from spikedistill.teacher.zoo import ZOO
 
@@ -54,7 +54,7 @@ class Growing(nn.Module):
         return grown
 
 
-def stepped(network: nn.Module, student: Student, report: Report, images: Tensor) -> Tensor:
+def stepped(network: nn.Module, student: Student, report: ConversionReport, images: Tensor) -> Tensor:
     """The ANN itself with its activations replaced by neurons with a memory, called T times."""
     spiking = copy.deepcopy(network).eval()
     thresholds = {site.name: layer.threshold for site, layer in zip(report.sites, student.neurons.values())}

@@ -11,6 +11,7 @@ from spikedistill.errors import ConfigError
 from spikedistill.evaluate.operations import operations
 from spikedistill.neuron.dynamics import Neuron
 from spikedistill.student.build import to_spiking
+from spikedistill.student.coding import FrameCoding
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.synapses import fan_out
 from spikedistill.teacher.load import Architecture
@@ -39,7 +40,9 @@ def student_of(network, timesteps, levels, size=16, **more):
     network.eval()
     images = torch.rand(12, 3, size, size)
     neuron = Neuron(levels=levels, initial=0.5, learn_threshold=True)
-    return to_spiking(network, Conversion(timesteps=timesteps, neuron=neuron, **more), calibrate=images)[0], images
+    return to_spiking(network, Conversion(timesteps=timesteps, neuron=neuron, **more), calibration_images=images)[
+        0
+    ], images
 
 
 def measured(student, images):
@@ -65,6 +68,18 @@ def test_agree_with_the_measured_ones_for_every_pooling(max_pool):
     student, images = student_of(Architecture("vgg9", 5, 3, 4).build(), 4, 1, max_pool=max_pool)
     found = student.eval().observe(images, operations=True).operations
     assert float(found.detach().sum(0).mean()) == pytest.approx(measured(student, images), rel=0.01)
+
+
+@pytest.mark.parametrize("timesteps, levels", [(2, 4), (1, 3)])
+@pytest.mark.parametrize("network", ["vgg9", "pooled"])
+def test_agree_with_the_measured_ones_for_event_frames(network, timesteps, levels):
+    torch.manual_seed(0)
+    ann = Pooled() if network == "pooled" else Architecture(network, 5, 3, 4).build()
+    student, images = student_of(ann, timesteps, levels, coding=FrameCoding())
+    frames = torch.poisson(0.4 * torch.rand(timesteps, *images.shape))
+    found = student.eval().observe(frames, operations=True).operations
+    assert found.shape == (timesteps, len(images))
+    assert float(found.detach().sum(0).mean()) == pytest.approx(measured(student, frames), rel=0.01)
 
 
 def test_agree_with_the_measured_ones_where_spikes_are_scaled():

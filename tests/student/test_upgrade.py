@@ -5,7 +5,7 @@ import pytest
 
 from spikedistill.errors import ConfigError, RunError
 from spikedistill.neuron.dynamics import PLIF
-from spikedistill.student.conversion import FRESH, ROUNDING
+from spikedistill.student.conversion import INHERITED_NEURON, SCRATCH_NEURON
 from spikedistill.student.upgrade import METHOD_FIELDS, conversion_from, upgrade
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "resnet20_t4" / "recipe.json"
@@ -126,11 +126,14 @@ def test_a_method_that_is_none_is_refused():
 class TestConversionFrom:
     def test_the_shipped_recipe(self):
         conversion = conversion_from(upgrade(json.loads(EXAMPLE.read_text()))["student"])
-        assert conversion.inherit and conversion.model.learn_threshold and conversion.timesteps == 4
+        assert conversion.inherit and conversion.neuron_model.learn_threshold and conversion.timesteps == 4
 
     def test_what_is_not_said_is_usual(self):
-        assert conversion_from({}).neuron == ROUNDING and conversion_from({"network": "vgg9"}).neuron == FRESH
-        assert conversion_from({"neuron": "plif"}).model.learn_leak == PLIF.learn_leak
+        assert (
+            conversion_from({}).neuron == INHERITED_NEURON
+            and conversion_from({"network": "vgg9"}).neuron == SCRATCH_NEURON
+        )
+        assert conversion_from({"neuron": "plif"}).neuron_model.learn_leak == PLIF.learn_leak
 
     @pytest.mark.parametrize("field, value", [("timesteps", "x"), ("neuron", 3), ("leak", []), ("coding", {})])
     def test_values_of_another_kind_are_refused(self, field, value):

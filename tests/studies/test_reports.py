@@ -96,6 +96,7 @@ def test_gains_have_the_p_of_a_paired_test():
 def test_one_seed_is_not_tested():
     report = report_pairs([row("teacher", 90.0, student="resnet18"), row("direct", 60.0), row("kdsnn", 61.5)])
     assert cells(report, "resnet18 -> vgg9")[1:] == ["90.00", "60.00", "61.50", "+1.50"]
+    assert "other teachers" not in report and "assistant" not in report
     assert "ignificant" not in report
 
 
@@ -106,6 +107,7 @@ def test_conversion_catches_up_where_it_is_as_good():
     assert "- conversion-max reaches the T=2 student (70.00 %): first at T=7.\n" in report
     assert "- conversion-max reaches the T=4 student (80.00 %): not up to T=7.\n" in report
     assert cells(report, "kdsnn") == ["kdsnn", "", "70.00", "80.00", ""]
+    assert "\n\nAccuracy of the teacher: resnet18 90.00 %.\n\n- conversion" in report
 
 
 def noisy(method, clean, slope, seed):
@@ -214,21 +216,22 @@ def front(method, setting, accuracies, spikes):
 
 
 class TestFront:
-    USUAL = front("homogeneous", "4", (90.0, 91.0), (1000.0, 2000.0))
+    DEFAULT_CONVERSION = front("homogeneous", "4", (90.0, 91.0), (1000.0, 2000.0))
 
     def test_spikes_and_gains_are_beside_those_of_the_first_row_seed_by_seed(self):
         other = front("budget", "500", (91.0, 92.5), (500.0, 500.0))
-        report = report_front([row("teacher", 95.0), *self.USUAL, *other])
+        report = report_front([row("teacher", 95.0), *self.DEFAULT_CONVERSION, *other])
         assert cells(report, "homogeneous")[1:] == ["4", "90.50 ± 0.71", "1500", "", "0.00 ± 0.00"]
         gain = "+1.25 ± 0.35 (p = 0.126)"
         assert cells(report, "budget")[1:] == ["500", "91.75 ± 1.06", "500", gain, "62.50 ± 17.68"]
         assert f"no loss of mean accuracy: budget 500, 62.5 % fewer, {gain} points." in report
+        assert "|\n\nAccuracy of the teacher: resnet18 95.00 %.\n\nFewest" in report
 
     def test_what_loses_accuracy_is_not_the_best_however_few_its_spikes(self):
         silent = front("budget", "1", (10.0, 10.0), (1.0, 1.0))
         fewer = front("budget", "900", (90.0, 91.0), (900.0, 1800.0))
-        assert "budget 900, 10.0 % fewer" in report_front([*self.USUAL, *silent, *fewer])
-        assert "Every setting loses accuracy" in report_front([*self.USUAL, *silent])
+        assert "budget 900, 10.0 % fewer" in report_front([*self.DEFAULT_CONVERSION, *silent, *fewer])
+        assert "Every setting loses accuracy" in report_front([*self.DEFAULT_CONVERSION, *silent])
 
 
 @pytest.fixture
@@ -258,5 +261,8 @@ def test_one_seed_has_no_error(samples):
 def test_stages_are_compared_with_one_stage():
     one = [row("distilling-spikes", value, seed) for seed, value in enumerate((70.0, 70.0))]
     two = [row("distilling-spikes-stages", value, seed) for seed, value in enumerate((71.0, 72.0))]
-    report = report_pairs([row("teacher", 90.0, student="resnet18"), *one, *two])
+    assistant, snn = (dataclasses.replace(row("teacher", 80.125), teacher=name) for name in ("assistant", "snn"))
+    report = report_pairs([row("teacher", 90.0, student="resnet18"), assistant, snn, *one, *two])
+    assert "|\n\nAccuracy of the other teachers: assistant 80.12 %, snn 80.12 %.\n\n" in report
+    assert "The students of distilling-spikes-stages were taught by the assistant.\n" in report
     assert "Two stages gain more than one in 1 of 1 pairs (resnet18 -> vgg9: +1.50 ± 0.71 (p = 0.205))." in report

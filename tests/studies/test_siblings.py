@@ -79,3 +79,16 @@ def test_students_of_a_study_differ_in_method_and_seed_alone(name, tmp_path):
     students = {cell.recipe.student for cell in made.cells}
     trainings = {cell.recipe.training.epochs for cell in made.cells}
     assert len(students) == len(trainings) == 1
+
+
+def test_windows_are_taught_by_a_train_of_several_steps(tmp_path):
+    """Spikes of a single step are the same in every window, so nothing about windows could be learned from them."""
+    counted = 0
+    for name in STUDIES:
+        made = STUDIES[name]("small", "data", tmp_path)
+        for cell in made.cells:
+            if getattr(cell.recipe.method, "window", 0):
+                taught_by, _ = made.teachers[cell.teacher]
+                assert taught_by.student.timesteps > 1 and cell.recipe.student.timesteps > 1, cell.path
+                counted += 1
+    assert counted

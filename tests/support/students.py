@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spikedistill.neuron.dynamics import IF
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
-from spikedistill.student.report import Report
+from spikedistill.student.report import ConversionReport
 from spikedistill.student.student import Student
 
 HERE = Path(__file__)
@@ -22,9 +22,11 @@ def line(marker: str, file: Path = HERE) -> str:
     return f"{file}:{numbers[0]}"
 
 
-def convert(network: nn.Module, images: Tensor | None, timesteps: int = 2, **options) -> tuple[Student, Report]:
+def convert(
+    network: nn.Module, images: Tensor | None, timesteps: int = 2, **options
+) -> tuple[Student, ConversionReport]:
     """A student whose neurons run step by step, so that nothing is compiled."""
-    student, report = to_spiking(network, Conversion(timesteps=timesteps, **options), calibrate=images)
+    student, report = to_spiking(network, Conversion(timesteps=timesteps, **options), calibration_images=images)
     for layer in student.neurons.values():
         layer.backend = "reference"
     return student, report

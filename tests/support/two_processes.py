@@ -28,7 +28,7 @@ from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.student import Student
 from spikedistill.teacher.load import Teacher
-from spikedistill.train.loop import Course, fit
+from spikedistill.train.loop import Trainer, fit
 from spikedistill.train.processes import join
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
@@ -75,7 +75,7 @@ def make_student(gradient: str = "exact", norm: str = "none", dropout: float = 0
         nn.init.uniform_(norm.running_mean, -0.5, 0.5)
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
     images = blobs().train_images[:32].float() / 255
-    student, _ = to_spiking(network, Conversion(timesteps=3), calibrate=images, mean=MEAN, std=STD)
+    student, _ = to_spiking(network, Conversion(timesteps=3), calibration_images=images, mean=MEAN, std=STD)
     for layer in student.neurons.values():
         layer.backend = "reference"
     student.gradient = gradient
@@ -124,7 +124,7 @@ def train_case(name: str, folder: Path):
 
 def cut_after(steps: int, student: Student, path: Path, **changes: object) -> None:
     """Train until so many steps are done, with a checkpoint after each."""
-    original, left = Course.step, [steps]
+    original, left = Trainer.step, [steps]
 
     def counted(*given: object) -> object:
         left[0] -= 1
@@ -132,13 +132,13 @@ def cut_after(steps: int, student: Student, path: Path, **changes: object) -> No
             raise Cut
         return original(*given)
 
-    Course.step = counted
+    Trainer.step = counted
     try:
         train(student, path, checkpoint_minutes=0.0, **changes)
     except Cut:
         return
     finally:
-        Course.step = original
+        Trainer.step = original
 
 
 def command(*arguments: object) -> dict[str, object]:
@@ -164,8 +164,8 @@ def refusal_of(work) -> dict[str, object]:
 
 
 def alone_refuses(rank: int):
-    """Work within ``first_before_others`` that one process refuses."""
-    with join().first_before_others():
+    """Work within ``main_process_first`` that one process refuses."""
+    with join().main_process_first():
         if join().rank == rank:
             raise ConfigError(f"process {rank} refuses")
 
@@ -204,7 +204,7 @@ def work(folder: Path) -> None:
     keep("last-refuses", {}, refusal_of(lambda: alone_refuses(1)))
     counts = nn.Module()
     counts.register_buffer("counts", torch.full((2,), rank, dtype=torch.int16))
-    join().share(counts)
+    join().broadcast(counts)
     keep("shared", {}, counts.counts.tolist())
     torch.manual_seed(3)
     join().reseed(5)

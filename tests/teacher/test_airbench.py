@@ -9,7 +9,7 @@ from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.substeps import run_in_substeps
 from spikedistill.teacher.airbench import Group, StartsFromImages, airbench94, airbench96, whitening
-from spikedistill.teacher.load import OneStep
+from spikedistill.teacher.load import TrainableANN
 
 
 def images(count=40, channels=3, side=9):
@@ -93,13 +93,13 @@ class TestStudent:
                 layer.momentum = None
         with torch.no_grad():
             network(images(side=12))
-        return OneStep(network.eval(), (0.0,) * 3, (1.0,) * 3)
+        return TrainableANN(network.eval(), (0.0,) * 3, (1.0,) * 3)
 
     def deviations(self, teacher, timesteps, levels):
         """Of a student's mean logits from its teacher's, in units of their spread."""
         given = images(16, side=12)
         conversion = Conversion(timesteps=timesteps, neuron=Neuron(levels=levels), rule="max")
-        student, report = to_spiking(teacher, conversion, calibrate=given)
+        student, report = to_spiking(teacher, conversion, calibration_images=given)
         assert len(report.sites) == len([one for one in teacher.modules() if isinstance(one, nn.ReLU)])
         with torch.no_grad():
             wanted, found = teacher.eval()(given)[-1], student.eval()(given).mean(0)
@@ -120,7 +120,7 @@ class TestStudent:
         """Pooling of currents too: the growth over sub-steps adds up to the maximum of their sums."""
         given = images(16, side=12)
         conversion = Conversion(timesteps=timesteps, neuron=Neuron(levels=levels))
-        student = to_spiking(teacher, conversion, calibrate=given)[0].eval()
+        student = to_spiking(teacher, conversion, calibration_images=given)[0].eval()
         paths = tuple(student.layers())
         with torch.no_grad():
             graded = student.observe(given, spikes=paths).spikes

@@ -449,7 +449,7 @@ class TestRoom:
         cache = filled(tmp_path, BATCHES[:1])
         with monkeypatch.context() as patch:
             patch.setattr(Layout, "pack", full)
-            with pytest.raises(RunError, match=r"No space left\): free some disk space, then go on with --resume"):
+            with pytest.raises(RunError, match=r"No space left\): free some disk space, then continue with --resume"):
                 get(cache, 1, 1)
         again = opened(tmp_path)
         assert again.filled == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from spikedistill.teacher.taps import taps
+from spikedistill.teacher.capture import capture_features
 from spikedistill.teacher.zoo import ZOO
 
 PUBLISHED = {
@@ -122,7 +122,7 @@ class TestEvery:
         network = ZOO[name](width=8).eval()
         paths = [path for path, _ in network.named_children() if path.startswith("layer")]
         assert paths == [f"layer{number}" for number in range(1, STAGES.get(name, 4) + 1)]
-        with torch.no_grad(), taps(network, paths) as seen:
+        with torch.no_grad(), capture_features(network, paths) as seen:
             network(torch.rand(1, 3, 32, 32))
         sides = [seen[path].shape[-1] for path in paths]
         assert all(after == before // 2 for before, after in itertools.pairwise(sides))

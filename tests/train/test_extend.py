@@ -12,7 +12,7 @@ from spikedistill.deliver.teachers import find_teacher
 from spikedistill.errors import RunError, WeightsError
 from spikedistill.recipes.config import read_config
 from spikedistill.recipes.teach import Teach, teach
-from spikedistill.train.loop import Course
+from spikedistill.train.loop import Trainer
 from spikedistill.train.optimise import learning_rate
 from spikedistill.train.recipe import Data, Training
 from spikedistill.train.run import Run
@@ -43,7 +43,7 @@ def finished(recipe, tmp_path):
 
 def cut_after(monkeypatch, steps, work):
     """Let a run end after so many steps."""
-    original, left = Course.step, [steps]
+    original, left = Trainer.step, [steps]
 
     def counted(*given):
         left[0] -= 1
@@ -52,7 +52,7 @@ def cut_after(monkeypatch, steps, work):
         return original(*given)
 
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(Course, "step", counted)
+        patch.setattr(Trainer, "step", counted)
         work()
 
 
@@ -110,7 +110,9 @@ class TestAFinishedRun:
         path, _ = finished
         for file in path.glob("checkpoint*"):
             file.unlink()
-        with pytest.raises(RunError, match=r"holds no checkpoint to go on from, so it cannot be extended to 3 epochs"):
+        with pytest.raises(
+            RunError, match=r"holds no checkpoint to continue from, so it cannot be extended to 3 epochs"
+        ):
             teach(recipe(3), path, resume=True)
         assert Record.read(path).results() and Record.read(path).training.epochs == 2
 

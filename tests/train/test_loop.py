@@ -25,16 +25,16 @@ from spikedistill.objective.kdsnn import KDSNN, KDSNNFeature, KDSNNResponse
 from spikedistill.objective.schedule import Switch
 from spikedistill.objective.terms import Needs, Objective, Sum
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import Frames
+from spikedistill.student.coding import FrameCoding
 from spikedistill.student.conversion import Conversion
 from spikedistill.student.student import Student
-from spikedistill.teacher.load import OneStep, Teacher
-from spikedistill.train.lesson import Tutor
-from spikedistill.train.loop import Course, fit
+from spikedistill.teacher.load import Teacher, TrainableANN
+from spikedistill.train.loop import Trainer, fit
 from spikedistill.train.optimise import learning_rate
 from spikedistill.train.progress import Progress
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
+from spikedistill.train.training_step import TeacherRunner
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 
@@ -67,7 +67,7 @@ def convolutional(width, seed=1):
 
 
 def learner(network):
-    return OneStep(network, MEAN, STD)
+    return TrainableANN(network, MEAN, STD)
 
 
 def spiking(network, timesteps=2):
@@ -103,7 +103,7 @@ class Follows(Looks):
     """Also the teacher's mean spikes and logits, of every step that it is shown."""
 
     def __call__(self, batch, modules):
-        answer = batch.asked_teacher()
+        answer = batch.require_teacher()
         steps = torch.arange(1.0, 1 + len(answer.logits))[:, None]  # a step in another place is another loss
         wanted = (steps * (answer.spikes["2"].flatten(1).mean(1)[:, None] + answer.logits.mean(2))).mean(0)
         return {
@@ -161,7 +161,7 @@ class SourceOnly(Objective):
         return Needs(source=True)
 
     def __call__(self, batch, modules):
-        return {"images": F.cross_entropy(batch.asked_source().logits.mean(0), batch.labels)}
+        return {"images": F.cross_entropy(batch.require_source().logits.mean(0), batch.labels)}
 
 
 @dataclass(frozen=True)
@@ -231,14 +231,14 @@ class TestAPlainLoopGivesTheSameWeights:
 class TestAveragedWeights:
     def test_are_the_hand_computed_average_of_every_step(self, blobs, tmp_path, monkeypatch):
         snapshots = []
-        step = Course.step
+        step = Trainer.step
 
-        def remember(course, *args):
-            result = step(course, *args)
-            snapshots.append({name: value.clone() for name, value in course.student.state_dict().items()})
+        def remember(trainer, *args):
+            result = step(trainer, *args)
+            snapshots.append({name: value.clone() for name, value in trainer.student.state_dict().items()})
             return result
 
-        monkeypatch.setattr(Course, "step", remember)
+        monkeypatch.setattr(Trainer, "step", remember)
         student = learner(convolutional(4))
         line = teach(student, Direct(), blobs, choices(ema=0.4), Run(tmp_path))
         assert len(snapshots) == 10
@@ -256,16 +256,16 @@ class TestAveragedWeights:
     @pytest.mark.parametrize("decay, least, most", [(0.999, 70.0, 100.0), (0.0, 0.0, 50.0)])
     def test_are_judged_in_place_of_the_last_ones(self, blobs, tmp_path, monkeypatch, decay, least, most):
         """The last step, after which the average has followed, leaves weights of zero."""
-        done, step = [], Course.step
+        done, step = [], Trainer.step
 
-        def ruin(course, *args):
-            done.append(step(course, *args))
+        def ruin(trainer, *args):
+            done.append(step(trainer, *args))
             if len(done) == 10:
-                for parameter in course.student.parameters():
+                for parameter in trainer.student.parameters():
                     parameter.data.zero_()
             return done[-1]
 
-        monkeypatch.setattr(Course, "step", ruin)
+        monkeypatch.setattr(Trainer, "step", ruin)
         student = learner(convolutional(4))
         line = teach(student, Direct(), blobs, choices(ema=decay), Run(tmp_path))
         assert len(done) == 10
@@ -376,7 +376,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("part", ["weight", "momentum", "average"])
     def test_what_is_not_finite_is_neither_saved_nor_judged(self, part, blobs, tmp_path, monkeypatch):
-        run, student, step = Run(tmp_path), learner(flat()), Course.step
+        run, student, step = Run(tmp_path), learner(flat()), Trainer.step
         teach(student, Direct(), blobs, choices(epochs=1, ema=0.5), run)
         saved, lines = run.checkpoint.read_bytes(), run.lines("metrics")
 
@@ -390,7 +390,7 @@ class TestRefusals:
             held[part].data.flatten()[3] = torch.inf
             return result
 
-        monkeypatch.setattr(Course, "step", poisoned)
+        monkeypatch.setattr(Trainer, "step", poisoned)
         for minutes in (0.0, 60.0):
             config = choices(epochs=2, ema=0.5, checkpoint_minutes=minutes)
             with pytest.raises(
@@ -442,7 +442,7 @@ class TestRefusals:
         def step(*_):
             raise AssertionError("a step was taken")
 
-        monkeypatch.setattr(Course, "step", step)
+        monkeypatch.setattr(Trainer, "step", step)
 
     def test_a_path_that_is_no_module_of_the_teacher(self, blobs, tmp_path):
         objective, teacher = KDSNNFeature((("layr", "2"),)), Teacher(convolutional(4), MEAN, STD)
@@ -537,7 +537,7 @@ class TestTwoStreams:
     @pytest.fixture
     def student(self):
         network = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), *convolutional(6)[1:])
-        student, _ = to_spiking(network, Conversion(timesteps=2, neuron=IF, inherit=False, coding=Frames()))
+        student, _ = to_spiking(network, Conversion(timesteps=2, neuron=IF, inherit=False, coding=FrameCoding()))
         student.neurons["2"].backend = "reference"
         return student
 
@@ -606,8 +606,8 @@ from spikedistill.objective.direct import Direct
 from spikedistill.objective.schedule import Ramp, Switch
 from spikedistill.objective.terms import Sum
 from spikedistill.student.build import to_spiking
-from spikedistill.student.conversion import ROUNDING, Conversion
-from spikedistill.teacher.load import OneStep
+from spikedistill.student.conversion import INHERITED_NEURON, Conversion
+from spikedistill.teacher.load import TrainableANN
 from spikedistill.train.loop import fit
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
@@ -617,12 +617,12 @@ torch.compile = partial(torch.compile, backend="eager")
 torch._dynamo.config.error_on_recompile = True
 blobs = torch.load(folder / "blobs.pt", weights_only=False)
 if kind == "ann":
-    student = OneStep(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), (0.4,) * 3, (0.25,) * 3)
+    student = TrainableANN(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), (0.4,) * 3, (0.25,) * 3)
 else:
     layers = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-    neuron = dataclasses.replace(ROUNDING, levels=4)
+    neuron = dataclasses.replace(INHERITED_NEURON, levels=4)
     images = blobs.train_images[:16].float() / 255
-    student, _ = to_spiking(layers, Conversion(timesteps=1, neuron=neuron), calibrate=images)
+    student, _ = to_spiking(layers, Conversion(timesteps=1, neuron=neuron), calibration_images=images)
     for layer in student.neurons.values():
         layer.backend = "reference"
 objective = Sum(((Ramp(), Direct()), (Switch(), Direct(0.1))))
@@ -755,15 +755,15 @@ class TestViews:
     def train(self, blobs, path, config, seed=2, augment=augment, objective=objective, teacher=None):
         """The student, the files, and how often the teacher was asked."""
         student, teacher = learner(convolutional(6)), teacher or Teacher(convolutional(4, seed=seed), MEAN, STD)
-        calls, asked = [], Tutor.ask
+        calls, asked = [], TeacherRunner.ask
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tutor, "ask", lambda *args: calls.append(len(args[1])) or asked(*args))
+            patch.setattr(TeacherRunner, "ask", lambda *args: calls.append(len(args[1])) or asked(*args))
             teach(student, objective, blobs, config, begun(path), augment=augment, teacher=teacher)
         return student.state_dict(), (path / "metrics.jsonl").read_bytes(), len(calls)
 
     def without_cache(self, *args, **options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tutor, "keep_answers", lambda *_: None)
+            patch.setattr(TeacherRunner, "keep_answers", lambda *_: None)
             return self.train(*args, **options)
 
     def assert_same_run(self, first, second):
@@ -771,13 +771,13 @@ class TestViews:
 
     @pytest.mark.parametrize("views, period", [(0, 5), (1, 1), (2, 2), (3, 3)])
     def test_come_again_in_turn_and_none_does_without(self, views, period, blobs, tmp_path, monkeypatch):
-        seen, step = [], Course.step
+        seen, step = [], Trainer.step
 
-        def remember(course, inputs, *args):
+        def remember(trainer, inputs, *args):
             seen.append(inputs.student)
-            return step(course, inputs, *args)
+            return step(trainer, inputs, *args)
 
-        monkeypatch.setattr(Course, "step", remember)
+        monkeypatch.setattr(Trainer, "step", remember)
         config = choices(epochs=5, views=views)
         teach(learner(flat()), Direct(), blobs, config, Run(tmp_path), augment=self.augment)
         assert not (tmp_path / "answers").exists()
@@ -834,16 +834,16 @@ class TestViews:
     def test_interrupted_and_resumed_are_the_same_run(self, steps, minutes, blobs, tmp_path):
         config = choices(epochs=4, views=2, checkpoint_minutes=minutes)
         whole = self.train(blobs, tmp_path / "whole", config)
-        step, left = Course.step, [steps]
+        step, left = Trainer.step, [steps]
 
-        def cut(course, *args):
+        def cut(trainer, *args):
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
-            return step(course, *args)
+            return step(trainer, *args)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Course, "step", cut)
+            patch.setattr(Trainer, "step", cut)
             self.train(blobs, tmp_path / "cut", config)
         self.assert_same_run(self.train(blobs, tmp_path / "cut", config), whole)
 

@@ -5,7 +5,7 @@ from torch import nn
 from spikedistill.neuron.dynamics import IF
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
-from spikedistill.teacher.load import OneStep
+from spikedistill.teacher.load import TrainableANN
 from spikedistill.train.meters import EVERY, FiringRateMeter, Meters
 
 
@@ -62,7 +62,7 @@ class TestFiringRateMeter:
         assert meter.facts() == {}
 
     def test_of_an_ann_there_is_none(self):
-        ann = OneStep(network(), (0.0,) * 3, (1.0,) * 3)
+        ann = TrainableANN(network(), (0.0,) * 3, (1.0,) * 3)
         meter = FiringRateMeter(ann)
         self.look(meter, ann, 0)
         assert meter.facts() == {}

@@ -113,7 +113,7 @@ def test_the_minute_passes_while_one_piece_of_work_takes_long():
             while screen.file.getvalue().count("\n") < 3 and time.monotonic() < end:
                 time.sleep(0.01)
     lines = screen.file.getvalue().splitlines()
-    assert lines[0] == "kdsnn: calibrating thresholds" and lines[1] == "kdsnn: calibrating thresholds: going on"
+    assert lines[0] == "kdsnn: calibrating thresholds" and lines[1] == "kdsnn: calibrating thresholds: still running"
     assert before > 1 and not progress.lines
 
 
@@ -158,7 +158,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch):
         progress.epoch(1, 1, 4, 0)
         watch.now = 61
         progress.pulse()
-    assert progress.console.file.getvalue() == "kdsnn: epoch 1 of 1, step 0 of 4: going on\n"
+    assert progress.console.file.getvalue() == "kdsnn: epoch 1 of 1, step 0 of 4: still running\n"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_what_is_given_by_default_has_no_fault():
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
 def test_a_single_fault_is_named_with_its_value(part, fault):
-    assert len(part.faults()) == 1
+    assert len(part.problems()) == 1
     with pytest.raises(ConfigError) as caught:
         check(Data(), part, Training())
     assert fault in str(caught.value)

@@ -24,11 +24,11 @@ from spikedistill.objective.logits import cross_entropy_of_mean
 from spikedistill.objective.schedule import Ramp, Switch
 from spikedistill.objective.terms import Needs, Objective, Sum
 from spikedistill.student.build import to_spiking
-from spikedistill.student.coding import DirectCoding, Frames, Rate
+from spikedistill.student.coding import DirectCoding, FrameCoding, RateCoding
 from spikedistill.student.conversion import Conversion
-from spikedistill.teacher.load import Architecture, OneStep, Teacher
+from spikedistill.teacher.load import Architecture, Teacher, TrainableANN
 from spikedistill.train import loop
-from spikedistill.train.loop import Course, fit
+from spikedistill.train.loop import Trainer, fit
 from spikedistill.train.recipe import Training
 from spikedistill.train.run import Run
 
@@ -58,11 +58,11 @@ def spiking(coding, dropout=0.0):
 
 
 LEARNERS = {
-    "an ANN": lambda: OneStep(convolutional(6), MEAN, STD),
-    "an ANN with dropout": lambda: OneStep(convolutional(6, dropout=0.5), MEAN, STD),
+    "an ANN": lambda: TrainableANN(convolutional(6), MEAN, STD),
+    "an ANN with dropout": lambda: TrainableANN(convolutional(6, dropout=0.5), MEAN, STD),
     "a student": lambda: spiking(DirectCoding()),
     "a student with dropout": lambda: spiking(DirectCoding(), dropout=0.5),
-    "a student with random spikes": lambda: spiking(Rate()),
+    "a student with random spikes": lambda: spiking(RateCoding()),
 }
 
 
@@ -80,7 +80,7 @@ def train_on_pairs(images, path, paired, changes):
     """Two epochs of five steps on frames, beside each an image of its class."""
     torch.manual_seed(1)
     network = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), *convolutional(6)[1:])
-    student, _ = to_spiking(network, Conversion(timesteps=2, neuron=Neuron(), inherit=False, coding=Frames()))
+    student, _ = to_spiking(network, Conversion(timesteps=2, neuron=Neuron(), inherit=False, coding=FrameCoding()))
     (layer,) = student.neurons.values()
     layer.backend = "reference"
     teacher, config = Teacher(convolutional(4), MEAN, STD), choices(changes)
@@ -113,7 +113,7 @@ class BothStreams(Objective):
         return Needs(source=True)
 
     def __call__(self, batch, modules):
-        answers = {"labels": batch.student, "images": batch.asked_source()}
+        answers = {"labels": batch.student, "images": batch.require_source()}
         return {name: cross_entropy_of_mean(answer.logits, batch.labels) for name, answer in answers.items()}
 
 
@@ -144,7 +144,7 @@ def assert_resumes(work, tmp_path, monkeypatch):
     whole, last = work(tmp_path / "whole")
     for steps in (3, 4):
         with monkeypatch.context() as patch, pytest.raises(Cut):
-            cut(patch, Course, "step", steps)
+            cut(patch, Trainer, "step", steps)
             work(tmp_path / "cut")
     resumed, again = work(tmp_path / "cut")
     assert_same_bits(whole, resumed)
@@ -160,13 +160,13 @@ def assert_same_bits(first, second):
 @pytest.mark.parametrize("learner", ["a student with dropout", "a student with random spikes"])
 def test_numbers_drawn_between_the_steps_do_not_change_them(learner, blobs, tmp_path, monkeypatch):
     usual, _ = train(learner, blobs, tmp_path / "usual", {})
-    line = Course.line
+    line = Trainer.line
 
     def draws(self, *given):
         torch.rand(7)
         return line(self, *given)
 
-    monkeypatch.setattr(Course, "line", draws)
+    monkeypatch.setattr(Trainer, "line", draws)
     assert_same_bits(train(learner, blobs, tmp_path / "drawn", {})[0], usual)
 
 
@@ -202,7 +202,7 @@ def test_resumed_in_another_way_is_the_same_up_to_rounding(recompute, optimizer,
     changes = {"optimizer": optimizer, "lr": 0.01}
     whole, line = train("a student", blobs, tmp_path / "whole", changes)
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        cut(patch, Course, "step", 4)
+        cut(patch, Trainer, "step", 4)
         train("a student", blobs, tmp_path / "cut", changes)
 
     def saving():
@@ -239,13 +239,13 @@ def test_a_run_on_two_streams_is_resumed_like_any_run(paired, changes, blobs, tm
 @pytest.mark.parametrize(
     "target, name, calls",
     [
-        (Course, "step", 0),
-        (Course, "step", 1),
-        (Course, "step", 5),
-        (Course, "step", 6),
-        (Course, "step", 9),
-        (Course, "save", 0),
-        (Course, "save", 1),
+        (Trainer, "step", 0),
+        (Trainer, "step", 1),
+        (Trainer, "step", 5),
+        (Trainer, "step", 6),
+        (Trainer, "step", 9),
+        (Trainer, "save", 0),
+        (Trainer, "save", 1),
         (loop, "predict", 0),
         (loop, "predict", 1),
         (Run, "append", 0),
@@ -284,7 +284,7 @@ def test_a_checkpoint_is_written_after_every_step_that_asks_for_one(blobs, tmp_p
 
 def test_a_finished_run_is_given_back_without_another_step(blobs, tmp_path, monkeypatch):
     whole, last = train("an ANN", blobs, tmp_path / "run", {"ema": 0.5})
-    cut(monkeypatch, Course, "step", 0)
+    cut(monkeypatch, Trainer, "step", 0)
     again, line = train("an ANN", blobs, tmp_path / "run", {"ema": 0.5})
     assert_same_bits(whole, again)
     assert line == last
@@ -292,7 +292,7 @@ def test_a_finished_run_is_given_back_without_another_step(blobs, tmp_path, monk
 
 def test_a_checkpoint_of_another_network_is_refused(blobs, tmp_path):
     train("an ANN", blobs, tmp_path, {})
-    other = OneStep(convolutional(7), MEAN, STD)
+    other = TrainableANN(convolutional(7), MEAN, STD)
     with pytest.raises(SpikeDistillError, match=r"checkpoint\.safetensors' belongs to another network"):
         config = Training(epochs=2, batch_size=16, device="cpu")
         fit(other, Direct(), MemoryFeed(blobs, 16), config, Run(tmp_path))
@@ -362,7 +362,7 @@ class TestKill:
         assert not (tmp_path / "cut" / "results.json").exists()
 
         done = self.finish([*command, "--resume"], environment, tmp_path / "cut")
-        assert f"going on after epoch 1, step {facts['step']}" in done.stderr
+        assert f"continuing after epoch 1, step {facts['step']}" in done.stderr
         assert_same_run(tmp_path / "whole", tmp_path / "cut")
         weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut")]
         assert_same_bits(*weights)

@@ -17,7 +17,7 @@ from spikedistill.data.feed import Feed, Inputs
 from spikedistill.errors import ConfigError, ConversionError
 from spikedistill.files import fingerprint_of
 from spikedistill.inputs import evaluating
-from spikedistill.objective.terms import NO_LABELS, NO_SOURCE, NO_TEACHER, Batch, Needs, Objective, Terms, as_it_is
+from spikedistill.objective.terms import NO_LABELS, NO_SOURCE, NO_TEACHER, Batch, Needs, Objective, Terms, identity
 from spikedistill.shapes import Labels, Logits
 from spikedistill.student.fold import fold
 from spikedistill.student.recompute import unmoved
@@ -26,7 +26,7 @@ from spikedistill.teacher.cache import Cache
 from spikedistill.teacher.load import Normalised
 
 
-class Lesson(nn.Module):
+class TrainingStep(nn.Module):
     """The part of a training step with gradients: the student's outputs and the objective's terms."""
 
     def __init__(
@@ -34,17 +34,17 @@ class Lesson(nn.Module):
         student: nn.Module,
         objective: Objective,
         adapters: nn.ModuleDict,
-        over_processes: Callable[[Tensor], Tensor] = as_it_is,
+        mean_over_processes: Callable[[Tensor], Tensor] = identity,
     ) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
         self.adapters = adapters
         self.needs = objective.needs
-        self.over_processes = over_processes
+        self.mean_over_processes = mean_over_processes
         self.freeze_norm = False
 
-    def train(self, mode: bool = True) -> "Lesson":
+    def train(self, mode: bool = True) -> "TrainingStep":
         """Switch to training; with ``freeze_norm`` batch norms keep their running statistics and use them."""
         super().train(mode)
         for module in self.student.modules() if self.freeze_norm else ():
@@ -70,7 +70,7 @@ class Lesson(nn.Module):
             teacher=teacher,
             source=second,
             progress=progress,
-            over_processes=self.over_processes,
+            mean_over_processes=self.mean_over_processes,
         )
         return answer.logits.detach(), self.objective(batch, self.adapters)
 
@@ -116,7 +116,7 @@ def settle_objective(objective: Objective, student: nn.Module, teacher: nn.Modul
             the objective needs.
     """
     given: Any = teacher
-    if objective.needs.asks_teacher and given is None:
+    if objective.needs.needs_teacher and given is None:
         raise ConfigError(NO_TEACHER)
     objective = objective.settled(given, student, inherits)  # type: ignore[arg-type]
     needs = objective.needs
@@ -133,14 +133,14 @@ def settle_objective(objective: Objective, student: nn.Module, teacher: nn.Modul
 
 
 @torch.no_grad()
-def make_lesson(
+def make_training_step(
     student: nn.Module,
     objective: Objective,
-    tutor: "Tutor | None",
+    runner: "TeacherRunner | None",
     inputs: Inputs,
-    over_processes: Callable[[Tensor], Tensor] = as_it_is,
-) -> Lesson:
-    """The lesson with the objective's adapters, which are made from one batch. The student is not changed.
+    mean_over_processes: Callable[[Tensor], Tensor] = identity,
+) -> TrainingStep:
+    """The training step with the objective's adapters, which are made from one batch. The student is not changed.
 
     If an objective needs only logits and has no adapters, the networks are not run.
 
@@ -150,7 +150,7 @@ def make_lesson(
     """
     if inputs.labels is None:
         objective = objective.without_labels()
-        if tutor is None:
+        if runner is None:
             raise ConfigError(NO_LABELS)
     needs = objective.needs
     if needs.source and inputs.source is None:
@@ -160,18 +160,18 @@ def make_lesson(
     if not inner and not objective.has_modules:
         empty = Answer(torch.zeros(1, len(inputs.samples), 0))
         modules = objective.modules(Batch(labels=inputs.labels, student=empty), None)
-        return Lesson(student, objective, modules, over_processes)
-    theirs = None if tutor is None else tutor.ask(inputs.shown_to_teacher)
+        return TrainingStep(student, objective, modules, mean_over_processes)
+    theirs = None if runner is None else runner.ask(inputs.shown_to_teacher)
     with evaluating(student):
         ours = observe(student, inputs.student, needs)
         source = observe(student, inputs.source, needs) if needs.source and inputs.source is not None else None
     probe = Batch(labels=inputs.labels, student=ours, teacher=theirs, source=source)
-    modules = objective.modules(probe, None if tutor is None else tutor.teacher)
-    return Lesson(student, objective, modules, over_processes)
+    modules = objective.modules(probe, None if runner is None else runner.teacher)
+    return TrainingStep(student, objective, modules, mean_over_processes)
 
 
 @dataclass
-class Tutor:
+class TeacherRunner:
     """The frozen teacher in the loop. It computes what the objective needs; a cache may keep its outputs on disk."""
 
     teacher: Any
@@ -220,13 +220,13 @@ class Tutor:
         return self.cache
 
 
-def make_tutor(teacher: Any, needs: Needs, place: Place) -> Tutor | None:
+def make_runner(teacher: Any, needs: Needs, place: Place) -> TeacherRunner | None:
     """The teacher prepared for the loop, if the objective needs one. The caller's network is not changed.
 
     The batch norms of an ANN are folded if it can be traced. A spiking teacher is copied in evaluation mode and not
     folded: folded weights round differently, which would change spikes near the threshold.
     """
-    if teacher is None or not needs.asks_teacher:
+    if teacher is None or not needs.needs_teacher:
         return None
     try:
         keep = tuple(path for path, _ in needs.pairs)
@@ -234,4 +234,4 @@ def make_tutor(teacher: Any, needs: Needs, place: Place) -> Tutor | None:
     except ConversionError:
         ready = copy.deepcopy(teacher).eval()
     place.prepare(ready)
-    return Tutor(ready, needs)
+    return TeacherRunner(ready, needs)

@@ -21,9 +21,15 @@ from spikedistill.objective.temperatures import HeterogeneousTemperatures
 from spikedistill.objective.terms import Needs, Objective, Sum
 from spikedistill.student.build import to_spiking
 from spikedistill.student.conversion import Conversion
-from spikedistill.teacher.load import OneStep, Teacher
-from spikedistill.train.lesson import Lesson, Tutor, make_lesson, make_tutor, settle_objective
+from spikedistill.teacher.load import Teacher, TrainableANN
 from spikedistill.train.recipe import Training
+from spikedistill.train.training_step import (
+    TeacherRunner,
+    TrainingStep,
+    make_runner,
+    make_training_step,
+    settle_objective,
+)
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 PLACE = Training(device="cpu", precision="fp32", channels_last=False, convolutions="torch").place()
@@ -99,12 +105,12 @@ def operations(work):
 
 
 class TestLesson:
-    def one(self, lesson, given):
-        return lesson(given.student, given.labels, None, given.source, NO_PROGRESS)
+    def one(self, training_step, given):
+        return training_step(given.student, given.labels, None, given.source, NO_PROGRESS)
 
     def test_gives_logits_without_gradient_and_terms_with_one(self):
         student, given = spiking(), inputs()
-        logits, terms = self.one(Lesson(student, Direct(), nn.ModuleDict()), given)
+        logits, terms = self.one(TrainingStep(student, Direct(), nn.ModuleDict()), given)
         expected = student(given.student)
         torch.testing.assert_close(logits, expected, rtol=0, atol=0)
         torch.testing.assert_close(terms["labels"], F.cross_entropy(expected.mean(0), given.labels), rtol=0, atol=0)
@@ -117,15 +123,15 @@ class TestLesson:
             logits = student(given.student)
             return logits.detach(), F.cross_entropy(logits.mean(0), given.labels)
 
-        lesson = Lesson(student, Looks(Needs()), nn.ModuleDict())
-        assert operations(lambda: self.one(lesson, given)) == operations(by_hand)
+        training_step = TrainingStep(student, Looks(Needs()), nn.ModuleDict())
+        assert operations(lambda: self.one(training_step, given)) == operations(by_hand)
 
     def test_counts_the_spikes_of_the_layers_that_are_looked_at_and_of_no_others(self):
         student, given = spiking(), inputs()
 
         def divisions(*paths):
-            lesson = Lesson(student, Looks(Needs(student_spikes=paths)), nn.ModuleDict())
-            return operations(lambda: self.one(lesson, given))[torch.ops.aten.div]
+            training_step = TrainingStep(student, Looks(Needs(student_spikes=paths)), nn.ModuleDict())
+            return operations(lambda: self.one(training_step, given))[torch.ops.aten.div]
 
         assert student.layers() == ["2", "4"]
         assert divisions("2") - divisions() == divisions("4") - divisions() == 1
@@ -133,7 +139,7 @@ class TestLesson:
 
     def test_shows_whole_spikes_by_the_paths_of_the_ann_s_activations(self):
         objective, given = Remembers(Needs(student_spikes=("4", "2"))), inputs()
-        self.one(Lesson(spiking(timesteps=3), objective, nn.ModuleDict()), given)
+        self.one(TrainingStep(spiking(timesteps=3), objective, nn.ModuleDict()), given)
         spikes = Remembers.shown.student.spikes
         assert {path: tuple(counts.shape) for path, counts in spikes.items()} == {
             "4": (3, 8, 6, 6, 6),
@@ -143,7 +149,7 @@ class TestLesson:
 
     def test_shows_the_same_student_s_answer_to_the_second_stream(self):
         student, given = spiking(), inputs(source=torch.rand(8, 3, 8, 8))
-        self.one(Lesson(student, Remembers(Needs(source=True)), nn.ModuleDict()), given)
+        self.one(TrainingStep(student, Remembers(Needs(source=True)), nn.ModuleDict()), given)
         torch.testing.assert_close(Remembers.shown.student.logits, student(given.student), rtol=0, atol=0)
         torch.testing.assert_close(Remembers.shown.source.logits, student(given.source), rtol=0, atol=0)
 
@@ -154,10 +160,10 @@ class TestLesson:
         for student, needs in ((alone, Needs()), (both, Needs(source=True))):
             student.gradient = gradient
             next(m for m in student.modules() if isinstance(m, nn.BatchNorm2d)).momentum = momentum
-            lesson = Lesson(student, Looks(needs), nn.ModuleDict()).train()
+            training_step = TrainingStep(student, Looks(needs), nn.ModuleDict()).train()
             for scale in (1.0, 2.0):
                 images = scale * given.student / 2
-                self.one(lesson, replace(given, student=images, source=given.source if needs.source else None))
+                self.one(training_step, replace(given, student=images, source=given.source if needs.source else None))
         ours, expected = (next(m for m in s.modules() if isinstance(m, nn.BatchNorm2d)) for s in (both, alone))
         assert ours.momentum == momentum and ours.running_mean.abs().max() > 1e-3
         for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -166,14 +172,14 @@ class TestLesson:
     def test_judges_logits_in_float32_whatever_the_student_computes_in(self):
         given = inputs()
         with torch.autocast("cpu", torch.bfloat16):
-            self.one(Lesson(spiking(), Remembers(Needs()), nn.ModuleDict()), given)
+            self.one(TrainingStep(spiking(), Remembers(Needs()), nn.ModuleDict()), given)
         assert Remembers.shown.student.logits.dtype == torch.float32
 
 
 COMPILED = """
 import copy, torch
 from torch import nn
-from spikedistill.train.lesson import statistics_kept
+from spikedistill.train.training_step import statistics_kept
 
 class Two(nn.Module):
     def __init__(self):
@@ -210,31 +216,34 @@ class TestMakeLesson:
     objective = KDSNNFeature((("4", "4"),), adapt=False)
 
     def test_makes_the_helpers_of_the_objective(self):
-        tutor = Tutor(Teacher(convolutional(4), MEAN, STD), self.objective.needs)
-        lesson = make_lesson(spiking(6), self.objective, tutor, inputs())
-        assert [tuple(value.shape) for value in lesson.adapters.parameters()] == [(4, 6, 1, 1)]
+        runner = TeacherRunner(Teacher(convolutional(4), MEAN, STD), self.objective.needs)
+        training_step = make_training_step(spiking(6), self.objective, runner, inputs())
+        assert [tuple(value.shape) for value in training_step.adapters.parameters()] == [(4, 6, 1, 1)]
 
     @pytest.mark.parametrize("training", [True, False])
     def test_leaves_the_student_as_it_was(self, training):
-        student, tutor = spiking().train(training), Tutor(Teacher(convolutional(4), MEAN, STD), self.objective.needs)
+        student, runner = (
+            spiking().train(training),
+            TeacherRunner(Teacher(convolutional(4), MEAN, STD), self.objective.needs),
+        )
         before = state(student)
-        make_lesson(student, self.objective, tutor, inputs())
+        make_training_step(student, self.objective, runner, inputs())
         assert same(state(student), before)
         assert all(module.training == training for module in student.modules())
 
     def test_asks_nobody_where_logits_alone_are_looked_at(self):
-        class Asked(OneStep):
+        class Asked(TrainableANN):
             def observe(self, *_, **__):
                 raise AssertionError("was asked")
 
         asked = Asked(convolutional(4), MEAN, STD)
-        make_lesson(asked, KDSNNResponse(), Tutor(asked, KDSNNResponse().needs), inputs())
+        make_training_step(asked, KDSNNResponse(), TeacherRunner(asked, KDSNNResponse().needs), inputs())
         with pytest.raises(AssertionError, match="was asked"):
-            make_lesson(asked, self.objective, Tutor(asked, self.objective.needs), inputs())
+            make_training_step(asked, self.objective, TeacherRunner(asked, self.objective.needs), inputs())
 
     def test_without_a_second_stream_an_objective_that_looks_at_it_is_refused(self):
         with pytest.raises(ConfigError, match=r"needs a second input stream, and the feed has none: use a PairFeed"):
-            make_lesson(spiking(), Looks(Needs(source=True)), None, inputs())
+            make_training_step(spiking(), Looks(Needs(source=True)), None, inputs())
 
 
 class TestSettleObjective:
@@ -269,7 +278,7 @@ class TestSettleObjective:
             settle_objective(Looks(needs), student, None, True)
 
     def test_an_ann_in_training_gives_what_it_has(self):
-        assert settle_objective(TET(), OneStep(convolutional(4), MEAN, STD), None, False) == TET()
+        assert settle_objective(TET(), TrainableANN(convolutional(4), MEAN, STD), None, False) == TET()
 
 
 class TestTutor:
@@ -277,7 +286,7 @@ class TestTutor:
 
     def test_averages_a_spiking_teacher_over_its_own_time_steps(self):
         teacher, images = spiking(timesteps=5).eval(), inputs().student
-        answer, whole = Tutor(teacher, self.needs).ask(images), teacher.observe(images, ["4"], spikes=["2"])
+        answer, whole = TeacherRunner(teacher, self.needs).ask(images), teacher.observe(images, ["4"], spikes=["2"])
         torch.testing.assert_close(answer.logits[0], whole.logits.mean(0))
         torch.testing.assert_close(answer.features["4"][0], whole.features["4"].mean(0))
         torch.testing.assert_close(answer.spikes["2"][0], whole.spikes["2"].mean(0))
@@ -285,7 +294,7 @@ class TestTutor:
 
     def test_gives_every_step_where_single_steps_are_looked_at(self):
         teacher, images = spiking(timesteps=5).eval(), inputs().student
-        answer = Tutor(teacher, replace(self.needs, every_step=True)).ask(images)
+        answer = TeacherRunner(teacher, replace(self.needs, every_step=True)).ask(images)
         whole = teacher.observe(images, ["4"], spikes=["2"])
         assert same(answer.features, whole.features) and same(answer.spikes, whole.spikes)
         assert torch.equal(answer.logits, whole.logits)
@@ -293,7 +302,7 @@ class TestTutor:
     @pytest.mark.parametrize("teacher", [Teacher(convolutional(4), MEAN, STD), spiking(timesteps=3).eval()])
     def test_its_logits_are_means_over_mirror_images_where_that_is_asked(self, teacher):
         images, needs = inputs().student, Needs(teacher=True, pairs=(("4", "4"),))
-        answer, plain = (Tutor(teacher, each).ask(images) for each in (replace(needs, mirror=True), needs))
+        answer, plain = (TeacherRunner(teacher, each).ask(images) for each in (replace(needs, mirror=True), needs))
         mirrored = torch.from_numpy(images.numpy()[..., ::-1].copy())
         expected = (teacher.observe(images).logits.mean(0) + teacher.observe(mirrored).logits.mean(0)) / 2
         torch.testing.assert_close(answer.logits[0], expected)
@@ -305,32 +314,32 @@ class TestTutor:
 
     def test_is_shown_its_own_inputs_where_they_differ(self):
         teacher, given = Teacher(convolutional(4), MEAN, STD), inputs(teacher=torch.rand(8, 3, 8, 8))
-        answer = Tutor(teacher, Needs(teacher=True)).answer(given, 1, 0)
+        answer = TeacherRunner(teacher, Needs(teacher=True)).answer(given, 1, 0)
         assert torch.equal(answer.logits[0], teacher(given.teacher))
         assert not torch.equal(answer.logits[0], teacher(given.student))
 
 
 class TestMakeTutor:
     def test_there_is_none_where_nobody_is_asked(self):
-        assert make_tutor(Teacher(convolutional(4), MEAN, STD), TET().needs, PLACE) is None
-        assert make_tutor(None, Needs(), PLACE) is None
+        assert make_runner(Teacher(convolutional(4), MEAN, STD), TET().needs, PLACE) is None
+        assert make_runner(None, Needs(), PLACE) is None
 
     def test_an_ann_is_folded_and_the_caller_s_stays(self):
         teacher, images = Teacher(convolutional(4), MEAN, STD), inputs().student
         teacher.network[1].running_mean.fill_(0.5)
         before = state(teacher)
-        tutor = make_tutor(teacher, KDSNN((("4", "4"),)).needs, PLACE)
-        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in tutor.teacher.modules())
+        runner = make_runner(teacher, KDSNN((("4", "4"),)).needs, PLACE)
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in runner.teacher.modules())
         assert same(state(teacher), before) and isinstance(teacher.network[1], nn.BatchNorm2d)
-        torch.testing.assert_close(tutor.ask(images).logits[0], teacher(images))
+        torch.testing.assert_close(runner.ask(images).logits[0], teacher(images))
 
     def test_a_student_teaches_in_evaluation_mode_bit_for_bit_and_the_caller_s_stays(self):
         teacher, images = spiking(timesteps=3), inputs().student
         for layer in (layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)):
             layer.running_var.fill_(2.0)
         before, expected = state(teacher), copy.deepcopy(teacher).eval()(images)
-        tutor = make_tutor(teacher, TET().needs | Needs(teacher=True), PLACE)
-        assert torch.equal(tutor.ask(images).logits, expected)
+        runner = make_runner(teacher, TET().needs | Needs(teacher=True), PLACE)
+        assert torch.equal(runner.ask(images).logits, expected)
         assert same(state(teacher), before)
         assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
 
@@ -348,5 +357,5 @@ class Projected(Objective):
 
 @pytest.mark.parametrize("objective", [Projected(), Sum(((1.0, Projected()), (1.0, Sum(((0.5, Projected()),)))))])
 def test_helpers_of_logits_alone_are_made_from_a_probe(objective):
-    lesson = make_lesson(spiking(), objective, None, inputs())
-    assert {layer.in_features for layer in lesson.adapters.modules() if isinstance(layer, nn.Linear)} == {3}
+    training_step = make_training_step(spiking(), objective, None, inputs())
+    assert {layer.in_features for layer in training_step.adapters.modules() if isinstance(layer, nn.Linear)} == {3}

@@ -13,7 +13,7 @@ from spikedistill.student.substeps import run_in_substeps
 
 
 @dataclass(frozen=True)
-class Inside:
+class Activity:
     """What happens in a student for some samples, over S = T D binary sub-steps.
 
     Args:
@@ -36,7 +36,7 @@ class Inside:
 
 
 @torch.no_grad()
-def look_inside(student: Student, inputs: Tensor) -> Inside:
+def record_activity(student: Student, inputs: Tensor) -> Activity:
     """Run some samples, and keep what every neuron does.
 
     Graded spikes are shown as the D sub-steps of a layer (``student/substeps.py``).
@@ -48,14 +48,14 @@ def look_inside(student: Student, inputs: Tensor) -> Inside:
     Raises:
         ConfigError: if the student is in training with a gradient that computes no spikes.
     """
-    layers, levels = student.layers(), student.conversion.model.levels
+    layers, levels = student.layers(), student.conversion.neuron_model.levels
     found = student.observe(inputs, spikes=layers, potentials=layers)
     trains = {path: counts.round() for path, counts in found.spikes.items()}
     charged: dict[str, Tensor] = dict(found.potentials)
-    if levels > 1 and student.conversion.model.reset is Reset.SUBTRACT:
+    if levels > 1 and student.conversion.neuron_model.reset is Reset.SUBTRACT:
         trains = dict(run_in_substeps(student, inputs, spikes=tuple(layers)).spikes)
         charged = {path: _within(charged[path], found.spikes[path], levels) for path in layers}
-    return Inside(
+    return Activity(
         {path: train.flatten(2).float() for path, train in trains.items()},
         {path: value.flatten(2).float() for path, value in charged.items()},
         cumulative(found.logits.float()).softmax(-1),

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("without_compiler")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, write_blobs, call):
     """A folder with data whose classes have names, and a trained teacher; its weights alone, and of another order."""
-    folder = tmp_path_factory.mktemp("tutor")
+    folder = tmp_path_factory.mktemp("checks")
     write_blobs(folder, 288, 48)
     arrays = dict(np.load(folder / "blobs.npz"))
     np.savez(folder / "blobs.npz", **arrays, class_names=np.array(["red", "green", "blue"]))

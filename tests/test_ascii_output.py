@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from spikedistill.cli.plain import write_plainly
+from spikedistill.cli.ascii_output import write_plainly
 
 TEXT = "99.44 ± 0.48 %, 5.97 µJ │━╭ † 漢"
 

@@ -19,7 +19,7 @@ from spikedistill.teacher.load import Teacher
 from spikedistill.train.run import Run
 
 
-def introduce(run: Run, say: Callable[[str], object], images: ImageSet, source: ImageSet | None = None) -> None:
+def report_data(run: Run, say: Callable[[str], object], images: ImageSet, source: ImageSet | None = None) -> None:
     """Print notes on how the data were read, and write them to data.json."""
     sets = {"data": images} if source is None else {"data": images, "source": source}
     for one in sets.values():
@@ -75,7 +75,7 @@ def compare_classes(source: str, teacher: nn.Module, images: ImageSet) -> str:
     return "not known" if numbers or len(its) != images.classes else "same"
 
 
-def interview(source: str, teacher: nn.Module, images: ImageSet, validation: float, place: Place) -> dict[str, Any]:
+def check_teacher(source: str, teacher: nn.Module, images: ImageSet, validation: float, place: Place) -> dict[str, Any]:
     """Examine a teacher before distillation.
 
     Args:
@@ -111,7 +111,7 @@ def _of_another_size(learned: Sequence[int], images: ImageSet) -> list[str]:
 
 
 def sentences(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The results of ``interview`` as sentences: facts, and doubts."""
+    """The results of ``check_teacher`` as sentences: facts, and doubts."""
     where = "images held out of training" if found["held_out"] else "training images (none are held out)"
     if "accuracy" in found:
         said = [f"the teacher has {found['accuracy']:.2f} % on {found['images']} {where}"]
