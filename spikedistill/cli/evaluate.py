@@ -7,6 +7,7 @@ from typing import Any
 from spikedistill.cli.options import ask
 from spikedistill.deliver.record import Record, evaluate
 from spikedistill.deliver.teachers import NO_TEACHER
+from spikedistill.evaluate.latency import latency_in_words
 from spikedistill.shapes import steps_by_levels
 from spikedistill.student.substeps import LAYERS
 from spikedistill.train.progress import Progress
@@ -55,7 +56,7 @@ def _steps(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     usual = results["levels"] == 1 and results["schedule"] == LAYERS
     shown = steps_by_levels(results["timesteps"], results["levels"])
     shown += "" if usual else f", {results['schedule'].replace('-', ' ')}"
-    times = [f"{count} {name.replace('-', ' ')}" for name, count in results["latency"].items()]
+    times = latency_in_words(results["latency"])
     paths = f"longest path: {results['longest_path']} layers of neurons"
     rows = [("T x D", shown), ("latency in sub-steps", f"{', '.join(times)} ({paths})")]
     if buffers := results["buffers"]:

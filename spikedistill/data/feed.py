@@ -320,11 +320,11 @@ class PairFeed:
     def _shown(self, inputs: Inputs, view: int, step: int) -> Tensor:
         """The images for a batch of recordings, bytes."""
         own, turned = self.events, alternating_flip(len(self.events.images.train_labels), inputs.samples, view)
-        share, pixels = (
+        shard, pixels = (
             BatchShard(own.batch_size, own.rows),
             self.images.train_images[self._partners(inputs, view, step)],
         )
-        return self._changes.moved(pixels, step_seed(own.seed, view, step), turned, share)
+        return self._changes.moved(pixels, step_seed(own.seed, view, step), turned, shard)
 
     @property
     def _changes(self) -> Augment:

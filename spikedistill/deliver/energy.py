@@ -170,11 +170,8 @@ def table(estimates: Sequence[EnergyEstimate]) -> tuple[list[str], list[list[str
     rows = []
     for estimate in estimates:
         for kind in estimate.kinds:
-            name, accuracy, seen = (
-                estimate.network,
-                f"{estimate.accuracy:.2f} ± {estimate.error:.2f} %",
-                str(estimate.images),
-            )
+            name, seen = estimate.network, str(estimate.images)
+            accuracy = f"{estimate.accuracy:.2f} ± {estimate.error:.2f} %"
             measured = kind in ("ann", "student")
             if not measured:
                 zeros = "" if kind == "quantised" else ", zeros skipped"

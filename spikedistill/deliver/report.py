@@ -25,6 +25,7 @@ from spikedistill.deliver.record import Record, RunDirectories
 from spikedistill.deliver.results import Result, runs_in
 from spikedistill.deliver.tables import Table
 from spikedistill.errors import ConfigError, SpikeDistillError
+from spikedistill.evaluate.latency import latency_in_words
 from spikedistill.evaluate.paired import with_deviation
 from spikedistill.files import check_replaceable, write_text
 from spikedistill.shapes import steps_and_levels
@@ -291,7 +292,7 @@ def _weights(made: Mapping[str, Any]) -> str:
 
 def _latency(found: Mapping[str, Any]) -> str:
     """Sub-steps until the answer, and how many spikes wait meanwhile, in words."""
-    times = " or ".join(f"{count} {name.replace('-', ' ')}" for name, count in found["latency"].items())
+    times = " or ".join(latency_in_words(found["latency"]))
     bits = sum(one["bits"] for one in found["buffers"])
     waiting = f"; {bits:,} bits of spikes wait in {len(found['buffers'])} buffers" if bits else ""
     return f"{times} (sub-steps until the answer){waiting}"

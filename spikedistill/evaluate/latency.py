@@ -56,6 +56,15 @@ def _latency(student: Student, schedule: RunSchedule, longest: int) -> int:
     return timesteps * levels if schedule == "step-by-step" else (longest + timesteps - 1) * levels
 
 
+def latency_in_words(found: Mapping[str, int]) -> list[str]:
+    """The ``latency`` of results.json in words, one piece for each schedule.
+
+    >>> latency_in_words({"layer-by-layer": 32, "step-by-step": 4})
+    ['32 layer by layer', '4 step by step']
+    """
+    return [f"{count} {name.replace('-', ' ')}" for name, count in found.items()]
+
+
 def buffers_of(student: Student, neurons: Mapping[str, int]) -> list[Buffer]:
     """The buffers that layer by layer needs, for each layer whose spikes wait, in order of execution.
 

@@ -340,8 +340,8 @@ def build_student(
     student.gradient, student.recompute = choice.gradient, choice.recompute
     if choice.start is not None:
         start_from(student, choice.start)
-        shown = calibrate if choice.correct == "layers" else None
-        report = starting_from(student, report, load_student(choice.start, ann or made), choice.start, shown)
+        other = load_student(choice.start, ann or made) if choice.correct == "layers" else None
+        report = starting_from(student, report, choice.start, other, calibrate)
     return student, report, architecture
 
 

@@ -131,26 +131,25 @@ def _given(student: Student, images: Tensor) -> tuple[Any, ...]:
 
 
 def starting_from(
-    student: Student, report: ConversionReport, other: Student, source: str, images: Tensor | None
+    student: Student, report: ConversionReport, source: str, other: Student | None = None, images: Tensor | None = None
 ) -> ConversionReport:
-    """Bring a student that has another's weights nearer to that one, layer by layer, and report what it is now.
+    """Report a student that has another's weights, after it was brought nearer to that one, layer by layer.
 
     They are of the same network and may differ in T, levels or neuron. If they do not, nothing is changed.
 
     Args:
         student: the student, changed in place.
         report: that of its conversion.
-        other: the student whose weights, thresholds and input normalisation it has.
-        source: what that one is, for the report.
-        images: raw calibration images ``[B, C, H, W]``; None to correct nothing.
+        source: the run or file of the other one, for the report.
+        other: the student whose weights, thresholds and input normalisation it has; None to correct nothing.
+        images: raw calibration images ``[B, C, H, W]``; needed with ``other``.
 
     Raises:
         ConversionError: if the two differ in structure.
     """
     corrected: tuple[Corrected, ...] = ()
     rates: list[float | None] = [None] * len(report.sites)
-    alike = student.timesteps == other.timesteps and student.conversion.neuron_model == other.conversion.neuron_model
-    if images is not None and not alike:
+    if other is not None and images is not None and not _alike(student, other):
         named = {node.name: node.name for node in other.core.graph.nodes}
         if named.keys() != {node.name for node in student.core.graph.nodes}:
             raise ConversionError(
@@ -159,9 +158,9 @@ def starting_from(
             )
         images = images.to(next(student.parameters()))
         other.to(images.device)
-        kept = some_images(other.core.eval(), _given(other, images[:1]), len(images), student.timesteps)
-        shown = (_given(one, images[kept]) for one in (student, other))
-        corrected, found = correct_layers(student.core, next(shown), other.core, next(shown), named, len(kept))
+        kept = images[some_images(other.core.eval(), _given(other, images[:1]), len(images), student.timesteps)]
+        given, shown = _given(student, kept), _given(other, kept)
+        corrected, found = correct_layers(student.core, given, other.core, shown, named, len(kept))
         rates = [found.get(student._module(path)) for path in student.layers()]
     layers, levels = student.neurons.values(), student.conversion.neuron_model.levels
     sites = tuple(
@@ -169,6 +168,11 @@ def starting_from(
         for site, layer, rate in zip(report.sites, layers, rates)
     )
     return replace(report, sites=sites, corrected=corrected, start=source)
+
+
+def _alike(student: Student, other: Student) -> bool:
+    """Whether two students of one network have the same T and neuron."""
+    return student.timesteps == other.timesteps and student.conversion.neuron_model == other.conversion.neuron_model
 
 
 @torch.no_grad()

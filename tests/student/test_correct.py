@@ -208,7 +208,7 @@ def started(name, images, shown):
     for layer, one in zip(student.neurons.values(), other.neurons.values()):
         layer.set_threshold(one.threshold.detach() * one.neuron.levels / layer.neuron.levels)
     before = copy.deepcopy(other.state_dict())
-    report = starting_from(student, report, other, "runs/other", shown)
+    report = starting_from(student, report, "runs/other", None if shown is None else other, shown)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
     return student.eval(), other.eval(), report
 
@@ -246,6 +246,6 @@ def test_a_student_that_starts_from_one_of_its_kind_stays_as_it_is():
     images = pictures(50)
     other, report = converted(network(), images, timesteps=3)
     student = copy.deepcopy(other)
-    made = starting_from(student, report, other, "runs/other", images)
+    made = starting_from(student, report, "runs/other", other, images)
     assert not made.corrected
     assert all(torch.equal(value, student.state_dict()[name]) for name, value in other.state_dict().items())
